@@ -1,0 +1,63 @@
+# demo: the whole loop on the embedded default   test: everything that .ci/run checks   smoke: two minutes
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
+# The oracles' torch: python3.11 where it runs, else the one above
+ORACLE_BASE ?= $(shell python3.11 -c 'import ensurepip' 2>/dev/null && echo python3.11 || echo $(PYTHON))
+
+VENV ?= .venv
+ORACLE_VENV ?= .venv-oracle
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+export ORACLE_PYTHON ?= $(abspath $(ORACLE_VENV))/bin/python
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint smoke env test-env oracle-env clean
+
+demo: env
+	$(BIN)/python -m pipeline stage=all
+
+test: lint oracle-env
+	$(BIN)/python -m pytest
+
+lint: test-env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+smoke: env
+	$(BIN)/python -m pipeline stage=smoke
+
+env: $(VENV)/.installed
+test-env: $(VENV)/.installed-test
+# an interpreter given as ORACLE_PYTHON is taken as it is
+oracle-env: $(if $(filter $(abspath $(ORACLE_VENV))/%,$(ORACLE_PYTHON)),$(ORACLE_VENV)/.installed)
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml requirements.lock
+	@echo "installing the pinned dependencies into $(VENV) (about 2 GB, once)"
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[test]'
+	@touch $@
+
+# torch first and alone, so that nothing else chooses its build; dflash without its dependencies, which want another
+ORACLE_PIP := $(ORACLE_VENV)/bin/python -m pip install $(PIP_FLAGS)
+
+$(ORACLE_VENV)/.installed:
+	@test -n "$(ORACLE_BASE)" || { echo "error: no Python 3.11, 3.12 or 3.13 found for the oracles" >&2; exit 2; }
+	@echo "installing the oracles (torch, transformers, dflash) into $(ORACLE_VENV), once"
+	$(ORACLE_BASE) -m venv $(ORACLE_VENV)
+	$(ORACLE_PIP) torch==2.13.0
+	$(ORACLE_PIP) transformers==5.15.0 tokenizers==0.22.2 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6
+	$(ORACLE_PIP) --no-deps dflash==0.1.0
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(ORACLE_VENV) .pytest_cache .ruff_cache .import_linter_cache
+	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

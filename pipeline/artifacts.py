@@ -1,0 +1,234 @@
+"""Directories that are complete or absent, what is written in them, and how two of them are told apart.
+
+An artifact is built in a scratch directory beside its final place. `seal` checksums every file, writes
+`manifest.json` last and renames the directory: a reader that finds no manifest finds no artifact. A stage
+that is killed leaves its scratch directory, which the same command picks up again.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+CONTRACT = "contract.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "easydel", "transformers", "tensorstore", "safetensors", "numpy")
+
+
+class PipelineError(Exception):
+    """Something a person can mend: the message says what was found, what was wanted and what to do."""
+
+
+class MissingArtifact(PipelineError):
+    """An artifact that a stage reads is not there, or was never completed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A complete artifact on disk.
+
+    `fingerprint` is the sha256 over the names and sha256s of its files, the contract's aside; `settings` are the values that
+    decided its bytes; `contract` is what travels to the next stage.
+    """
+
+    path: Path
+    kind: str
+    fingerprint: str
+    settings: dict[str, Any]
+    contract: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for equal values: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def fingerprint_of(value: Any) -> str:
+    """sha256 (hex) of a JSON value's canonical spelling."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def address(root: Path, kind: str, name: str, settings: Mapping[str, Any]) -> Path:
+    """Where the artifact made with exactly these settings lives: `<root>/<kind>/<name>-<12 hex digits>`.
+
+    Settings name the parents by fingerprint, so a change upstream changes every address downstream and
+    nothing is ever overwritten.
+    """
+    return root / kind / f"{name}-{fingerprint_of(settings)[:12]}"
+
+
+def exists(path: Path) -> bool:
+    """Whether a complete artifact stands at `path`."""
+    return (path / MANIFEST).is_file()
+
+
+def read(path: Path, kind: str, *, make_with: str, verify: bool = False) -> Artifact:
+    """Open the artifact of `kind` at `path`; with `verify`, compare every file's sha256.
+
+    Raises MissingArtifact when there is none (`make_with` tells the command that makes it) and PipelineError
+    when it is of another kind or its files are missing or changed (all of them named).
+    """
+    if not exists(path):
+        scratch = scratch_of(path)
+        state = f"an unfinished one is at {scratch}" if scratch.exists() else "nothing is there"
+        raise MissingArtifact(f"no complete {kind} at {path} ({state}); make it with: {make_with}")
+    manifest = json.loads((path / MANIFEST).read_text())
+    if manifest["kind"] != kind:
+        raise PipelineError(f"{path} holds a {manifest['kind']}, wanted a {kind}; give the path of a {kind}")
+    damaged = []
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            damaged.append(f"{name}: missing")
+        elif file.stat().st_size != entry["bytes"]:
+            damaged.append(f"{name}: {file.stat().st_size} bytes, written with {entry['bytes']}")
+        elif verify and file_sha256(file) != entry["sha256"]:
+            damaged.append(f"{name}: sha256 differs from the manifest's")
+    if damaged:
+        listed = "\n  ".join(damaged)
+        raise PipelineError(f"{kind} at {path} is damaged; delete the directory and run: {make_with}\n  {listed}")
+    contract = json.loads((path / CONTRACT).read_text())
+    return Artifact(
+        path=path,
+        kind=kind,
+        fingerprint=manifest["fingerprint"],
+        settings=manifest["settings"],
+        contract=contract,
+        files=manifest["files"],
+    )
+
+
+def scratch_of(path: Path) -> Path:
+    """The directory in which the artifact of `path` is built."""
+    return path.with_name(path.name + ".partial")
+
+
+def open_scratch(path: Path, *, resume: bool) -> Path:
+    """Make (or, with `resume`, find again) the scratch directory of `path`."""
+    scratch = scratch_of(path)
+    if scratch.exists() and not resume:
+        shutil.rmtree(scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
+
+
+def seal(path: Path, *, kind: str, settings: Mapping[str, Any], contract: Mapping[str, Any]) -> Artifact:
+    """Complete the artifact being built in `scratch_of(path)`: contract, checksums, manifest last, rename."""
+    scratch = scratch_of(path)
+    for torn in scratch.rglob("*.tmp"):  # of a run that was killed inside write_bytes
+        torn.unlink()
+    write_json(scratch / CONTRACT, contract)
+    files = {
+        str(file.relative_to(scratch)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(scratch.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    # provenance may differ between two makings of the same bytes: it does not enter the fingerprint
+    fingerprint = fingerprint_of({name: entry["sha256"] for name, entry in files.items() if name != CONTRACT})
+    write_json(
+        scratch / MANIFEST,
+        {"kind": kind, "fingerprint": fingerprint, "settings": dict(settings), "files": files},
+    )
+    if path.exists():  # left by hand or by another run: an artifact never replaces a complete one
+        if exists(path):
+            raise PipelineError(f"{path} appeared while it was being built; delete {scratch} to keep that one")
+        shutil.rmtree(path)
+    os.rename(scratch, path)
+    sync_directory(path.parent)
+    return read(path, kind, make_with="the same command again")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is whole or absent: scratch file, fsync, rename."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is whole or absent: scratch file, fsync, rename."""
+    scratch = path.with_name(path.name + ".tmp")
+    with open(scratch, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(scratch, path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk under `path` into one PipelineError; nothing complete is touched."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # tensorstore reports a full disk as ValueError or RuntimeError carrying strerror's text
+        texts = {errno.ENOSPC: "No space left on device", errno.EROFS: "Read-only file system"}
+        found = next((text for code, text in texts.items() if number == code or text in str(error)), None)
+        if found is None:
+            raise
+        where = path if path.exists() else path.parent
+        free = shutil.disk_usage(where).free if where.exists() else 0
+        raise PipelineError(
+            f"{found} while writing {path} ({free / 2**20:.0f} MiB free); free some space or set output_dir to "
+            "another disk, then run the same command: it goes on from the last complete piece"
+        ) from error
+
+
+def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
+    """Raise PipelineError before any work when `needed_bytes` do not fit on the disk of `path`."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise PipelineError(
+            f"{what} needs {needed_bytes / 2**20:.0f} MiB at {path}, {free / 2**20:.0f} MiB are free; "
+            "free some space or set output_dir to another disk"
+        )
+
+
+def provenance(stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any]:
+    """Who made an artifact: stage, resolved config, git commit, package versions, parents' fingerprints.
+
+    No clock and no host name: an artifact made twice has the same bytes.
+    """
+    return {
+        "stage": stage,
+        "config": dict(config),
+        "git_commit": git_commit(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "parents": dict(parents),
+    }
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, or `unknown` outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip()

@@ -1,0 +1,110 @@
+"""`stage=bench`: acceptance, speed and losslessness of an exported draft, on held-out prompts."""
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from pipeline import artifacts, lineage
+from pipeline.artifacts import PipelineError
+from pipeline.bench import arms, losslessness, report, workload
+from pipeline.bench.losslessness import Losslessness
+from pipeline.config import PipelineConfig, plain
+from pipeline.dflash.contract import Contract
+from pipeline.model import checkpoints
+from pipeline.prompts import harmony
+from pipeline.prompts.split import split_by_hash
+from pipeline.prompts.tokenizer import load_tokenizer
+from pipeline.serve.engine import Draft, Engine
+from pipeline.serve.scheduler import Request
+from pipeline.tracking import Run
+
+log = logging.getLogger("pipeline")
+
+EVALUATION = "evaluation.json"
+RESULTS = "results.json"
+
+
+def run(config: PipelineConfig, tracker: Run) -> None:
+    """Measure, print the table, log it, and keep results.json; wrong tokens raise after all is written."""
+    target = lineage.target(config)
+    exported = lineage.exported_draft(config, target)
+    dtype = jnp.dtype(config.target.precision.value)
+    model, weights = checkpoints.load_target(target.path, dtype)
+    draft_config, draft_weights = checkpoints.load_draft(exported.path, dtype)
+    tokenizer = load_tokenizer(target.path)
+    _, held_out = split_by_hash(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction)
+    rendered = [
+        harmony.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
+        for prompt in held_out
+    ]
+    requests = workload.requests_of(
+        rendered,
+        num_prompts=config.bench.num_prompts,
+        max_new_tokens=config.bench.max_new_tokens,
+        prompt_tokens=config.bench.prompt_tokens,
+    )
+    if len(requests) < config.bench.num_prompts:
+        log.info("bench: the prompt set holds out %d prompts; all are used", len(requests))
+
+    def engine(draft: Draft | None) -> Engine:
+        return Engine(
+            weights,
+            model,
+            stop_token_ids=harmony.stop_token_ids(tokenizer),
+            slots=config.bench.slots,
+            max_length=_longest(requests),
+            prefill_chunk=config.serve.prefill_chunk,
+            draft=draft,
+        )
+
+    comparison = arms.compare(
+        engine(None), engine(Draft(draft_weights, draft_config)), requests, config.bench.repeats, _tell
+    )
+    slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
+    lossless = losslessness.compare(slow, fast, requests, weights, model)
+    evaluation = exported.path / EVALUATION
+    trained = json.loads(evaluation.read_text())["heldout"] if evaluation.is_file() else None
+    measured = report.results(comparison, lossless, trained)
+    print(report.table(measured, draft_config.block_size), flush=True)
+
+    contract = Contract.from_json(exported.contract)
+    provenance = artifacts.provenance("bench", plain(config), {lineage.DRAFT: exported.fingerprint})
+    contract = dataclasses.replace(contract, target=target.contract.target, provenance=provenance)
+    _write(config, exported.fingerprint, measured, lossless, contract)
+    tracker.log_metrics({name: value for name, value in measured.items() if isinstance(value, (int, float))})
+    tracker.log_json("contract.json", contract.to_json())
+    tracker.log_json(RESULTS, measured)
+    if lossless.bugs:
+        first = lossless.bugs[0]
+        raise PipelineError(
+            f"DFLASH changed {len(lossless.bugs)} of {lossless.num_answers} answers, which is a bug: {first.request_id} "
+            f"differs at token {first.position} (plain {first.plain_token}, DFLASH {first.dflash_token}) where the "
+            f"target's two best logits are {first.logit_gap:.4f} apart (a tie is below {lossless.tie_gap})"
+        )
+
+
+def _longest(requests: list[Request]) -> int:
+    return max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+
+
+def _tell(arm: str, one: arms.Pass) -> None:
+    log.info("bench: %-6s %6.0f tokens/s (%d tokens)", arm, one.tokens_per_second, one.decode_tokens)
+
+
+def _write(
+    config: PipelineConfig, draft: str, measured: dict[str, float], lossless: Losslessness, contract: Contract
+) -> None:
+    """Keep a measurement as an artifact of its own: never reused, so its address has the time in it."""
+    settings = {"draft": draft, "bench": plain(config.bench), "precision": config.target.precision.value}
+    stem = artifacts.address(Path(config.output_dir), "bench", config.target.name, settings)
+    path = stem / time.strftime("%Y%m%d-%H%M%S")
+    with artifacts.disk_errors(path):
+        scratch = artifacts.open_scratch(path, resume=False)
+        differences = [dataclasses.asdict(one) for one in lossless.differences]
+        artifacts.write_json(scratch / RESULTS, {**measured, "differences": differences})
+        artifacts.seal(path, kind="benchmark", settings=settings, contract=contract.to_json())
+    log.info("bench: results are in %s", path)

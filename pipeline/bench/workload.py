@@ -1,0 +1,36 @@
+"""The requests of a benchmark: held-out prompts as they are, or stretched to a fixed length."""
+
+from collections.abc import Sequence
+
+from pipeline.artifacts import PipelineError
+from pipeline.serve.scheduler import Request
+
+
+def requests_of(
+    prompts: Sequence[Sequence[int]], *, num_prompts: int, max_new_tokens: int, prompt_tokens: int | None
+) -> list[Request]:
+    """The first `num_prompts` rendered prompts as requests.
+
+    With `prompt_tokens`, every prompt is given exactly that length: the prompts before it in the set go in
+    front as earlier text and the start is cut off. The text stays real and no prompt repeats itself, which
+    would flatter any draft. Raises PipelineError when the set is too small for that.
+    """
+    chosen = list(prompts[:num_prompts])
+    if prompt_tokens is not None:
+        chosen = [_stretched(prompts, index, prompt_tokens) for index in range(len(chosen))]
+    return [
+        Request(request_id=f"prompt-{index}", prompt_ids=tuple(ids), max_new_tokens=max_new_tokens)
+        for index, ids in enumerate(chosen)
+    ]
+
+
+def _stretched(prompts: Sequence[Sequence[int]], index: int, length: int) -> list[int]:
+    ids: list[int] = []
+    for back in range(len(prompts)):
+        ids = [*prompts[index - back], *ids]
+        if len(ids) >= length:
+            return ids[-length:]
+    raise PipelineError(
+        f"bench.prompt_tokens is {length}; all {len(prompts)} held-out prompts together have {len(ids)} tokens: "
+        "lower it or give more prompts"
+    )

@@ -1,0 +1,261 @@
+"""Every value a person can set. Choices are in conf/*.yaml; here are the names, types, defaults and rules."""
+
+import dataclasses
+import enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from pipeline.artifacts import PipelineError
+
+
+class Stage(enum.Enum):
+    """The stages, in the order in which `all` runs its own."""
+
+    target = "target"
+    teacher_cache = "teacher_cache"
+    train = "train"
+    export = "export"
+    serve = "serve"
+    bench = "bench"
+    smoke = "smoke"
+    all = "all"
+
+
+class Precision(enum.Enum):
+    """Compute and weight precision of a model."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Effort(enum.Enum):
+    """Harmony reasoning effort."""
+
+    low = "low"
+    medium = "medium"
+    high = "high"
+
+
+class PromptSource(enum.Enum):
+    """Where prompts come from."""
+
+    generated = "generated"
+    jsonl = "jsonl"
+    dataset = "dataset"
+
+
+class ServeMode(enum.Enum):
+    """Which decoding arm a server runs."""
+
+    dflash = "dflash"
+    plain = "plain"
+
+
+@dataclasses.dataclass(kw_only=True)
+class PretrainConfig:
+    """How `stage=target` makes a target from scratch (tiny only)."""
+
+    vocab_size: int = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    head_dim: int = MISSING
+    num_local_experts: int = MISSING
+    num_experts_per_tok: int = MISSING
+    sliding_window: int = MISSING
+    max_position_embeddings: int = MISSING
+    num_conversations: int = MISSING
+    steps: int = MISSING
+    batch_tokens: int = MISSING
+    sequence_length: int = MISSING
+    learning_rate: float = MISSING
+    checkpoint_steps: int = MISSING
+
+
+@dataclasses.dataclass(kw_only=True)
+class TargetConfig:
+    """The frozen model. With `path` it is read from an HF directory; without, `pretrain` makes it."""
+
+    name: str = MISSING
+    path: str | None = None
+    precision: Precision = Precision.float32
+    pretrain: PretrainConfig | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class PromptsConfig:
+    """The prompt set; membership in train or held-out follows from a prompt's hash alone."""
+
+    source: PromptSource = PromptSource.generated
+    path: str | None = None
+    dataset: str | None = None
+    dataset_split: str = "train"
+    column: str = "prompt"
+    count: int = 1536
+    heldout_fraction: float = 0.0625
+    effort: Effort = Effort.low
+
+
+@dataclasses.dataclass(kw_only=True)
+class TeacherCacheConfig:
+    """Responses of the target and the features of its tapped layers."""
+
+    path: str | None = None
+    max_prompt_tokens: int = 128
+    max_new_tokens: int = 192
+    batch_size: int = 64
+    shard_sequences: int = 128
+
+
+@dataclasses.dataclass(kw_only=True)
+class DraftConfig:
+    """The draft's architecture. `tapped_layers` null: spread evenly as in the DFlash paper."""
+
+    block_size: int = 8
+    num_hidden_layers: int = 2
+    num_tapped_layers: int = 3
+    tapped_layers: list[int] | None = None
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 24
+    intermediate_size: int = 320
+    rope_theta: float = 1e6
+    mask_token: str = "<|reserved_200000|>"
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """How the draft is trained."""
+
+    path: str | None = None
+    steps: int = 600
+    batch_sequences: int = 16
+    anchors_per_sequence: int = 48
+    learning_rate: float = 2e-3
+    warmup_ratio: float = 0.04
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    loss_decay: float | None = None
+    checkpoint_steps: int = 100
+    eval_steps: int = 100
+    log_steps: int = 10
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExportConfig:
+    """The HF directory of the draft."""
+
+    path: str | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class ServeConfig:
+    """The runtime and its HTTP door."""
+
+    mode: ServeMode = ServeMode.dflash
+    slots: int = 8
+    max_length: int = 384
+    prefill_chunk: int = 64
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+@dataclasses.dataclass(kw_only=True)
+class BenchConfig:
+    """Plain against DFLASH on held-out prompts, stretched to `prompt_tokens` when that is set."""
+
+    num_prompts: int = 128
+    max_new_tokens: int = 192
+    prompt_tokens: int | None = None
+    slots: int = 1
+    repeats: int = 3
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrackingConfig:
+    """MLflow. `uri` null: a SQLite file under `output_dir`."""
+
+    uri: str | None = None
+    experiment: str = "dflash"
+
+
+@dataclasses.dataclass(kw_only=True)
+class PipelineConfig:
+    """One run of one stage (or of `all`)."""
+
+    stage: Stage | None = None
+    seed: int = 0
+    output_dir: str = "outputs"
+    target: TargetConfig = dataclasses.field(default_factory=TargetConfig)
+    prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
+    teacher_cache: TeacherCacheConfig = dataclasses.field(default_factory=TeacherCacheConfig)
+    draft: DraftConfig = dataclasses.field(default_factory=DraftConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+    serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
+    bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+
+
+def plain(value: Any) -> Any:
+    """A config object as JSON values: dataclasses to dictionaries, enums to their values."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def validate(config: PipelineConfig) -> None:
+    """Raise one PipelineError that lists every value breaking its rule, as `key is value; rule`."""
+    broken = []
+    for key, value in _leaves(config):
+        name = key.rsplit(".", 1)[-1]
+        if name in _POSITIVE and value is not None and not value > 0:
+            broken.append(f"{key} is {value}; it must be positive")
+    prompts, draft = config.prompts, config.draft
+    if not 0 < prompts.heldout_fraction < 1:
+        broken.append(f"prompts.heldout_fraction is {prompts.heldout_fraction}; it must be between 0 and 1")
+    if prompts.source is PromptSource.jsonl and prompts.path is None:
+        broken.append("prompts.path is null; prompts.source=jsonl needs a file")
+    if prompts.source is PromptSource.dataset and prompts.dataset is None:
+        broken.append("prompts.dataset is null; prompts.source=dataset needs a name")
+    if draft.block_size < 2:
+        broken.append(f"draft.block_size is {draft.block_size}; a block holds the anchor and at least one draft")
+    if draft.num_attention_heads % draft.num_key_value_heads:
+        broken.append(
+            f"draft.num_attention_heads is {draft.num_attention_heads}; it must be a multiple of "
+            f"draft.num_key_value_heads ({draft.num_key_value_heads})"
+        )
+    if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
+        broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
+    if not 0 <= config.serve.port < 65536:
+        broken.append(f"serve.port is {config.serve.port}; it must be 0 to 65535")
+    if broken:
+        raise PipelineError("configuration: " + "\n  ".join(broken))
+
+
+_POSITIVE = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "num_local_experts num_experts_per_tok sliding_window max_position_embeddings num_conversations steps "
+    "batch_tokens sequence_length learning_rate checkpoint_steps eval_steps log_steps count max_prompt_tokens "
+    "max_new_tokens batch_size shard_sequences num_tapped_layers rope_theta batch_sequences anchors_per_sequence "
+    "clip_grad loss_decay slots max_length prefill_chunk num_prompts prompt_tokens repeats".split()
+)
+
+
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not dataclasses.is_dataclass(value):
+        return [(prefix, value)]
+    return [
+        leaf
+        for field in dataclasses.fields(value)
+        for leaf in _leaves(getattr(value, field.name), f"{prefix}.{field.name}" if prefix else field.name)
+    ]

@@ -1,0 +1,94 @@
+"""Block geometry: which positions a block holds, what it may see, where blocks start, what they learn.
+
+A block has K slots. Slot 0 holds the anchor, the last certain token; slots 1..K-1 hold the mask token and
+predict the token at their own position. A block sees the target's features at positions strictly before its
+anchor and its own slots, in both directions, and never another block.
+Source: ../shared/reference/dflash.md sections 1.2 and 4.2.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+def block_token_ids(
+    anchor_ids: Int[Array, "*batch"], mask_token_id: int, block_size: int
+) -> Int[Array, "*batch K"]:
+    """The tokens that enter the draft: the anchor in slot 0, the mask token in the others."""
+    ids = jnp.full((*anchor_ids.shape, block_size), mask_token_id, dtype=anchor_ids.dtype)
+    return ids.at[..., 0].set(anchor_ids)
+
+
+def block_positions(anchors: Int[Array, "*batch"], block_size: int) -> Int[Array, "*batch K"]:
+    """Absolute positions of a block's slots: anchor, anchor + 1, ..."""
+    return anchors[..., None] + jnp.arange(block_size, dtype=anchors.dtype)
+
+
+def context_visible(anchors: Int[Array, "*batch"], num_positions: int) -> Bool[Array, "*batch T"]:
+    """Which of the positions 0..T-1 a block may see features of: those strictly before its anchor."""
+    return jnp.arange(num_positions) < anchors[..., None]
+
+
+def anchor_candidates(generated: Bool[np.ndarray, " T"]) -> Int[np.ndarray, " candidates"]:
+    """Positions where a block may start: a generated token that is followed by another one.
+
+    The last prompt token is none: in serving the first anchor is the first generated token.
+    """
+    return np.flatnonzero(generated[:-1] & generated[1:])
+
+
+def draw_anchors(
+    random: np.random.Generator, generated: Bool[np.ndarray, " T"], num_anchors: int
+) -> tuple[Int[np.ndarray, " A"], Bool[np.ndarray, " A"]]:
+    """Draw anchors without replacement, sorted; returns them and which of the A places are taken.
+
+    A sequence with fewer candidates than A leaves places empty (anchor 0, marked False).
+    """
+    candidates = anchor_candidates(generated)
+    count = min(num_anchors, len(candidates))
+    anchors = np.zeros(num_anchors, dtype=np.int32)
+    anchors[:count] = np.sort(random.choice(candidates, size=count, replace=False))
+    return anchors, np.arange(num_anchors) < count
+
+
+def block_labels(
+    token_ids: Int[Array, "B T"], generated: Bool[Array, "B T"], anchors: Int[Array, "B A"], block_size: int
+) -> tuple[Int[Array, "B A K"], Bool[Array, "B A K"]]:
+    """The token each slot must predict and whether it counts.
+
+    Slot k learns the token at anchor + k. Slot 0, positions past the sequence and tokens the target did not
+    generate do not count.
+    """
+    num_positions = token_ids.shape[1]
+    positions = block_positions(anchors, block_size)
+    inside = jnp.minimum(positions, num_positions - 1)
+    rows = jnp.arange(token_ids.shape[0])[:, None, None]
+    counts = generated[rows, inside] & (positions < num_positions) & (jnp.arange(block_size) > 0)
+    return token_ids[rows, inside], counts
+
+
+def slot_weights(block_size: int, decay: float) -> Float[np.ndarray, " K"]:
+    """Loss weight of each slot: exp(-(k - 1) / decay) for k >= 1, 0 for the anchor's slot (paper, App. A.1)."""
+    slots = np.arange(block_size)
+    return np.where(slots > 0, np.exp(-(slots - 1) / decay), 0.0).astype(np.float32)
+
+
+def default_decay(block_size: int) -> float:
+    """The paper's decay for a block size: 7 for 16, 5 for 10, 4 for 8; linear in between and beyond."""
+    return float(np.interp(block_size, [4, 8, 10, 16, 32], [2, 4, 5, 7, 14]))
+
+
+def default_tapped_layers(num_target_layers: int, count: int) -> list[int]:
+    """`count` layers spread evenly from layer 1 to the fourth from the end (dflash.md section 1.4).
+
+    GPT-OSS-20b (24 layers), 5 taps: [1, 6, 11, 16, 21]. A target too shallow for that spread taps its
+    first layers; the last layer is never tapped, for its output never leaves transformers un-normalised.
+    """
+    if count == 1:
+        return [num_target_layers // 2]
+    span = num_target_layers - 4
+    if span < count - 1:
+        if count > num_target_layers - 1:
+            raise ValueError(f"{count} tapped layers wanted, a target of {num_target_layers} layers has fewer")
+        return [round(i * (num_target_layers - 2) / (count - 1)) for i in range(count)]
+    return [round(1 + i * span / (count - 1)) for i in range(count)]

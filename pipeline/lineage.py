@@ -1,0 +1,262 @@
+"""Where the artifacts of a configuration live, what made them, and what their contracts must say.
+
+An artifact's address is computed from the settings that decide its bytes and from its parents'
+fingerprints, so each stage finds what the stage before it made under the same overrides.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pipeline import artifacts
+from pipeline.artifacts import Artifact, PipelineError
+from pipeline.config import PipelineConfig, PromptSource, plain
+from pipeline.dflash.blocks import default_tapped_layers
+from pipeline.dflash.contract import (
+    Contract,
+    DraftIdentity,
+    FeatureIdentity,
+    TargetIdentity,
+    TextIdentity,
+    require_match,
+)
+from pipeline.model import checkpoints
+from pipeline.model.draft import DraftConfig
+from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model.rope import Rope
+from pipeline.prompts import sources
+from pipeline.prompts import tokenizer as tokenizers_of_ours
+
+TARGET, TEACHER_CACHE, CHECKPOINT, DRAFT = "target", "teacher_cache", "checkpoint", "draft"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A target on disk: its HF directory, its contract and the fingerprint its children carry."""
+
+    path: Path
+    contract: Contract
+    fingerprint: str
+
+
+def target_settings(config: PipelineConfig) -> dict[str, Any]:
+    """What decides the bytes of a target that `stage=target` trains."""
+    return {"pretrain": plain(config.target.pretrain), "seed": config.seed, "precision": "float32"}
+
+
+def target_address(config: PipelineConfig) -> Path:
+    """Where `stage=target` puts the target it trains."""
+    return artifacts.address(Path(config.output_dir), TARGET, config.target.name, target_settings(config))
+
+
+def target_contract(directory: Path, config: PipelineConfig, provenance: dict[str, Any]) -> Contract:
+    """The contract of the HF directory of a target: everything fingerprinted, features and draft open."""
+    return Contract(
+        target=TargetIdentity(
+            name=config.target.name,
+            revision=None,
+            config_fingerprint=checkpoints.config_fingerprint(directory),
+            weights_fingerprint=checkpoints.weights_fingerprint(directory),
+            weight_precision=config.target.precision.value,
+        ),
+        text=TextIdentity(
+            tokenizer_fingerprint=tokenizers_of_ours.fingerprint(directory),
+            chat_template_fingerprint=tokenizers_of_ours.chat_template_fingerprint(directory),
+        ),
+        provenance=provenance,
+    )
+
+
+def target(config: PipelineConfig) -> Target:
+    """The target of this configuration: the directory given by `target.path`, or the one trained here."""
+    if config.target.path is not None:
+        directory = Path(config.target.path)
+        if not directory.is_dir():
+            raise PipelineError(f"target.path is {directory}, which is no directory; give a local HF checkpoint")
+        contract = target_contract(directory, config, {})
+        return Target(directory, contract, artifacts.fingerprint_of(contract.to_json()))
+    made = artifacts.read(target_address(config), TARGET, make_with=command("target"))
+    contract = Contract.from_json(made.contract)
+    served = dataclasses.replace(contract.target, weight_precision=config.target.precision.value)
+    return Target(made.path, dataclasses.replace(contract, target=served), made.fingerprint)
+
+
+def mask_token_id(directory: Path, config: PipelineConfig, vocab_size: int) -> int:
+    """The id of `draft.mask_token`, which must be an existing row of the target's embedding."""
+    found = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(config.draft.mask_token)
+    if found is None or found >= vocab_size:
+        raise PipelineError(
+            f"draft.mask_token {config.draft.mask_token!r} has id {found} in {directory}/tokenizer.json; wanted a "
+            f"token below the target's vocabulary of {vocab_size}; set draft.mask_token to a reserved token"
+        )
+    return found
+
+
+def draft_config(config: PipelineConfig, target: Target) -> DraftConfig:
+    """The draft of this configuration for this target. Raises PipelineError on layers that cannot be tapped."""
+    model = GptOssConfig.from_hf(checkpoints.read_config(target.path))
+    wanted = config.draft
+    tapped = wanted.tapped_layers or default_tapped_layers(model.num_hidden_layers, wanted.num_tapped_layers)
+    outside = [layer for layer in tapped if not 0 <= layer < model.num_hidden_layers - 1]
+    if outside:
+        raise PipelineError(
+            f"draft.tapped_layers has {outside}; a target of {model.num_hidden_layers} layers can be tapped at "
+            f"0..{model.num_hidden_layers - 2} (the last layer's output never leaves other runtimes un-normalised)"
+        )
+    return DraftConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=wanted.intermediate_size,
+        num_hidden_layers=wanted.num_hidden_layers,
+        num_attention_heads=wanted.num_attention_heads,
+        num_key_value_heads=wanted.num_key_value_heads,
+        head_dim=wanted.head_dim,
+        rope=Rope(theta=wanted.rope_theta),
+        tapped_layers=tuple(tapped),
+        num_target_layers=model.num_hidden_layers,
+        block_size=wanted.block_size,
+        mask_token_id=mask_token_id(target.path, config, model.vocab_size),
+        rms_norm_eps=model.rms_norm_eps,
+        max_position_embeddings=model.max_position_embeddings,
+    )
+
+
+def prompt_set(config: PipelineConfig) -> sources.PromptSet:
+    """The prompts of this configuration; `prompts.count` is the number of generated ones."""
+    prompts, effort = config.prompts, config.prompts.effort.value
+    if prompts.source is PromptSource.jsonl:
+        return sources.from_jsonl(Path(prompts.path), effort)
+    if prompts.source is PromptSource.dataset:
+        return sources.from_dataset(prompts.dataset, prompts.dataset_split, prompts.column, effort)
+    return sources.generated(config.seed, prompts.count, effort)
+
+
+def cache_contract(config: PipelineConfig, target: Target, provenance: dict[str, Any]) -> Contract:
+    """The contract of a teacher cache: the target's, the efforts rendered and the layers tapped."""
+    tapped = list(draft_config(config, target).tapped_layers)
+    return dataclasses.replace(
+        target.contract,
+        text=dataclasses.replace(target.contract.text, reasoning_efforts=[config.prompts.effort.value]),
+        features=FeatureIdentity(tapped_layers=tapped),
+        provenance=provenance,
+    )
+
+
+def draft_contract(config: PipelineConfig, target: Target, provenance: dict[str, Any]) -> Contract:
+    """The contract of a draft of this configuration: the cache's and the draft's own part."""
+    draft = draft_config(config, target)
+    identity = draft_identity(draft)
+    return dataclasses.replace(cache_contract(config, target, provenance), draft=identity)
+
+
+def draft_identity(draft: DraftConfig) -> DraftIdentity:
+    """The draft's part of a contract."""
+    return DraftIdentity(
+        block_size=draft.block_size,
+        mask_token_id=draft.mask_token_id,
+        architecture=json.loads(json.dumps(draft.architecture())),
+        rope=draft.rope.to_hf(),
+    )
+
+
+def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, Any]:
+    """What decides the bytes of a teacher cache."""
+    prompts = plain(config.prompts)
+    if config.prompts.path is not None:
+        file = Path(config.prompts.path)
+        if not file.is_file():
+            raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
+        prompts["path"] = artifacts.file_sha256(file)
+    cache = plain(config.teacher_cache)
+    del cache["path"]
+    return {
+        "target": target.fingerprint,
+        "precision": config.target.precision.value,
+        "prompts": prompts,
+        "teacher_cache": cache,
+        "tapped_layers": list(draft_config(config, target).tapped_layers),
+        "seed": config.seed,
+    }
+
+
+def teacher_cache_address(config: PipelineConfig, target: Target) -> Path:
+    """Where the teacher cache of this configuration lives."""
+    if config.teacher_cache.path is not None:
+        return Path(config.teacher_cache.path)
+    settings = teacher_cache_settings(config, target)
+    return artifacts.address(Path(config.output_dir), TEACHER_CACHE, config.target.name, settings)
+
+
+def teacher_cache(config: PipelineConfig, target: Target) -> Artifact:
+    """The complete teacher cache of this configuration, its contract compared with what is wanted."""
+    made = artifacts.read(
+        teacher_cache_address(config, target), TEACHER_CACHE, make_with=command("teacher_cache")
+    )
+    _require(made, cache_contract(config, target, {}), "teacher_cache")
+    return made
+
+
+def checkpoint_settings(config: PipelineConfig, target: Target, cache_fingerprint: str) -> dict[str, Any]:
+    """What decides the bytes of a trained checkpoint."""
+    train = plain(config.train)
+    del train["path"], train["log_steps"]
+    draft = {**draft_identity(draft_config(config, target)).__dict__}
+    return {"teacher_cache": cache_fingerprint, "draft": draft, "train": train, "seed": config.seed}
+
+
+def checkpoint_address(config: PipelineConfig, target: Target) -> Path:
+    """Where the trained checkpoint of this configuration lives."""
+    if config.train.path is not None:
+        return Path(config.train.path)
+    settings = checkpoint_settings(config, target, teacher_cache(config, target).fingerprint)
+    return artifacts.address(Path(config.output_dir), CHECKPOINT, config.target.name, settings)
+
+
+def checkpoint(config: PipelineConfig, target: Target) -> Artifact:
+    """The trained checkpoint of this configuration, its contract compared with what is wanted."""
+    made = artifacts.read(checkpoint_address(config, target), CHECKPOINT, make_with=command("train"))
+    _require(made, draft_contract(config, target, {}), "train")
+    return made
+
+
+def export_settings(checkpoint_fingerprint: str) -> dict[str, Any]:
+    """What decides the bytes of an exported draft."""
+    return {"checkpoint": checkpoint_fingerprint, "dtype": "bfloat16"}
+
+
+def export_address(config: PipelineConfig, target: Target) -> Path:
+    """Where the exported draft of this configuration lives; `dflash` in the name is how vLLM knows it."""
+    if config.export.path is not None:
+        return Path(config.export.path)
+    settings = export_settings(checkpoint(config, target).fingerprint)
+    return artifacts.address(Path(config.output_dir), DRAFT, f"{config.target.name}-dflash", settings)
+
+
+def exported_draft(config: PipelineConfig, target: Target) -> Artifact:
+    """The exported draft of this configuration, its contract compared with the target's.
+
+    With `export.path` any exported draft may be served: what the draft is comes from its own contract, and
+    only what it shares with the target (weights, tokenizer, template) is compared.
+    """
+    made = artifacts.read(export_address(config, target), DRAFT, make_with=command("export"))
+    given = config.export.path is not None
+    wanted = target.contract if given else draft_contract(config, target, {})
+    _require(made, wanted, "export")
+    return made
+
+
+def command(stage: str) -> str:
+    """The command that makes a stage's artifact."""
+    return f"python -m pipeline stage={stage} (with the same overrides)"
+
+
+def _require(made: Artifact, wanted: Contract, stage: str) -> None:
+    require_match(
+        Contract.from_json(made.contract),
+        wanted,
+        what=f"{made.kind} at {made.path}",
+        mend=f"use the settings it was made with, or make one that fits: {command(stage)}",
+    )

@@ -1,0 +1,196 @@
+"""The DFlash draft: a small pre-norm decoder that denoises blocks over the target's features.
+
+It has no embedding and no head of its own; both are the target's, frozen. Source: the `dflash` package's
+DFlashDraftModel and ../shared/reference/dflash.md section 1; every layer is non-causal and unwindowed.
+"""
+
+import dataclasses
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from pipeline.model import kv_cache
+from pipeline.model.attention import block_attention
+from pipeline.model.kv_cache import KVCache, LayerCache
+from pipeline.model.linear import linear, rms_norm
+from pipeline.model.rope import Rope, angles, rotate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """Sizes of a draft and what it must know of its target; hashable, for `jit`.
+
+    `hidden_size` and `vocab_size` are the target's; `attention_bias` adds biases to all four projections.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope: Rope
+    tapped_layers: tuple[int, ...]
+    num_target_layers: int
+    block_size: int
+    mask_token_id: int
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
+    max_position_embeddings: int = 131072
+
+    @property
+    def feature_size(self) -> int:
+        """Width of one token's features: tapped layers times the target's width."""
+        return len(self.tapped_layers) * self.hidden_size
+
+    def architecture(self) -> dict[str, Any]:
+        """The sizes, as the contract records them."""
+        values = dataclasses.asdict(self)
+        for elsewhere in ("rope", "tapped_layers", "block_size", "mask_token_id"):
+            del values[elsewhere]
+        return values
+
+
+@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftLayerWeights:
+    """One draft layer; the biases are None unless the config has `attention_bias`."""
+
+    input_norm: Float[Array, " D"]
+    query: Float[Array, "D NH"]
+    key: Float[Array, "D GH"]
+    value: Float[Array, "D GH"]
+    output: Float[Array, "NH D"]
+    query_norm: Float[Array, " H"]
+    key_norm: Float[Array, " H"]
+    mlp_norm: Float[Array, " D"]
+    gate: Float[Array, "D F"]
+    up: Float[Array, "D F"]
+    down: Float[Array, "F D"]
+    query_bias: Float[Array, " NH"] | None = None
+    key_bias: Float[Array, " GH"] | None = None
+    value_bias: Float[Array, " GH"] | None = None
+    output_bias: Float[Array, " D"] | None = None
+
+
+@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftWeights:
+    """The whole draft. `fuse` maps a token's L tapped features to the width of the draft."""
+
+    fuse: Float[Array, "LD D"]
+    context_norm: Float[Array, " D"]
+    layers: tuple[DraftLayerWeights, ...]
+    norm: Float[Array, " D"]
+
+
+def context(
+    weights: DraftWeights, config: DraftConfig, features: Float[Array, "B T LD"], positions: Int[Array, "B T"]
+) -> KVCache:
+    """Keys and values of every layer for the features of T tokens at their absolute positions."""
+    fused = rms_norm(
+        linear(features.astype(weights.fuse.dtype), weights.fuse), weights.context_norm, config.rms_norm_eps
+    )
+    cos_sin = angles(config.rope, config.head_dim, positions)
+    return KVCache(tuple(LayerCache(*_keys_values(fused, layer, config, cos_sin)) for layer in weights.layers))
+
+
+def denoise(
+    weights: DraftWeights,
+    config: DraftConfig,
+    embeddings: Float[Array, "B A K D"],
+    positions: Int[Array, "B A K"],
+    context: KVCache,
+    visible: Bool[Array, "B A T"],
+) -> Float[Array, "B A K D"]:
+    """Final hidden states of A blocks per sequence, each over the part of the context visible to it.
+
+    `embeddings` are the target's rows for [anchor, mask, ...]; the target's head turns the result into
+    logits, slot k predicting the token at its own position. Training has many blocks per sequence, serving
+    one; the arithmetic is the same.
+    """
+    cos_sin = angles(config.rope, config.head_dim, positions)
+    hidden = embeddings.astype(weights.fuse.dtype)
+    for layer, cached in zip(weights.layers, context.layers, strict=True):
+        normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
+        queries = linear(normed, layer.query, layer.query_bias)
+        queries = queries.reshape(*normed.shape[:-1], config.num_attention_heads, config.head_dim)
+        queries = rotate(rms_norm(queries, layer.query_norm, config.rms_norm_eps), *cos_sin)
+        keys, values = _keys_values(normed, layer, config, cos_sin)
+        attended = block_attention(queries, cached.keys, cached.values, visible, keys, values)
+        hidden = hidden + linear(attended.reshape(*normed.shape[:-1], -1), layer.output, layer.output_bias)
+        normed = rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps)
+        hidden = hidden + linear(jax.nn.silu(linear(normed, layer.gate)) * linear(normed, layer.up), layer.down)
+    return rms_norm(hidden, weights.norm, config.rms_norm_eps)
+
+
+def empty_cache(config: DraftConfig, batch: int, num_positions: int, dtype: DTypeLike) -> KVCache:
+    """A context cache for `batch` rows of `num_positions` positions."""
+    return kv_cache.empty(
+        config.num_hidden_layers, batch, num_positions, config.num_key_value_heads, config.head_dim, dtype
+    )
+
+
+def extend(cache: KVCache, new: KVCache, start: Int[Array, " B"]) -> KVCache:
+    """Append the context of T tokens, the first at position `start` of each row."""
+    return KVCache(
+        tuple(
+            kv_cache.write(layer, part.keys, part.values, start)
+            for layer, part in zip(cache.layers, new.layers, strict=True)
+        )
+    )
+
+
+def _keys_values(
+    inputs: Float[Array, "*batch D"], layer: DraftLayerWeights, config: DraftConfig, cos_sin: tuple[Array, Array]
+) -> tuple[Float[Array, "*batch G H"], Float[Array, "*batch G H"]]:
+    split = (*inputs.shape[:-1], config.num_key_value_heads, config.head_dim)
+    keys = rms_norm(linear(inputs, layer.key, layer.key_bias).reshape(split), layer.key_norm, config.rms_norm_eps)
+    return rotate(keys, *cos_sin), linear(inputs, layer.value, layer.value_bias).reshape(split)
+
+
+def random_weights(config: DraftConfig, key: Array, dtype: DTypeLike = jnp.float32) -> DraftWeights:
+    """Weights to start training from: normal, 1/sqrt(fan in), norms one, biases zero."""
+    d, f = config.hidden_size, config.intermediate_size
+    nh, gh = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    depth_scale = (2 * config.num_hidden_layers) ** -0.5  # keeps the residual stream's size flat with depth
+
+    def normal(key: Array, fan_in: int, fan_out: int, scale: float = 1.0) -> Array:
+        return (scale * fan_in**-0.5 * jax.random.normal(key, (fan_in, fan_out))).astype(dtype)
+
+    def bias(width: int) -> Array | None:
+        return jnp.zeros(width, dtype) if config.attention_bias else None
+
+    def layer(key: Array) -> DraftLayerWeights:
+        keys = jax.random.split(key, 7)
+        return DraftLayerWeights(
+            input_norm=jnp.ones(d, dtype),
+            query=normal(keys[0], d, nh),
+            key=normal(keys[1], d, gh),
+            value=normal(keys[2], d, gh),
+            output=normal(keys[3], nh, d, depth_scale),
+            query_norm=jnp.ones(config.head_dim, dtype),
+            key_norm=jnp.ones(config.head_dim, dtype),
+            mlp_norm=jnp.ones(d, dtype),
+            gate=normal(keys[4], d, f),
+            up=normal(keys[5], d, f),
+            down=normal(keys[6], f, d, depth_scale),
+            query_bias=bias(nh),
+            key_bias=bias(gh),
+            value_bias=bias(gh),
+            output_bias=bias(d),
+        )
+
+    keys = jax.random.split(key, config.num_hidden_layers + 1)
+    return DraftWeights(
+        fuse=normal(keys[0], config.feature_size, d),
+        context_norm=jnp.ones(d, dtype),
+        layers=tuple(layer(one) for one in keys[1:]),
+        norm=jnp.ones(d, dtype),
+    )

@@ -1,0 +1,109 @@
+"""Rotary position embedding, plain and YaRN, in the rotate-half layout."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pipeline.artifacts import PipelineError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """How positions become angles. `factor` None is plain RoPE; otherwise YaRN (Peng et al., 2309.00071).
+
+    `truncate` rounds YaRN's correction range to whole dimensions; GPT-OSS does not.
+    """
+
+    theta: float
+    factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_position_embeddings: int = 4096
+    truncate: bool = True
+    attention_factor: float | None = None
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Rope":
+        """Read either spelling of an HF config: `rope_parameters`, or `rope_theta` with `rope_scaling`.
+
+        Raises PipelineError when the two disagree or name a kind of RoPE that is not implemented.
+        """
+        new = config.get("rope_parameters")
+        old = config.get("rope_scaling")
+        given = dict(new if new is not None else old or {})
+        theta = given.pop("rope_theta", config.get("rope_theta"))
+        if theta is None:
+            raise PipelineError("config.json has no rope_theta (neither at top level nor in rope_parameters)")
+        if config.get("rope_theta", theta) != theta:
+            raise PipelineError(
+                f"config.json says rope_theta {config['rope_theta']} and rope_parameters.rope_theta {theta}; "
+                "they must agree"
+            )
+        kind = given.pop("rope_type", given.pop("type", "default"))
+        given.pop("type", None)
+        if kind == "default":
+            return cls(theta=float(theta))
+        known = {field.name for field in dataclasses.fields(cls)} - {"theta"}
+        unknown = sorted(key for key in given.keys() - known if given[key] is not None)
+        if kind != "yarn" or unknown:
+            raise PipelineError(f"RoPE of kind {kind!r} with {unknown or 'no other keys'}; known are default and yarn")
+        return cls(theta=float(theta), **{key: value for key, value in given.items() if value is not None})
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_parameters` dictionary of transformers 5."""
+        if self.factor is None:
+            return {"rope_type": "default", "rope_theta": self.theta}
+        values = dataclasses.asdict(self)
+        values["rope_theta"] = values.pop("theta")
+        return {"rope_type": "yarn", **{key: value for key, value in values.items() if value is not None}}
+
+
+def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, " half"], float]:
+    """Angle per position of each pair of dimensions, and the factor on cos and sin.
+
+    In float32 like transformers' `_compute_yarn_parameters`, so that long positions round alike.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = np.float32(1) / np.float32(rope.theta) ** exponent
+    if rope.factor is None:
+        return plain, 1.0
+
+    def dimension_of(rotations: float) -> float:
+        ratio = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # a ramp of no width would divide by zero
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    stretched = plain / np.float32(rope.factor)
+    scale = rope.attention_factor
+    if scale is None:
+        scale = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    return (stretched * ramp + plain * (1 - ramp)).astype(np.float32), scale
+
+
+def angles(
+    rope: Rope, head_dim: int, positions: Int[Array, "*batch"]
+) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
+    """cos and sin of every position, float32, YaRN's attention factor included."""
+    inverse, scale = frequencies(rope, head_dim)
+    radians = positions[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(radians) * scale, jnp.sin(radians) * scale
+
+
+def rotate(
+    heads: Float[Array, "*batch N H"], cos: Float[Array, "*batch half"], sin: Float[Array, "*batch half"]
+) -> Float[Array, "*batch N H"]:
+    """Rotate every head by its position's angles, first half of its dimensions against the second."""
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)  # bf16 angles lose whole radians
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(heads.dtype)

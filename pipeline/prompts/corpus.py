@@ -1,0 +1,78 @@
+"""The embedded corpus: templated conversations that a tiny model learns in minutes.
+
+The answer is a function of the question and the effort, so what is left to chance is in the prompt alone.
+Numbers are small and every step is written out, because four narrow layers cannot carry two steps at once.
+"""
+
+import dataclasses
+import random
+
+from pipeline.artifacts import PipelineError
+from pipeline.prompts.families import functions, numbers, sequences, tables, words
+from pipeline.prompts.families.exchange import Exchange
+from pipeline.prompts.messages import EFFORTS, effort_problem
+
+FAMILIES = (
+    numbers.addition,
+    numbers.subtraction,
+    numbers.multiplication,
+    numbers.story,
+    numbers.conversion,
+    sequences.counting,
+    sequences.continuation,
+    sequences.ordering,
+    sequences.extreme,
+    sequences.parity,
+    words.letters,
+    words.repetition,
+    words.tally,
+    words.weekday,
+    functions.definition,
+    functions.branch,
+    functions.loop,
+    tables.pairs_table,
+    tables.times_table,
+    tables.json_object,
+)
+OPENINGS = ("", "", "Please help. ", "Task: ", "Question: ")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One user turn and both channels of its answer, as plain text."""
+
+    prompt: str
+    effort: str
+    analysis: str
+    final: str
+
+
+def conversation(seed: int, index: int, effort: str | None = None) -> Conversation:
+    """The `index`-th conversation of the corpus `seed`; without `effort` one of the three is drawn.
+
+    The prompt and the final answer do not depend on the effort, the analysis grows with it. Raises
+    PipelineError for an unknown effort.
+    """
+    problem = effort_problem(effort) if effort is not None else None
+    if problem is not None:
+        raise PipelineError(problem)
+    rng = random.Random(f"{seed}/{index}")
+    drawn = rng.choice(EFFORTS)  # drawn in any case: the prompt must not depend on who chose the effort
+    effort = drawn if effort is None else effort
+    opening = rng.choice(OPENINGS)
+    exchange = rng.choice(FAMILIES)(rng)
+    return Conversation(
+        prompt=opening + exchange.question,
+        effort=effort,
+        analysis=_analysis(exchange, effort),
+        final=exchange.answer,
+    )
+
+
+def _analysis(exchange: Exchange, effort: str) -> str:
+    parts = {
+        "low": (exchange.steps,),
+        "medium": (exchange.plan, exchange.steps),
+        "high": (exchange.plan, exchange.steps, exchange.check),
+    }
+    return " ".join(parts[effort])

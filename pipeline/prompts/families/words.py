@@ -1,0 +1,83 @@
+"""Letters, repeated words, colors and days."""
+
+import random
+import string
+
+from pipeline.prompts.families.exchange import COLORS, NAMES, Exchange, listed, worded
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def letters(rng: random.Random) -> Exchange:
+    """Write a few letters backwards or as one word."""
+    items = rng.sample(string.ascii_uppercase, rng.randint(4, 6))
+    backwards = rng.random() < 0.5
+    result = items[::-1] if backwards else items
+    task = "backwards" if backwards else "forwards"
+    forms = (
+        ("Write the letters {items} {task} as a list.", "{result}"),
+        ("Say {items} {task}.", "{task}: {result}"),
+        ("Spell the word {word} {task}, one letter at a time.", "The letters are {result}."),
+        ("Take the word {word} and list its letters {task}.", "Here it is: {result}"),
+    )
+    slots = {"items": listed(items), "word": "-".join(items), "task": task, "result": listed(result)}
+    question, answer = worded(rng, forms, **slots)
+    steps = f"There are {len(items)} letters. The first is {result[0]} and the last is {result[-1]}."
+    plan = f"Go {task} one letter at a time."
+    return Exchange(question, plan, steps, f"So we get {' '.join(result)}.", answer)
+
+
+def repetition(rng: random.Random) -> Exchange:
+    """Write a word, or two in turn, a number of times."""
+    words = rng.sample((*COLORS, *NAMES), rng.choice((1, 2)))
+    times = rng.randint(3, 8)
+    phrase = " and ".join(words)
+    result = listed(words * times)
+    numbered = ", ".join(f"{i} {' '.join(words)}" for i in range(1, times + 1))
+    forms = (
+        ("Write {phrase} {times} times.", "{result}"),
+        ("Say {phrase} {times} times in a row.", "Here it is: {result}"),
+        ("Repeat {phrase} {times} times and number them.", "{numbered}"),
+        ("Make a list with {phrase} {times} times.", "The list is {result}."),
+    )
+    question, answer = worded(rng, forms, phrase=phrase, times=times, result=result, numbered=numbered)
+    steps = f"Write {phrase}, {times} times."
+    check = f"That is {times} x {len(words)} = {times * len(words)} words."
+    return Exchange(question, "Repeat and count.", steps, check, answer)
+
+
+def tally(rng: random.Random) -> Exchange:
+    """How often one color stands in a short row of colors."""
+    pair = rng.sample(COLORS, 2)
+    row = [rng.choice(pair) for _ in range(rng.randint(4, 7))]
+    wanted = rng.choice(pair)
+    forms = (
+        ("How many times is {wanted} in {row}?", "{wanted} is there {n} times."),
+        ("Count {wanted} in the list {row}.", "There are {n} of {wanted}."),
+        ("Here is a row: {row}. How many are {wanted}?", "{n} are {wanted}."),
+        ("In {row}, how many are {wanted}?", "The number is {n}."),
+    )
+    n = row.count(wanted)
+    question, answer = worded(rng, forms, wanted=wanted, row=listed(row), n=n)
+    seen, walk = 0, []
+    for color in row:
+        seen += color == wanted
+        walk.append(f"{color} {seen}")
+    return Exchange(question, f"Count each {wanted}.", f"{listed(walk)}.", f"So {wanted} is there {n} times.", answer)
+
+
+def weekday(rng: random.Random) -> Exchange:
+    """Step forwards or backwards through the week."""
+    start, days = rng.randrange(7), rng.randint(2, 7)
+    sign, word = (1, "after") if rng.random() < 0.6 else (-1, "before")
+    walk = [DAYS[(start + sign * i) % 7] for i in range(1, days + 1)]
+    forms = (
+        ("What day is {days} days {word} {start}?", "It is {end}."),
+        ("Today is {start}. Which day is {days} days {word} that?", "{days} days {word} {start} is {end}."),
+        ("{name} comes {days} days {word} {start}. On which day is that?", "{name} comes on {end}."),
+        ("Go from {start} to {days} days {word} it. Which day is it?", "The day is {end}."),
+    )
+    slots = {"days": days, "word": word, "start": DAYS[start], "end": walk[-1], "name": rng.choice(NAMES)}
+    question, answer = worded(rng, forms, **slots)
+    steps = ", ".join(f"{i} {day}" for i, day in enumerate(walk, start=1)) + "."
+    return Exchange(question, f"Go {days} days, one at a time.", steps, f"So it is {walk[-1]}.", answer)

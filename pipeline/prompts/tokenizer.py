@@ -1,0 +1,132 @@
+"""The tiny target's tokenizer, and the fingerprints of any tokenizer on disk."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pipeline.artifacts import PipelineError, file_sha256
+from pipeline.prompts.messages import EFFORTS
+
+MASK_TOKEN = "<|reserved_200000|>"  # what the published GPT-OSS drafts use: dflash_config.mask_token_id 200000
+SPECIAL_TOKENS = (  # spelled and ordered as in o200k_harmony, gaps left out
+    "<|startoftext|>",
+    "<|endoftext|>",
+    MASK_TOKEN,
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+)
+TEMPLATE_FILE = Path(__file__).with_name("tiny_chat_template.jinja")
+TEMPLATE_WORDS = (
+    "system",
+    "Reasoning",
+    *(f" {effort}" for effort in EFFORTS),
+    "user",
+    "assistant",
+    "analysis",
+    "final",
+)
+# one digit a token, so that sums are learned by place; words take the space before them, digits do not
+PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+NUM_BYTES = 256
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens, the special ones last.
+
+    `texts` are plain (no special tokens); the words that the chat template adds to each conversation are
+    counted in. The same texts give the same tokenizer. Raises PipelineError when `vocab_size` cannot hold
+    the 256 bytes and the special tokens, or the texts cannot fill it.
+    """
+    smallest = NUM_BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise PipelineError(
+            f"vocab_size is {vocab_size}; it must be at least {smallest}: {NUM_BYTES} bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens; 512 is a good size for the embedded corpus"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_with_template_words(texts), trainer)
+    found = tokenizer.get_vocab_size() + len(SPECIAL_TOKENS)
+    if found != vocab_size:
+        raise PipelineError(
+            f"the texts fill a vocabulary of {found} tokens, wanted {vocab_size}; give more texts or a smaller one"
+        )
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|startoftext|>",
+        eos_token="<|return|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE_FILE.read_text(encoding="utf-8"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an HF directory, without asking the hub; PipelineError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{directory} holds no tokenizer that transformers opens: {error}") from error
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[int]:
+    """The ids of control tokens by their spelling; PipelineError naming every one the tokenizer lacks."""
+    added = tokenizer.get_added_vocab()
+    texts = list(texts)
+    missing = [text for text in texts if text not in added]
+    if missing:
+        raise PipelineError(
+            f"the tokenizer {tokenizer.name_or_path or '(in memory)'} lacks {', '.join(missing)}; "
+            "wanted a Harmony tokenizer: GPT-OSS's own, or the one of stage=target"
+        )
+    return [added[text] for text in texts]
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 (hex) of the bytes of `tokenizer.json` in `directory`."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise PipelineError(f"no tokenizer.json in {directory}; give a directory made by save_pretrained")
+    return file_sha256(path)
+
+
+def chat_template_fingerprint(directory: Path) -> str:
+    """sha256 (hex) of the chat template's text: `chat_template.jinja`, or that of `tokenizer_config.json`."""
+    path, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if path.is_file():
+        return file_sha256(path)
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    if not isinstance(template, str):
+        raise PipelineError(
+            f"no chat template in {directory} (neither chat_template.jinja nor chat_template in "
+            "tokenizer_config.json); copy chat_template.jinja from the target's repository"
+        )
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def _with_template_words(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        yield from TEMPLATE_WORDS

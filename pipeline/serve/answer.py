@@ -1,0 +1,104 @@
+"""One request's answer as it grows: its text by channel, why it ended, and what it used."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from pipeline.dflash.acceptance import Acceptance
+from pipeline.serve.engine import Update
+from pipeline.serve.text import Reader, StopStrings
+
+
+class Answer:
+    """Reads a request's updates. `block_size` None: the plain arm, which has no rounds.
+
+    Stop strings are looked for in `stop_channel` alone; the token that completes one is the answer's last,
+    and the rest of its round is dropped.
+    """
+
+    def __init__(
+        self, reader: Reader, *, stop: Sequence[str], stop_channel: str, prompt_tokens: int, block_size: int | None
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.texts: dict[str, str] = {}
+        self._reader = reader
+        self._stop = StopStrings(stop) if stop else None
+        self._stop_channel = stop_channel
+        self._block_size = block_size
+        self._kept: list[int] = []
+
+    def take(self, update: Update) -> list[tuple[str, str]]:
+        """The new pieces of text, each with its channel; `finish_reason` tells whether they are the last."""
+        pieces: list[tuple[str, str]] = []
+        before = len(self.token_ids)
+        # one by one, to know which token completes a stop string; all at once is quicker
+        steps = [update.token_ids] if self._stop is None else [(token_id,) for token_id in update.token_ids]
+        for step in steps:
+            self.token_ids += step
+            pieces += self._visible(self._reader.push(step))
+            if self._stop is not None and self._stop.found:
+                self.finish_reason = "stop"
+                break
+        if update.kept is not None:
+            self._kept.append(min(update.kept, len(self.token_ids) - before - 1))
+        if self.finish_reason is None and update.finish_reason is not None:
+            self.finish_reason = update.finish_reason
+            pieces += self._visible(self._reader.finish(cut_off=update.finish_reason == "length"))
+            if self._stop is not None and self._stop.found:
+                self.finish_reason = "stop"
+            elif self._stop is not None:
+                pieces.append((self._stop_channel, self._stop.flush()))
+        pieces = list(_merged(pieces))
+        for channel, text in pieces:
+            self.texts[channel] = self.texts.get(channel, "") + text
+        return pieces
+
+    def acceptance(self) -> Acceptance | None:
+        """This answer's rounds; None on the plain arm."""
+        return None if self._block_size is None else Acceptance.of(self._kept, self._block_size)
+
+    def _visible(self, pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        for channel, text in pieces:
+            if self._stop is not None and channel == self._stop_channel:
+                yield channel, self._stop.push(text)
+            else:
+                yield channel, text
+
+
+def usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    """OpenAI's usage object over the answers of one HTTP request.
+
+    Rejected prediction tokens are drafts that the target did not keep; they are no completion tokens.
+    """
+    prompt = sum(answer.prompt_tokens for answer in answers)
+    completion = sum(len(answer.token_ids) for answer in answers)
+    told: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    counted = [acceptance for acceptance in (answer.acceptance() for answer in answers) if acceptance is not None]
+    if counted:
+        kept = sum(acceptance.num_kept for acceptance in counted)
+        drafted = sum(acceptance.num_rounds * (acceptance.block_size - 1) for acceptance in counted)
+        told["completion_tokens_details"] = {
+            "accepted_prediction_tokens": kept,
+            "rejected_prediction_tokens": drafted - kept,
+        }
+    return told
+
+
+def _merged(pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Neighbours of one channel joined, empty pieces left out."""
+    current, texts = None, []
+    for channel, text in pieces:
+        if not text:
+            continue
+        if channel != current and texts:
+            yield current, "".join(texts)
+            texts = []
+        current = channel
+        texts.append(text)
+    if texts:
+        yield current, "".join(texts)

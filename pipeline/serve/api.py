@@ -1,0 +1,293 @@
+"""OpenAI's HTTP endpoints over a worker. Decoding is greedy: a request without a temperature gets temperature 0."""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.artifacts import PipelineError
+from pipeline.prompts.harmony import render_prompt
+from pipeline.serve import metrics, schema
+from pipeline.serve.answer import Answer, usage
+from pipeline.serve.engine import Engine
+from pipeline.serve.replies import ChatReplies, CompletionReplies, Replies
+from pipeline.serve.scheduler import Request
+from pipeline.serve.schema import Refusal
+from pipeline.serve.text import FINAL, TEXT, ChannelReader, PlainReader
+from pipeline.serve.worker import Stream, Unavailable, Worker
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+
+
+class Call:
+    """One HTTP request's generations, one per prompt, all accepted by the engine."""
+
+    def __init__(self, stream: Stream, answers: Sequence[Answer], replies: Replies, counters: metrics.Counters) -> None:
+        self.replies = replies
+        self.answers = answers
+        self._stream = stream
+        self._index = {request_id: index for index, request_id in enumerate(stream.request_ids)}
+        self._counters = counters
+        counters.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
+        self._lost = "cancelled"  # what became of answers that are not finished
+
+    async def pieces(self) -> AsyncIterator[tuple[int, list[tuple[str, str]]]]:
+        """The index of an answer and its new text, until all are finished; raises Unavailable."""
+        try:
+            async for update in self._stream.updates():
+                index = self._index[update.request_id]
+                answer = self.answers[index]
+                before = len(answer.token_ids)
+                new = answer.take(update)
+                self._counters.generated_tokens += len(answer.token_ids) - before
+                if answer.finish_reason is not None:
+                    self._counters.requests[answer.finish_reason] += 1
+                    self._stream.cancel(update.request_id)  # a stop string ends it before the engine does
+                yield index, new
+        except Unavailable:
+            self._lost = "failed"
+            raise
+
+    async def whole(self) -> dict[str, Any]:
+        """The reply to a request that does not stream."""
+        async for _ in self.pieces():
+            pass
+        return self.replies.whole(self.answers)
+
+    async def events(self, *, with_usage: bool) -> AsyncIterator[str]:
+        """The reply as server-sent events; a failure on the way is told as an error event."""
+        for chunk in self.replies.opening(len(self.answers)):
+            yield _event(chunk)
+        try:
+            async for index, new in self.pieces():
+                answer = self.answers[index]
+                for chunk in self.replies.chunks(index, new, answer):
+                    yield _event({**chunk, "usage": None} if with_usage else chunk)
+        except Unavailable as error:
+            yield _event(_unavailable(error).body)
+            return
+        if with_usage:
+            yield _event({**self.replies.chunk([]), "usage": usage(self.answers)})
+        yield "data: [DONE]\n\n"
+
+    def close(self) -> None:
+        """Cancel what is still being generated; called once, however the request ends."""
+        self._stream.close()
+        self._counters.requests[self._lost] += sum(answer.finish_reason is None for answer in self.answers)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that tell when the response is over: sent, broken off or abandoned."""
+
+    def __init__(self, events: AsyncIterator[str], *, closed: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._closed = closed
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI's entry."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._closed()
+
+
+class Api:
+    """The endpoints' state: one served model."""
+
+    def __init__(
+        self, worker: Worker, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, model: str, effort: str
+    ) -> None:
+        self.model = model
+        self.counters = metrics.Counters()
+        self.engine = engine  # its sizes and counters are read here; the worker's thread alone runs it
+        self.worker = worker
+        self._tokenizer = tokenizer
+        self._effort = effort
+        self._created = int(time.time())
+
+    async def completions(self, http: HttpRequest) -> Response:
+        """POST /v1/completions: text, or tokens, continued as they are."""
+        asked = schema.read_completion(await _body(http), self.model)
+        prompts = [
+            prompt if isinstance(prompt, tuple) else tuple(self._tokenizer.encode(prompt, add_special_tokens=False))
+            for prompt in asked.prompts
+        ]
+        replies = CompletionReplies(f"cmpl-{secrets.token_hex(12)}", self.model, asked.return_token_ids)
+        return await self._answer(http, asked, prompts, replies)
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """POST /v1/chat/completions: messages in Harmony, analysis and final apart."""
+        asked = schema.read_chat(await _body(http), self.model)
+        try:
+            prompt = render_prompt(self._tokenizer, asked.messages, asked.effort or self._effort)
+        except PipelineError as error:
+            raise Refusal(str(error), param="messages") from error
+        replies = ChatReplies(f"chatcmpl-{secrets.token_hex(12)}", self.model)
+        return await self._answer(http, asked, [tuple(prompt)], replies)
+
+    def models(self) -> dict[str, Any]:
+        """GET /v1/models."""
+        return {"object": "list", "data": [self._model()]}
+
+    def retrieve_model(self, name: str) -> dict[str, Any]:
+        """GET /v1/models/{name}."""
+        if name != self.model:
+            raise Refusal(
+                f"the model {name!r} is not served here; served: {self.model!r}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        return self._model()
+
+    def health(self) -> JSONResponse:
+        """GET /health: 200 while the engine runs, 503 with the reason once it has failed."""
+        if self.worker.failure is not None:
+            return JSONResponse({"status": "failed", "reason": self.worker.failure}, 503)
+        return JSONResponse({"status": "ok"})
+
+    def metrics(self) -> PlainTextResponse:
+        """GET /metrics."""
+        text = metrics.exposition(self.counters, self.engine, healthy=self.worker.failure is None)
+        return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
+
+    async def _answer(
+        self,
+        http: HttpRequest,
+        asked: schema.Completion | schema.Chat,
+        prompts: list[tuple[int, ...]],
+        replies: Replies,
+    ) -> Response:
+        requests = [
+            Request(
+                request_id=f"{replies.reply_id}-{index}",
+                prompt_ids=prompt,
+                max_new_tokens=self._room(prompt, asked.max_tokens, replies.prompt_param),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        try:
+            stream = await self.worker.submit(requests)
+        except PipelineError as error:
+            raise Refusal(str(error), param=replies.prompt_param) from error
+        except Unavailable as error:
+            raise _unavailable(error) from error
+        chat = isinstance(asked, schema.Chat)
+        answers = [
+            Answer(
+                ChannelReader(self._tokenizer) if chat else PlainReader(self._tokenizer),
+                stop=asked.stop,
+                stop_channel=FINAL if chat else TEXT,
+                prompt_tokens=len(prompt),
+                block_size=self.engine.block_size,
+            )
+            for prompt in prompts
+        ]
+        call = Call(stream, answers, replies, self.counters)
+        if asked.stream:
+            return EventStream(call.events(with_usage=asked.stream_usage), closed=call.close)
+        return await _while_connected(http, call)
+
+    def _room(self, prompt: tuple[int, ...], max_tokens: int | None, param: str) -> int:
+        """How many tokens to generate; raises Refusal when the engine has not room for them."""
+        wanted = 1 if max_tokens is None else max_tokens
+        if len(prompt) + wanted > self.engine.max_length:
+            told = "at least one more is" if max_tokens is None else f"{max_tokens} more are"
+            raise Refusal(
+                f"the prompt has {len(prompt)} tokens and {told} wanted, {len(prompt) + wanted} in all; this server's "
+                f"context is {self.engine.max_length} tokens: shorten the prompt, lower max_tokens, or start the "
+                "server with a larger serve.max_length",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return self.engine.max_length - len(prompt) if max_tokens is None else max_tokens
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "pipeline",
+            "max_model_len": self.engine.max_length,
+        }
+
+
+def create_app(api: Api) -> FastAPI:
+    """The routes, and every error in OpenAI's shape."""
+    app = FastAPI(title=f"{api.model}, DFLASH", docs_url=None, redoc_url=None, openapi_url=None)
+    app.post("/v1/completions", response_model=None)(api.completions)
+    app.post("/v1/chat/completions", response_model=None)(api.chat)
+    app.get("/v1/models")(api.models)
+    app.get("/v1/models/{name:path}")(api.retrieve_model)
+    app.get("/health", response_model=None)(api.health)
+    app.get("/metrics", response_model=None)(api.metrics)
+
+    @app.exception_handler(Refusal)
+    async def refused(http: HttpRequest, error: Refusal) -> JSONResponse:
+        if http.method == "POST":
+            api.counters.requests["refused" if error.status < 500 else "failed"] += 1
+        return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(http: HttpRequest, error: Unavailable) -> JSONResponse:
+        refusal = _unavailable(error)
+        return JSONResponse(refusal.body, refusal.status)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(http: HttpRequest, error: HTTPException) -> JSONResponse:
+        routes = "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health, GET /metrics"
+        message = f"{http.method} {http.url.path}: {error.detail}; served: {routes}"
+        return JSONResponse(Refusal(message).body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def broken(http: HttpRequest, error: Exception) -> JSONResponse:
+        # Starlette raises the error again behind this reply, so that the log has its traceback
+        message = f"{type(error).__name__} in the server; its log tells more"
+        return JSONResponse(Refusal(message, kind="server_error").body, 500)
+
+    return app
+
+
+async def _body(http: HttpRequest) -> Any:
+    try:
+        return json.loads(await http.body())
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"the body is not JSON ({error}); send a JSON object") from error
+
+
+async def _while_connected(http: HttpRequest, call: Call) -> Response:
+    """The whole reply, given up when the client goes away."""
+    done, gone = asyncio.create_task(call.whole()), asyncio.create_task(_disconnected(http))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return JSONResponse(done.result())
+    finally:
+        for task in (done, gone):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Unavailable):
+                await task
+        call.close()
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _unavailable(error: Unavailable) -> Refusal:
+    return Refusal(str(error), code="engine_unavailable", status=error.status, kind="server_error")
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"

@@ -1,0 +1,262 @@
+"""The DFLASH runtime: batched greedy decoding, plain or with a draft, requests coming and going."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pipeline.artifacts import PipelineError
+from pipeline.dflash import acceptance
+from pipeline.dflash.acceptance import Acceptance
+from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.serve import programs
+from pipeline.serve.scheduler import Request, Scheduler
+
+PREFILL_ROWS = 8  # prompts a prefill program runs side by side, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A draft to decode with."""
+
+    weights: DraftWeights
+    config: DraftConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one step gave one request. `kept` is the round's kept count; None for prefill and plain steps."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    kept: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A request's whole answer; `kept` has one entry per DFLASH round."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    kept: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Where an engine's time went. A prompt's first token counts to prefill."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+class Engine:
+    """Greedy decoding over a fixed number of slots; owned by one thread.
+
+    `max_length` bounds prompt plus generated tokens of a request; prompts run in chunks of `prefill_chunk`.
+    A generation ends with a token of `stop_token_ids` (included in the answer) or at its length. With a
+    draft, each step is one DFLASH round; without one, one token.
+    """
+
+    def __init__(
+        self,
+        target_weights: GptOssWeights,
+        target_config: GptOssConfig,
+        *,
+        stop_token_ids: Sequence[int],
+        slots: int,
+        max_length: int,
+        prefill_chunk: int,
+        draft: Draft | None = None,
+    ) -> None:
+        if max_length > target_config.max_position_embeddings:
+            raise PipelineError(
+                f"max_length is {max_length}; the target has {target_config.max_position_embeddings} positions"
+            )
+        self._weights, self._config, self._draft = target_weights, target_config, draft
+        self._draft_weights = None if draft is None else draft.weights
+        self._draft_config = None if draft is None else draft.config
+        self._stops = frozenset(stop_token_ids)
+        self._stop_ids = jnp.asarray(sorted(self._stops), dtype=jnp.int32)
+        self._chunk = prefill_chunk
+        self._rows = min(slots, PREFILL_ROWS)
+        self._scheduler = Scheduler(slots)
+        self.slots = slots
+        self.max_length = max_length
+        self.block_size = None if draft is None else draft.config.block_size
+        self.acceptance = acceptance.empty(self.block_size or 1)
+        self.clock = Clock()
+        slack = max(prefill_chunk, self.block_size or 1)  # a write never passes the end of a row
+        self._state = programs.empty_state(
+            target_config, self._draft_config, slots, max_length + slack, target_weights.embedding.dtype
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._scheduler.running) or self._scheduler.num_waiting > 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot yet."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a slot."""
+        return len(self._scheduler.running)
+
+    def check(self, request: Request) -> None:
+        """Raise PipelineError when a request cannot be run: empty, too long, or not the target's tokens."""
+        prompt, new = len(request.prompt_ids), request.max_new_tokens
+        if prompt == 0 or new < 1:
+            raise PipelineError(f"prompt has {prompt} tokens and max_new_tokens is {new}; both must be at least 1")
+        if prompt + new > self.max_length:
+            raise PipelineError(
+                f"prompt has {prompt} tokens and {new} more are wanted, {prompt + new} in all; the engine holds "
+                f"{self.max_length}: shorten either, or raise its max_length"
+            )
+        vocab_size = self._config.vocab_size
+        outside = [token for token in request.prompt_ids if not 0 <= token < vocab_size]
+        if outside:
+            raise PipelineError(f"prompt has token ids {outside[:5]}; the target knows 0..{vocab_size - 1}")
+        if self._scheduler.knows(request.request_id):
+            raise PipelineError(f"request id {request.request_id!r} is already in use")
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises PipelineError as `check` does."""
+        self.check(request)
+        self._scheduler.add(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, waiting or running; unknown ids are no error (it may just have finished)."""
+        slot = self._scheduler.drop(request_id)
+        if slot is not None:
+            state = self._state
+            self._state = dataclasses.replace(state, active=state.active.at[slot].set(False))
+
+    def step(self) -> list[Update]:
+        """Prefill what has just found a slot, then run one round; returns what every request got."""
+        updates = []
+        admitted = self._scheduler.admit()
+        started = time.perf_counter()
+        for at in range(0, len(admitted), self._rows):
+            updates += self._prefill(admitted[at : at + self._rows])
+        prefilled = time.perf_counter()
+        rounds = self._decode() if self._scheduler.running else []
+        clock = self.clock
+        self.clock = Clock(
+            prefill_tokens=clock.prefill_tokens + sum(len(request.prompt_ids) for _, request in admitted),
+            prefill_seconds=clock.prefill_seconds + prefilled - started,
+            decode_tokens=clock.decode_tokens + sum(len(update.token_ids) for update in rounds),
+            decode_seconds=clock.decode_seconds + time.perf_counter() - prefilled,
+        )
+        return updates + rounds
+
+    def warm_up(self) -> None:
+        """Compile every program, with one request that leaves no trace in the counters."""
+        before = self.acceptance, self.clock
+        list(self.generate([Request(request_id="warm-up", prompt_ids=(0,), max_new_tokens=2)]))
+        self._decode()  # a first token that stops the generation would leave this one for the first request
+        self.acceptance, self.clock = before
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Finished]:
+        """Run requests through the slots, yielding each as it finishes."""
+        source = iter(requests)
+        tokens: dict[str, list[int]] = {}
+        kept: dict[str, list[int]] = {}
+        while True:
+            room = self.slots - self.num_running - self.num_waiting
+            for request in itertools.islice(source, max(room, 0)):
+                self.add(request)
+                tokens[request.request_id], kept[request.request_id] = [], []
+            if not self.has_work:
+                return
+            for update in self.step():
+                tokens[update.request_id] += update.token_ids
+                if update.kept is not None:
+                    kept[update.request_id].append(update.kept)
+                if update.finish_reason is not None:
+                    yield Finished(
+                        request_id=update.request_id,
+                        token_ids=tuple(tokens.pop(update.request_id)),
+                        finish_reason=update.finish_reason,
+                        kept=tuple(kept.pop(update.request_id)),
+                    )
+
+    def _prefill(self, admitted: Sequence[tuple[int, Request]]) -> list[Update]:
+        updates = []
+        longest = max(len(request.prompt_ids) for _, request in admitted)
+        for start in range(0, longest, self._chunk):
+            rows = np.full(self._rows, self.slots, np.int32)  # past the last slot: dropped
+            ids = np.zeros((self._rows, self._chunk), np.int32)
+            counts, budget = np.ones(self._rows, np.int32), np.zeros(self._rows, np.int32)
+            is_last = np.zeros(self._rows, bool)
+            for place, (slot, request) in enumerate(admitted):
+                part = request.prompt_ids[start : start + self._chunk]
+                if part:
+                    rows[place], ids[place, : len(part)], counts[place] = slot, part, len(part)
+                    budget[place] = request.max_new_tokens
+                    is_last[place] = start + self._chunk >= len(request.prompt_ids)
+            self._state, given = programs.prefill(
+                self._weights,
+                self._draft_weights,
+                self._state,
+                rows,
+                ids,
+                np.full(self._rows, start, np.int32),
+                counts,
+                budget,
+                is_last,
+                self._stop_ids,
+                config=self._config,
+                draft_config=self._draft_config,
+            )
+            if is_last.any():
+                updates += self._collect(given, {place: slot for place, (slot, _) in enumerate(admitted)}, False)
+        return updates
+
+    def _decode(self) -> list[Update]:
+        if self._draft is None:
+            self._state, given = programs.plain_step(self._weights, self._state, self._stop_ids, config=self._config)
+        else:
+            self._state, given = programs.dflash_round(
+                self._weights,
+                self._draft_weights,
+                self._state,
+                self._stop_ids,
+                config=self._config,
+                draft_config=self._draft_config,
+            )
+        return self._collect(given, {slot: slot for slot in self._scheduler.running}, self._draft is not None)
+
+    def _collect(self, given: programs.Yield, slot_of_row: dict[int, int], is_round: bool) -> list[Update]:
+        tokens, counts, finished = jax.device_get((given.token_ids, given.num_tokens, given.finished))
+        updates, rounds = [], []
+        for row, slot in slot_of_row.items():
+            count = int(counts[row])
+            if count == 0:
+                continue
+            request = self._scheduler.running[slot]
+            new = tuple(int(token) for token in tokens[row, :count])
+            reason = None
+            if finished[row]:
+                reason = "stop" if new[-1] in self._stops else "length"
+                self._scheduler.release(slot)
+            kept = count - 1 if is_round else None
+            if is_round:
+                rounds.append(count - 1)
+            updates.append(
+                Update(request_id=request.request_id, token_ids=new, finish_reason=reason, kept=kept)
+            )
+        if rounds:
+            self.acceptance += Acceptance.of(rounds, self.block_size)
+        return updates

@@ -1,0 +1,110 @@
+"""The bodies that go back: OpenAI's completion and chat completion objects, whole and in chunks."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.serve.answer import Answer, usage
+from pipeline.serve.text import ANALYSIS, FINAL, TEXT
+
+
+class CompletionReplies:
+    """Replies of /v1/completions; with `token_ids`, each choice carries the tokens of its text too (as vLLM's)."""
+
+    prompt_param = "prompt"
+
+    def __init__(self, reply_id: str, model: str, token_ids: bool) -> None:
+        self.reply_id = reply_id
+        self._model = model
+        self._created = int(time.time())
+        self._token_ids = token_ids
+        self._sent: dict[int, int] = {}  # tokens already sent, by choice
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The reply in one."""
+        choices = [
+            self._choice(index, answer.texts.get(TEXT, ""), answer.finish_reason, answer.token_ids)
+            for index, answer in enumerate(answers)
+        ]
+        return {**self.chunk(choices), "usage": usage(answers)}
+
+    def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
+        """Chunks sent before any text: none."""
+        yield from ()
+
+    def chunks(self, index: int, pieces: list[tuple[str, str]], answer: Answer) -> Iterator[dict[str, Any]]:
+        """Chunks for new pieces of an answer."""
+        new = answer.token_ids[self._sent.get(index, 0) :]
+        if pieces or answer.finish_reason is not None or (new and self._token_ids):
+            self._sent[index] = len(answer.token_ids)
+            text = "".join(text for _, text in pieces)
+            yield self.chunk([self._choice(index, text, answer.finish_reason, new)])
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The object around choices."""
+        return {
+            "id": self.reply_id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _choice(self, index: int, text: str, finish_reason: str | None, token_ids: Sequence[int]) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        return {**choice, "token_ids": list(token_ids)} if self._token_ids else choice
+
+
+class ChatReplies:
+    """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use."""
+
+    prompt_param = "messages"
+
+    def __init__(self, reply_id: str, model: str) -> None:
+        self.reply_id = reply_id
+        self._model = model
+        self._created = int(time.time())
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The reply in one."""
+        choices = []
+        for index, answer in enumerate(answers):
+            analysis = answer.texts.get(ANALYSIS)
+            message = {"role": "assistant", "content": answer.texts.get(FINAL, ""), "refusal": None}
+            message |= {"reasoning_content": analysis, "reasoning": analysis}
+            choices.append(
+                {"index": index, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+            )
+        return {**self._reply("chat.completion", choices), "usage": usage(answers)}
+
+    def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
+        """Chunks sent before any text: who speaks."""
+        for index in range(num_answers):
+            yield self._delta(index, {"role": "assistant", "content": ""}, None)
+
+    def chunks(self, index: int, pieces: list[tuple[str, str]], answer: Answer) -> Iterator[dict[str, Any]]:
+        """Chunks for new pieces of an answer."""
+        for channel, text in pieces:
+            names = ("reasoning_content", "reasoning") if channel == ANALYSIS else ("content",)
+            yield self._delta(index, dict.fromkeys(names, text), None)
+        if answer.finish_reason is not None:
+            yield self._delta(index, {}, answer.finish_reason)
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The object around choices."""
+        return self._reply("chat.completion.chunk", choices)
+
+    def _delta(self, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        return self.chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
+
+    def _reply(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.reply_id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+
+Replies = CompletionReplies | ChatReplies

@@ -1,0 +1,268 @@
+"""What clients may ask for: OpenAI bodies, checked key by key. What is not served is refused, never ignored."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.prompts.messages import EFFORTS, effort_problem
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+MAX_STOP_STRINGS = 16
+
+# Options that greedy decoding without tools does not serve: the values that ask for nothing, and what to do.
+_GREEDY = "decoding is greedy: use {} or leave it out"
+_UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "temperature": ((0,), _GREEDY.format(0)),
+    "top_p": ((1,), _GREEDY.format(1)),
+    "top_k": ((-1, 0, 1), _GREEDY.format(1)),
+    "min_p": ((0,), _GREEDY.format(0)),
+    "n": ((1,), _GREEDY.format(1)),
+    "best_of": ((1,), _GREEDY.format(1)),
+    "presence_penalty": ((0,), "penalties are not supported: use 0 or leave it out"),
+    "frequency_penalty": ((0,), "penalties are not supported: use 0 or leave it out"),
+    "repetition_penalty": ((1,), "penalties are not supported: use 1 or leave it out"),
+    "length_penalty": ((1,), "penalties are not supported: use 1 or leave it out"),
+    "logit_bias": (({},), "logit bias is not supported: leave it out"),
+    "logprobs": ((False,), "log probabilities are not supported: leave it out"),
+    "top_logprobs": ((0,), "log probabilities are not supported: leave it out"),
+    "prompt_logprobs": ((), "log probabilities are not supported: leave it out"),
+    "use_beam_search": ((False,), _GREEDY.format("false")),
+    "ignore_eos": ((False,), "generations end at the model's stop tokens: use false or leave it out"),
+    "min_tokens": ((0,), "a least length is not supported: use 0 or leave it out"),
+    "stop_token_ids": (([],), "further stop tokens are not supported: use stop, with strings"),
+}
+_UNSERVED_COMPLETION = {
+    "echo": ((False,), "the prompt is not echoed: use false or leave it out"),
+    "suffix": (("",), "insertion is not supported: leave it out"),
+}
+_UNSERVED_CHAT = {
+    "tools": (([],), "tools are not supported: leave it out"),
+    "tool_choice": (("none", "auto"), "tools are not supported: leave it out"),
+    "functions": (([],), "tools are not supported: leave it out"),
+    "function_call": (("none", "auto"), "tools are not supported: leave it out"),
+    "response_format": (({"type": "text"},), "only text answers are supported: leave it out"),
+    "modalities": ((["text"],), "only text answers are supported: leave it out"),
+    "audio": ((), "only text answers are supported: leave it out"),
+    "prediction": ((), "predicted outputs come from the draft alone: leave it out"),
+    "web_search_options": ((), "web search is not supported: leave it out"),
+}
+_HARMLESS = ("seed", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_COMMON = ("model", "stream", "stream_options", "max_tokens", "stop", *_HARMLESS)
+_COMPLETION = ("prompt", "return_token_ids", *_COMMON)
+_CHAT = ("messages", "max_completion_tokens", "reasoning_effort", "parallel_tool_calls", *_COMMON)
+# what clients send back with an earlier answer; Harmony leaves the analysis of earlier turns out of the prompt
+_PAST_ANALYSIS = ("reasoning_content", "reasoning")
+
+
+class Refusal(Exception):
+    """A request that is not served: an HTTP status and the fields of OpenAI's error object."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What both endpoints take. `max_tokens` None: as many as the context has room for."""
+
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    stream: bool
+    stream_usage: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion(Options):
+    """A body of /v1/completions: each prompt is text or tokens."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    return_token_ids: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(Options):
+    """A body of /v1/chat/completions; `effort` None: the server's default."""
+
+    messages: list[dict[str, str]]
+    effort: str | None
+
+
+def read_completion(body: Any, model: str) -> Completion:
+    """Check a body of /v1/completions for the served `model`; raises Refusal."""
+    given = _given(body, model, _COMPLETION, {**_UNSERVED, **_UNSERVED_COMPLETION})
+    options = _options(given)
+    if options["max_tokens"] is None:
+        options["max_tokens"] = DEFAULT_COMPLETION_TOKENS
+    return Completion(
+        prompts=_prompts(given.get("prompt")), return_token_ids=_flag(given, "return_token_ids"), **options
+    )
+
+
+def read_chat(body: Any, model: str) -> Chat:
+    """Check a body of /v1/chat/completions for the served `model`; raises Refusal."""
+    given = _given(body, model, _CHAT, {**_UNSERVED, **_UNSERVED_CHAT})
+    effort = given.get("reasoning_effort")
+    if effort is not None and effort_problem(effort) is not None:
+        raise Refusal(
+            f"reasoning_effort is {_shown(effort)}; supported: {', '.join(EFFORTS)}", param="reasoning_effort"
+        )
+    options = _options(given)
+    limits = {key: _count(given, key) for key in ("max_tokens", "max_completion_tokens") if key in given}
+    if len(set(limits.values())) > 1:
+        told = " and ".join(f"{key} is {value}" for key, value in limits.items())
+        raise Refusal(f"{told}; give one of them, or the same value", param="max_completion_tokens")
+    options["max_tokens"] = next(iter(limits.values()), None)
+    return Chat(messages=_messages(given.get("messages")), effort=effort, **options)
+
+
+def _given(
+    body: Any, model: str, known: tuple[str, ...], unserved: Mapping[str, tuple[tuple[Any, ...], str]]
+) -> dict[str, Any]:
+    """The keys that ask for something, null ones left out. Raises Refusal for what is not served."""
+    if not isinstance(body, dict):
+        raise Refusal(f"the body is {_shown(body)}; wanted a JSON object")
+    given = {key: value for key, value in body.items() if value is not None}
+    asked = given.get("model")
+    if not isinstance(asked, str):
+        raise Refusal(f"model is {_shown(asked)}; wanted a name; {model!r} is served", param="model")
+    if asked != model:
+        raise Refusal(
+            f"the model {_shown(asked)} is not served here; served: {model!r}",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
+    for key, value in given.items():
+        if key in unserved:
+            neutral, advice = unserved[key]
+            if not any(_same(value, one) for one in neutral):
+                raise Refusal(f"{key} is {_shown(value)}; {advice}", param=key, code="unsupported_value")
+        elif key not in known:
+            raise Refusal(
+                f"the parameter {_shown(key)} is not known; supported: {', '.join(known)}",
+                param=key,
+                code="unknown_parameter",
+            )
+    return given
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    stream, asked = _flag(given, "stream"), given.get("stream_options", {})
+    if not isinstance(asked, dict) or asked.keys() - {"include_usage"}:
+        raise Refusal(
+            f"stream_options is {_shown(asked)}; supported: an object with include_usage", param="stream_options"
+        )
+    if asked and not stream:
+        raise Refusal("stream_options is given without stream; set stream to true", param="stream_options")
+    return {
+        "max_tokens": _count(given, "max_tokens"),
+        "stop": _stop(given.get("stop", [])),
+        "stream": stream,
+        "stream_usage": _flag(asked, "include_usage"),
+    }
+
+
+def _flag(given: Mapping[str, Any], key: str) -> bool:
+    value = given.get(key)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise Refusal(f"{key} is {_shown(value)}; wanted true or false", param=key)
+    return value
+
+
+def _count(given: Mapping[str, Any], key: str) -> int | None:
+    value = given.get(key)
+    if value is None:
+        return None
+    if not _is_integer(value) or value < 1:
+        raise Refusal(f"{key} is {_shown(value)}; wanted a whole number of at least 1", param=key)
+    return value
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise Refusal(f"stop is {_shown(value)}; wanted a non-empty string or a list of them", param="stop")
+    if len(texts) > MAX_STOP_STRINGS:
+        raise Refusal(f"stop has {len(texts)} strings; at most {MAX_STOP_STRINGS} are supported", param="stop")
+    return tuple(_text(text, "stop") for text in texts)
+
+
+def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_integer, value))):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise Refusal(
+            f"prompt is {_shown(value)}; wanted a string, a list of token ids, or a non-empty list of either",
+            param="prompt",
+        )
+    prompts: list[str | tuple[int, ...]] = []
+    for index, prompt in enumerate(value):
+        if isinstance(prompt, str):
+            prompts.append(_text(prompt, "prompt"))
+        elif isinstance(prompt, list) and all(map(_is_integer, prompt)):
+            prompts.append(tuple(prompt))
+        else:
+            raise Refusal(
+                f"prompt[{index}] is {_shown(prompt)}; wanted a string or a list of token ids", param="prompt"
+            )
+        if not prompt:
+            raise Refusal(f"prompt {index} is empty; wanted at least one token", param="prompt")
+    return tuple(prompts)
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    """Messages with plain text contents; what makes a good prompt of them is for the renderer to say."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise Refusal(f"messages is {_shown(value)}; wanted a list of role and content objects", param="messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: dict[str, Any], place: str) -> dict[str, str]:
+    known = ("role", "content", *(_PAST_ANALYSIS if message.get("role") == "assistant" else ()))
+    for key, value in message.items():
+        if key not in known and value not in (None, []):
+            raise Refusal(f"{place} has {_shown(key)} {_shown(value)}; supported: {', '.join(known)}", param="messages")
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+                raise Refusal(f"{place} has a content part {_shown(part)}; supported: text parts", param="messages")
+        content = "".join(_text(part["text"], "messages") for part in content)
+    if isinstance(content, str):
+        content = _text(content, "messages")
+    return {"role": message.get("role"), "content": content}
+
+
+def _text(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        raise Refusal(f"{param} has {_shown(value)} for a text; wanted a string", param=param)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise Refusal(f"{param} is not valid Unicode ({error}); correct the text", param=param) from error
+    return value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _same(value: Any, other: Any) -> bool:
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,160 @@
+"""Tokens to text as they come: characters split over tokens, Harmony channels, and stop strings."""
+
+from collections.abc import Iterator, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.prompts.harmony import HEADER_TOKENS, STOP_TOKENS
+from pipeline.prompts.tokenizer import special_token_ids
+
+TEXT, ANALYSIS, FINAL = "text", "analysis", "final"  # channels; TEXT is what /v1/completions returns
+REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character (yet)
+
+
+class Detokenizer:
+    """Decodes a byte-level token stream piece by piece; a character is given when its last byte is there."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []  # tokens since the last point at which text and tokens ended together
+        self._given = 0  # characters of the pending tokens' text already taken from it
+        self._doubtful = ""  # replacement characters, shown if anything follows them
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain now."""
+        self._pending += token_ids
+        text = self._decoded()
+        if text.endswith(REPLACEMENT):  # an unfinished character decodes to one of these
+            certain = text[self._given : -1]
+            self._given = len(text) - 1
+        else:
+            certain = text[self._given :]
+            self._pending, self._given = [], 0
+        certain = self._doubtful + certain
+        shown = certain.rstrip(REPLACEMENT)
+        self._doubtful = certain[len(shown) :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, as replacement characters; the next push starts afresh."""
+        rest = self._doubtful + self._decoded()[self._given :]
+        self._pending, self._given, self._doubtful = [], 0, ""
+        return rest
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self._pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class PlainReader:
+    """All text is one channel; special tokens are left out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._text = Detokenizer(tokenizer)
+
+    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+        """Read further tokens."""
+        yield TEXT, self._text.push(token_ids)
+
+    def finish(self, *, cut_off: bool) -> Iterator[tuple[str, str]]:
+        """End the answer."""
+        rest = self._text.flush()
+        yield TEXT, "" if cut_off else rest
+
+
+class ChannelReader:
+    """Splits Harmony as it comes: the pieces add up to `harmony.split_channels` of the same tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        names = (*STOP_TOKENS, *HEADER_TOKENS, "<|end|>", "<|message|>")
+        self._spelled = dict(zip(special_token_ids(tokenizer, names), names, strict=True))
+        self._tokenizer = tokenizer
+        self._text = Detokenizer(tokenizer)
+        self._header: list[int] | None = None  # the tokens of the header being read; None inside a body
+        self._channel = FINAL
+        self._in_body = False  # the body has tokens
+        self._written: set[str] = set()  # channels that had a body before
+        self._stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+        """Read further tokens; what follows a stop token is not read."""
+        body: list[int] = []
+        for token_id in token_ids:
+            if self._stopped:
+                break
+            name = self._spelled.get(token_id)
+            if name is not None:
+                yield from self._read(body)
+                body = []
+                yield from self._end_body(cut_off=False)
+                self._turn(name)
+            elif self._header is not None:
+                self._header.append(token_id)
+            else:
+                body.append(token_id)
+        yield from self._read(body)
+
+    def finish(self, *, cut_off: bool) -> Iterator[tuple[str, str]]:
+        """End the answer."""
+        yield from self._end_body(cut_off=cut_off)
+
+    def _read(self, token_ids: list[int]) -> Iterator[tuple[str, str]]:
+        if not token_ids:
+            return
+        if not self._in_body and self._channel in self._written:
+            yield self._channel, "\n"  # between two messages of one channel
+        self._in_body = True
+        yield self._channel, self._text.push(token_ids)
+
+    def _end_body(self, *, cut_off: bool) -> Iterator[tuple[str, str]]:
+        rest = self._text.flush()
+        if self._in_body:
+            self._written.add(self._channel)
+            self._in_body = False
+            yield self._channel, "" if cut_off else rest
+
+    def _turn(self, name: str) -> None:
+        if name in HEADER_TOKENS:
+            self._header = []
+        elif name == "<|message|>":
+            words = self._tokenizer.decode(self._header or [], skip_special_tokens=True).split()
+            self._channel = FINAL if not words or words[0] == FINAL else ANALYSIS
+            self._header = None
+        elif name == "<|end|>":
+            self._channel, self._header = FINAL, None
+        else:
+            self._stopped = True
+
+
+Reader = PlainReader | ChannelReader
+
+
+class StopStrings:
+    """Ends a text before the first stop string, holding back what could be the beginning of one."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = tuple(texts)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that no stop string can take back; "" once one was `found`."""
+        if self.found:
+            return ""
+        text = self._held + text
+        starts = [start for start in (text.find(stop) for stop in self._texts) if start >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        held = max((_overlap(text, stop) for stop in self._texts), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,209 @@
+"""The thread that owns the engine, and what the asyncio side holds of it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from pipeline.artifacts import PipelineError
+from pipeline.serve.engine import Engine, Update
+from pipeline.serve.scheduler import Request
+
+log = logging.getLogger("pipeline")
+
+
+class Unavailable(Exception):
+    """The engine has failed or is shutting down: this answer cannot be finished here. `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int = 503) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Stream:
+    """The updates of requests that were submitted together; used on one event loop."""
+
+    def __init__(self, worker: "Worker", request_ids: Sequence[str]) -> None:
+        self.request_ids = tuple(request_ids)
+        self._worker = worker
+        self._open = set(request_ids)
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[Update | Exception] = asyncio.Queue()
+        self._accepted: asyncio.Future[None] = self._loop.create_future()
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Updates as they come, until every request has finished or was cancelled; raises Unavailable."""
+        while self._open:
+            item = await self._items.get()
+            if isinstance(item, Exception):
+                self._open.clear()
+                raise item
+            if item.request_id not in self._open:
+                continue  # cancelled meanwhile
+            if item.finish_reason is not None:
+                self._open.discard(item.request_id)
+            yield item
+
+    def cancel(self, request_id: str) -> None:
+        """Stop generating for a request; no error when it has finished."""
+        if request_id in self._open:
+            self._open.discard(request_id)
+            self._worker.send(_Cancel((request_id,)))
+
+    def close(self) -> None:
+        """Cancel what is still open."""
+        for request_id in tuple(self._open):
+            self.cancel(request_id)
+
+    async def accepted(self) -> None:
+        """Wait for the engine's verdict; raises what it raised."""
+        await self._accepted
+
+    def settle(self, error: Exception | None) -> None:
+        """From the worker's thread: tell the verdict."""
+        self._call(self._settle, error)
+
+    def put(self, item: Update | Exception) -> None:
+        """From the worker's thread: hand over an update, or what ends all of them."""
+        self._call(self._items.put_nowait, item)
+
+    def _settle(self, error: Exception | None) -> None:
+        if self._accepted.done():  # the client went away while it waited
+            return
+        if error is None:
+            self._accepted.set_result(None)
+        else:
+            self._open.clear()
+            self._accepted.set_exception(error)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Submit:
+    requests: tuple[Request, ...]
+    stream: Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cancel:
+    request_ids: tuple[str, ...]
+
+
+class _Stop:
+    pass
+
+
+class Worker:
+    """Steps the engine while it has work; takes orders from any thread between steps.
+
+    When a step raises, every request that is open or comes later gets Unavailable, and `failure` tells why:
+    the engine's buffers were donated to the step that failed.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.failure: str | None = None
+        self._engine = engine
+        self._orders: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
+        self._streams: dict[str, Stream] = {}  # of open requests; the thread's own
+        self._lock = threading.Lock()  # orders are either taken by the thread or told that it has ended
+        self._ended: Unavailable | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Have the thread end after its current step; open requests get Unavailable."""
+        self.send(_Stop())
+
+    def stop(self, timeout_seconds: float = 30.0) -> bool:
+        """End the thread and wait for it; whether it ended in time."""
+        self.end()
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    async def submit(self, requests: Sequence[Request]) -> Stream:
+        """Run requests, all or none. Raises PipelineError when the engine refuses one, or Unavailable."""
+        stream = Stream(self, [request.request_id for request in requests])
+        self.send(_Submit(tuple(requests), stream))
+        try:
+            await stream.accepted()
+        except asyncio.CancelledError:
+            stream.close()
+            raise
+        return stream
+
+    def send(self, order: "_Submit | _Cancel | _Stop") -> None:
+        """Leave an order for the thread, from any thread."""
+        with self._lock:
+            if self._ended is None:
+                self._orders.put(order)
+                return
+        if isinstance(order, _Submit):
+            order.stream.settle(self._ended)
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders():
+                if self._engine.has_work:
+                    for update in self._engine.step():
+                        self._deliver(update)
+            reason = Unavailable("the server is shutting down; send the request again later")
+        except Exception as error:  # nobody is above this frame: what is raised here must reach the clients
+            log.exception("the engine has failed; /health answers 503 until the server is started again")
+            self.failure = f"{type(error).__name__}: {error}"
+            reason = Unavailable(f"the engine has failed ({self.failure}); restart the server", 500)
+        self._finish(reason)
+
+    def _take_orders(self) -> bool:
+        """Carry out all orders, waiting for one when the engine is idle; False to stop."""
+        while not self._orders.empty() or not self._engine.has_work:
+            order = self._orders.get()
+            if isinstance(order, _Stop):
+                return False
+            if isinstance(order, _Submit):
+                self._submit(order)
+            else:
+                for request_id in order.request_ids:
+                    if self._streams.pop(request_id, None) is not None:
+                        self._engine.cancel(request_id)
+        return True
+
+    def _submit(self, order: _Submit) -> None:
+        self._streams |= dict.fromkeys(order.stream.request_ids, order.stream)
+        try:
+            for request in order.requests:
+                self._engine.check(request)
+        except PipelineError as error:
+            for request_id in order.stream.request_ids:
+                del self._streams[request_id]
+            order.stream.settle(error)
+            return
+        for request in order.requests:
+            self._engine.add(request)
+        order.stream.settle(None)
+
+    def _deliver(self, update: Update) -> None:
+        finished = update.finish_reason is not None
+        stream = self._streams.pop(update.request_id) if finished else self._streams[update.request_id]
+        stream.put(update)
+
+    def _finish(self, reason: Unavailable) -> None:
+        with self._lock:
+            self._ended = Unavailable(str(reason))
+        while not self._orders.empty():
+            order = self._orders.get()
+            if isinstance(order, _Submit):
+                order.stream.settle(self._ended)
+        for stream in set(self._streams.values()):
+            stream.settle(reason)  # counts only when the failure came while it was being submitted
+            stream.put(reason)
+        self._streams.clear()

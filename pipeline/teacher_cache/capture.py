@@ -1,0 +1,117 @@
+"""The target over finished texts: the features of its tapped layers, and what it says itself at every position."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pipeline.model import gpt_oss
+from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+
+BATCH_SEQUENCES = 8
+LOGITS_TOKENS = 512  # logits are made for this many tokens at a time: all at once outgrow the features
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """What one pass over a text gives.
+
+    `features` bfloat16 [T, L * D]. `next_ids[p]` is the target's own choice for position p + 1, and
+    `shortfall[p]` how far the logit of the text's token there lies below it (0: they agree; last: no meaning).
+    """
+
+    features: np.ndarray
+    next_ids: Int[np.ndarray, " T"]
+    shortfall: Float[np.ndarray, " T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Disagreement:
+    """A generated token that the teacher-forced pass would not have chosen, and by how much."""
+
+    position: int
+    found_id: int
+    wanted_id: int
+    gap: float
+
+
+def capture(
+    weights: GptOssWeights,
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    texts: Sequence[Sequence[int]],
+) -> Iterator[tuple[int, Captured]]:
+    """Run texts through the target in a few fixed shapes; yields each one's index and result, once.
+
+    Texts are grouped by padded length; the order and every batch follow from the lengths alone.
+    """
+    running: tuple[list[int], tuple[Array, Array, Array]] | None = None
+    for indices, length in _batches([len(text) for text in texts]):
+        token_ids = np.zeros((BATCH_SEQUENCES, length), np.int32)
+        for place, index in enumerate(indices):
+            token_ids[place, : len(texts[index])] = texts[index]
+        started = _pass(weights, token_ids, config=config, tapped_layers=tapped_layers)
+        if running is not None:  # the device works on the next batch while the host takes this one
+            yield from _unpack(*running, texts)
+        running = (indices, started)
+    if running is not None:
+        yield from _unpack(*running, texts)
+
+
+def disagreements(captured: Captured, token_ids: Sequence[int], prompt_tokens: int) -> list[Disagreement]:
+    """Every generated token that is not the pass's own choice; equal logits are no disagreement."""
+    generated = np.arange(prompt_tokens, len(token_ids))
+    found = generated[captured.shortfall[generated - 1] > 0]
+    return [
+        Disagreement(int(at), int(token_ids[at]), int(captured.next_ids[at - 1]), float(captured.shortfall[at - 1]))
+        for at in found
+    ]
+
+
+def padded_length(num_tokens: int) -> int:
+    """The length a text is padded to: multiples of 64, from 512 on of 512, to keep the programs few."""
+    step = 64 if num_tokens <= 512 else 512
+    return -(-num_tokens // step) * step
+
+
+def _batches(num_tokens: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    groups: dict[int, list[int]] = collections.defaultdict(list)
+    for index, count in enumerate(num_tokens):
+        groups[padded_length(count)].append(index)
+    for length, indices in sorted(groups.items()):
+        for at in range(0, len(indices), BATCH_SEQUENCES):
+            yield indices[at : at + BATCH_SEQUENCES], length
+
+
+def _unpack(
+    indices: list[int], outputs: tuple[Array, Array, Array], texts: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, Captured]]:
+    features, next_ids, shortfall = jax.device_get(outputs)
+    for place, index in enumerate(indices):
+        count = len(texts[index])
+        yield index, Captured(features[place, :count], next_ids[place, :count], shortfall[place, :count])
+
+
+@partial(jax.jit, static_argnames=("config", "tapped_layers"))
+def _pass(
+    weights: GptOssWeights, token_ids: Int[Array, "B T"], *, config: GptOssConfig, tapped_layers: tuple[int, ...]
+) -> tuple[Float[Array, "B T LD"], Int[Array, "B T"], Float[Array, "B T"]]:
+    start = jnp.zeros(token_ids.shape[0], jnp.int32)
+    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers)
+
+    def choose(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, following = part
+        logits = gpt_oss.logits(weights, hidden).astype(jnp.float32)  # gaps are told in float32
+        given = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits.max(axis=-1) - given
+
+    following = jnp.roll(token_ids, -1, axis=1).reshape(-1, LOGITS_TOKENS)
+    hidden = out.hidden.reshape(*following.shape, config.hidden_size)
+    next_ids, shortfall = jax.lax.map(choose, (hidden, following))
+    features = out.features.astype(jnp.bfloat16)  # what the draft is trained on and served with
+    return features, next_ids.reshape(token_ids.shape), shortfall.reshape(token_ids.shape)

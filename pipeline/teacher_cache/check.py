@@ -1,0 +1,151 @@
+"""The acceptance check of a teacher cache: does what is stored train a draft that this target will accept?
+
+The target reads every held-out text again. A draft that proposes exactly the labels of training must then be
+accepted whole (B tokens a round), a draft of random tokens hardly ever (about 1), and the stored features must
+be those the target gives now. A label, a token or a feature one place off fails one of the three.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from pipeline.artifacts import PipelineError
+from pipeline.dflash import acceptance, blocks
+from pipeline.dflash.acceptance import Acceptance
+from pipeline.teacher_cache.capture import Captured, padded_length
+from pipeline.teacher_cache.store import CachedSequence, CacheSplit
+
+Retake = Callable[[Sequence[Sequence[int]]], Iterable[tuple[int, Captured]]]
+
+READ_SEQUENCES = 64
+RANDOM_LIMIT = 1.25  # a random draft of a vocabulary of V keeps its first token once in V rounds
+FEATURE_TOLERANCE = 0.05  # relative; bfloat16 rounds to 0.004, the features of another token are about 1 away
+FEATURE_OUTLIERS = 0.01  # tokens allowed beyond it: bfloat16 targets route a near-tie to another expert
+NO_TOKEN = -1
+UNCOUNTED = -2  # never equal to a token or to NO_TOKEN
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Acceptance of the forced-gold and of the random draft, over rounds whose block fits whole."""
+
+    gold: Acceptance
+    random: Acceptance
+
+
+def check(
+    split: CacheSplit,
+    prompts: Sequence[Sequence[int]],
+    retake: Retake,
+    *,
+    block_size: int,
+    vocab_size: int,
+    tie_gap: float,
+    is_exact: bool,
+    seed: int,
+) -> Checked:
+    """Check every sequence of a split; `prompts` are their rendered prompts, `retake` runs the target again.
+
+    A token whose logit lies within `tie_gap` of the best counts as the target's own. `is_exact` (float32)
+    wants exactly B of the gold draft, otherwise 95% of it: in bfloat16 a text generated step by step and the
+    same text read at once differ now and then. Raises PipelineError listing everything that fails.
+    """
+    random = np.random.default_rng(seed)
+    gold, chance = acceptance.empty(block_size), acceptance.empty(block_size)
+    wrong_prompts, num_tokens, num_off = [], 0, 0
+    for index, sequence, captured in _retaken(split, retake):
+        if sequence.token_ids[: sequence.prompt_tokens].tolist() != list(prompts[index]):
+            wrong_prompts.append(split.prompt_ids[index][:12])
+        num_tokens += len(sequence.token_ids)
+        num_off += int((_feature_error(sequence.features, captured.features) > FEATURE_TOLERANCE).sum())
+        own = _own_tokens(sequence, captured, tie_gap)
+        labels = gold_proposals(sequence, block_size)
+        guesses = random.integers(0, vocab_size, labels.shape, dtype=np.int32)
+        gold += score(sequence, labels, own, block_size)
+        chance += score(sequence, guesses, own, block_size)
+    problems = _problems(gold, chance, block_size, is_exact)
+    if wrong_prompts:
+        problems.append(f"{len(wrong_prompts)} sequences do not begin with their prompt: {', '.join(wrong_prompts)}")
+    if num_off > FEATURE_OUTLIERS * num_tokens:
+        problems.append(
+            f"the features of {num_off} of {num_tokens} tokens are not the target's (off by more than "
+            f"{FEATURE_TOLERANCE:.0%})"
+        )
+    if problems:
+        listed = "\n  ".join(problems)
+        raise PipelineError(
+            f"the teacher cache fails its check on {split.num_sequences} held-out sequences; it would train a draft "
+            f"that the target rejects. Delete it and make it again; if it fails again, report it\n  {listed}"
+        )
+    return Checked(gold, chance)
+
+
+def gold_proposals(sequence: CachedSequence, block_size: int) -> Int[np.ndarray, "P drafted"]:
+    """What a draft would propose at every position that had learned the labels of training by heart (P: padded)."""
+    generated = np.zeros(padded_length(len(sequence.token_ids)), bool)
+    generated[sequence.prompt_tokens : len(sequence.token_ids)] = True
+    token_ids = np.zeros(len(generated), np.int32)  # padded: one program for many lengths
+    token_ids[: len(sequence.token_ids)] = sequence.token_ids
+    anchors = jnp.arange(len(generated))[None]
+    labels, counts = blocks.block_labels(
+        jnp.asarray(token_ids)[None], jnp.asarray(generated)[None], anchors, block_size
+    )
+    return np.where(np.asarray(counts), np.asarray(labels), UNCOUNTED)[0, :, 1:]
+
+
+def score(
+    sequence: CachedSequence,
+    proposals: Int[np.ndarray, "P drafted"],
+    own: Int[np.ndarray, " T"],
+    block_size: int,
+) -> Acceptance:
+    """The rounds of serving over a text: blocks follow each other from the first generated token on.
+
+    `proposals[a]` are drafted behind an anchor at position a; `own[p]` is the target's token for position
+    p + 1. Verification reads the target's rows anchor..anchor + B - 2, as the engine does. Rounds are left
+    out when their block, or the target's own token behind it, passes the end.
+    """
+    num_tokens = len(sequence.token_ids)
+    padded = np.full(len(proposals) + block_size, NO_TOKEN)
+    padded[:num_tokens] = own
+    rows = np.arange(len(proposals))[:, None] + np.arange(block_size - 1)
+    kept_at = np.asarray(acceptance.count_kept(jnp.asarray(proposals), jnp.asarray(padded[rows])))
+    kept = acceptance.walk(kept_at, sequence.prompt_tokens, num_tokens)
+    anchors = sequence.prompt_tokens + np.cumsum([0, *(count + 1 for count in kept)])[:-1]
+    whole = [count for anchor, count in zip(anchors, kept, strict=True) if anchor + block_size < num_tokens]
+    return Acceptance.of(whole, block_size)
+
+
+def _own_tokens(sequence: CachedSequence, captured: Captured, tie_gap: float) -> Int[np.ndarray, " T"]:
+    following = np.append(sequence.token_ids[1:], NO_TOKEN)
+    return np.where((captured.shortfall <= tie_gap) & (following != NO_TOKEN), following, captured.next_ids)
+
+
+def _feature_error(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    found, wanted = found.astype(np.float32), wanted.astype(np.float32)  # squares of bfloat16 lose the difference
+    return np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+
+
+def _problems(gold: Acceptance, chance: Acceptance, block_size: int, is_exact: bool) -> list[str]:
+    if not gold.num_rounds:
+        return [f"no held-out answer holds a whole block of {block_size} tokens; raise teacher_cache.max_new_tokens"]
+    problems = []
+    wanted = block_size if is_exact else 0.95 * block_size
+    if gold.accept_length < wanted:
+        problems.append(
+            f"a draft that proposes the labels of training has accept_length {gold.accept_length:.3f}, wanted "
+            f"{wanted:g}"
+        )
+    if not chance.accept_length <= RANDOM_LIMIT:
+        problems.append(f"a random draft has accept_length {chance.accept_length:.3f}, wanted at most {RANDOM_LIMIT}")
+    return problems
+
+
+def _retaken(split: CacheSplit, retake: Retake) -> Iterator[tuple[int, CachedSequence, Captured]]:
+    for first in range(0, split.num_sequences, READ_SEQUENCES):
+        sequences = split.read(range(first, min(first + READ_SEQUENCES, split.num_sequences)))
+        for place, captured in retake([sequence.token_ids.tolist() for sequence in sequences]):
+            yield first + place, sequences[place], captured

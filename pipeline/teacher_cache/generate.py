@@ -1,0 +1,105 @@
+"""Prompts to tokens, and the target's own answers to them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.artifacts import PipelineError
+from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.prompts.harmony import render_prompt
+from pipeline.prompts.sources import Prompt
+from pipeline.serve.engine import Engine, Finished
+from pipeline.serve.scheduler import Request
+
+PREFILL_CHUNK = 64
+SHOWN_SKIPS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A prompt and its tokens; `skipped` tells why it is left out, None when it is used."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    skipped: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """A prompt with the target's answer: all tokens, of which `prompt_tokens` are the prompt's."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, split: str
+) -> list[Rendered]:
+    """Every prompt of a split in Harmony's tokens, each either usable or marked with why it is skipped.
+
+    Raises PipelineError when none is usable.
+    """
+    rendered = [_render(tokenizer, prompt, max_prompt_tokens) for prompt in prompts]
+    if all(row.skipped for row in rendered):
+        reasons = "\n  ".join(f"{row.prompt.prompt_id[:12]}: {row.skipped}" for row in rendered[:SHOWN_SKIPS])
+        raise PipelineError(
+            f"none of the {len(rendered)} {split} prompts can be used; raise teacher_cache.max_prompt_tokens or give "
+            f"other prompts\n  {reasons}"
+        )
+    return rendered
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_prompt_tokens: int) -> Rendered:
+    try:
+        messages = [message.as_dict() for message in prompt.messages]
+        token_ids = tuple(render_prompt(tokenizer, messages, prompt.effort))
+    except PipelineError as error:  # one unusable prompt of a large set is told, counted and left out
+        return Rendered(prompt, (), str(error))
+    if len(token_ids) > max_prompt_tokens:
+        return Rendered(prompt, token_ids, f"{len(token_ids)} tokens, at most {max_prompt_tokens} are wanted")
+    return Rendered(prompt, token_ids, None)
+
+
+def answer(
+    weights: GptOssWeights,
+    config: GptOssConfig,
+    rows: Sequence[Rendered],
+    *,
+    stop_token_ids: Sequence[int],
+    slots: int,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    on_finished: Callable[[Finished], None],
+) -> list[Answered]:
+    """The target's greedy answers, in the order of `rows`.
+
+    The engine is made anew, so that the answers depend on these rows alone and not on what ran before.
+    """
+    engine = Engine(
+        weights,
+        config,
+        stop_token_ids=stop_token_ids,
+        slots=slots,
+        max_length=max_prompt_tokens + max_new_tokens,
+        prefill_chunk=min(PREFILL_CHUNK, max_prompt_tokens),
+    )
+    requests = [
+        Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens)
+        for index, row in enumerate(rows)
+    ]
+    finished = {}
+    for one in engine.generate(requests):
+        finished[int(one.request_id)] = one
+        on_finished(one)
+    return [
+        Answered(
+            row.prompt,
+            row.token_ids + finished[index].token_ids,
+            len(row.token_ids),
+            finished[index].finish_reason,
+        )
+        for index, row in enumerate(rows)
+    ]

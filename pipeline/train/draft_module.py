@@ -1,0 +1,96 @@
+"""The draft as EasyDeL knows a model: its parameters and their names; the mathematics stays in model/draft.
+
+Parameters carry the paths of `DraftWeights` (`layers/0/query`), which are also their names on disk.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from easydel.infra.base_config import EasyDeLBaseConfig
+from easydel.infra.base_module import EasyDeLBaseModule
+from easydel.infra.factory import TaskType, register_config, register_module
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from pipeline.model import checkpoints
+from pipeline.model import draft as draft_model
+from pipeline.model.draft import DraftConfig, DraftLayerWeights, DraftWeights
+
+MODEL_TYPE = "dflash_draft"
+AXES = ("fsdp", "sp")
+
+
+@register_config(MODEL_TYPE)
+class DraftModuleConfig(EasyDeLBaseConfig):
+    """Carries the draft's HF config (`checkpoints.draft_config_to_hf`) and, for EasyDeL, its sizes."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, draft: dict[str, Any] | None = None, **options: Any) -> None:
+        self.draft = draft
+        super().__init__(**options)
+
+    def to_draft(self) -> DraftConfig:
+        """The config of the draft that the parameters belong to."""
+        return checkpoints.draft_config_from_hf(self.draft)
+
+    def get_partition_rules(self, *args: Any, **kwargs: Any) -> tuple[tuple[str, PartitionSpec], ...]:
+        """Kernels split over both of their axes, everything else on every device."""
+        return (
+            (r"(fuse|query|key|value|gate|up)$", PartitionSpec(AXES, "tp")),
+            (r"(output|down)$", PartitionSpec("tp", AXES)),
+            (r".*", PartitionSpec()),
+        )
+
+
+class Parameters(nnx.Module):
+    """The arrays of one node of a weights tree, by field name."""
+
+    def __init__(self, fields: dict[str, jax.Array]) -> None:
+        for name, array in fields.items():
+            setattr(self, name, nnx.Param(array))
+
+
+@register_module(TaskType.BASE_MODULE, config=DraftModuleConfig, model_type=MODEL_TYPE)
+class DraftModule(EasyDeLBaseModule):
+    """A draft in training."""
+
+    _task_type = TaskType.BASE_MODULE
+    _model_type = MODEL_TYPE
+    _config_class = DraftModuleConfig
+
+    def __init__(
+        self,
+        config: DraftModuleConfig,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        precision: Any = None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(config=config, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
+        weights = draft_model.random_weights(config.to_draft(), rngs.params(), param_dtype)
+        for name, array in _arrays(weights).items():
+            setattr(self, name, nnx.Param(array))
+        self.layers = nnx.List([Parameters(_arrays(layer)) for layer in weights.layers])
+
+    def weights(self) -> DraftWeights:
+        """The parameters as `model/draft` wants them."""
+        layers = tuple(DraftLayerWeights(**_values(layer, DraftLayerWeights)) for layer in self.layers)
+        return DraftWeights(**_values(self, DraftWeights), layers=layers)
+
+    def flops_per_token(self, *args: Any, **kwargs: Any) -> float:
+        """EasyDeL's estimate fits no block model; ours counts nothing."""
+        return 1.0
+
+
+def _arrays(node: Any) -> dict[str, jax.Array]:
+    fields = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    return {name: value for name, value in fields.items() if value is not None and name != "layers"}
+
+
+def _values(module: nnx.Module, kind: type) -> dict[str, jax.Array]:
+    found = {field.name: getattr(module, field.name, None) for field in dataclasses.fields(kind)}
+    return {name: value[...] for name, value in found.items() if isinstance(value, nnx.Param)}

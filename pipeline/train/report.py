@@ -1,0 +1,19 @@
+"""What a training step says of itself."""
+
+import dataclasses
+from collections.abc import Callable
+
+from pipeline.model.draft import DraftWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """A step's number (1 for the first), its metrics and the weights it left.
+
+    Metrics: loss, learning_rate, token_accuracy, anchor_accept_length, num_tokens (drafted tokens learned
+    from) and seconds.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    weights: Callable[[], DraftWeights]

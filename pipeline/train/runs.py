@@ -1,0 +1,41 @@
+"""EasyDeL's run-<step> directories: which are complete, and what in them differs between equal runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+from pipeline import artifacts
+
+COMPLETE = "complete.json"
+TIMESTAMPED = ("metadata.json", "checkpoint_metadata.json")
+NO_CLOCK = "1970-01-01T00:00:00+00:00"
+UNSETTLED = ("README.md", "easydel-training-arguments.json")  # clocks, device names, absolute paths
+
+
+def path_of(root: Path, step: int) -> Path:
+    """Where the run directory of a step is."""
+    return root / f"run-{step}"
+
+
+def settle(run: Path, step: int) -> None:
+    """Mark a run directory that is wholly written, after taking out what a clock or a path put there.
+
+    What is left is the same for every run that made the same numbers.
+    """
+    for name in UNSETTLED:
+        (run / name).unlink(missing_ok=True)
+    for name in TIMESTAMPED:
+        artifacts.write_json(run / name, json.loads((run / name).read_text()) | {"timestamp": NO_CLOCK})
+    artifacts.write_json(run / COMPLETE, {"step": step})
+
+
+def keep_only(root: Path, run: Path | None) -> None:
+    """Delete every other run directory of `root`: unfinished ones, and those that `run` has overtaken."""
+    for other in root.glob("run-*"):
+        if other != run:
+            shutil.rmtree(other)
+
+
+def latest(root: Path) -> int:
+    """The step of the last complete run directory; 0 without one."""
+    return max((json.loads(mark.read_text())["step"] for mark in root.glob(f"run-*/{COMPLETE}")), default=0)

@@ -1,0 +1,264 @@
+"""EasyDeL's training loop around the draft: what it computes, what it reads, when it saves and what it may not hide.
+
+EasyDeL's loop ends quietly on a TypeError and begins anew when a checkpoint cannot be read. Here every such
+end is an error, and where training began is compared with where it had to begin.
+Source: ../shared/reference/easydel.md section 4.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import easydel as ed
+import jax
+import jax.numpy as jnp
+import numpy as np
+from easydel.infra.base_state import EasyDeLState
+from easydel.infra.loss_utils import LossMetrics
+from easydel.trainers.trainer_protocol import TrainerConfigureDataloaderOutput, TrainerConfigureFunctionOutput
+from easydel.trainers.training_utils import update_metrics, update_state_respectfully
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pipeline.artifacts import PipelineError
+from pipeline.dflash import blocks
+from pipeline.model import checkpoints
+from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.train import runs
+from pipeline.train.batches import made_ahead
+from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+from pipeline.train.loss import Batch, draft_loss
+from pipeline.train.report import StepReport
+
+BATCH_SPEC = PartitionSpec(("dp", "fsdp"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a draft is trained; `loss_decay` is `blocks.slot_weights`'s, `dtype` that of the arithmetic."""
+
+    steps: int
+    batch_sequences: int
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float
+    clip_grad: float
+    loss_decay: float
+    checkpoint_steps: int
+    seed: int
+    dtype: DTypeLike = jnp.float32
+
+
+def fit(
+    directory: Path,
+    config: DraftConfig,
+    recipe: Recipe,
+    embedding: Float[Array, "V D"],
+    head: Float[Array, "D V"],
+    batch_at: Callable[[int], dict[str, np.ndarray]],
+    on_start: Callable[[int], None],
+    on_step: Callable[[StepReport], None],
+) -> DraftWeights:
+    """Train to `recipe.steps`, going on from the last complete run directory under `directory`.
+
+    `batch_at(step)` gives the fields of a `Batch`; `on_start` is told how many steps an earlier run made.
+    Leaves exactly one run directory, of the last step. Raises PipelineError when EasyDeL did not do what it
+    was told, and whatever the callbacks raise.
+    """
+    done = runs.latest(directory)
+    runs.keep_only(directory, runs.path_of(directory, done) if done else None)
+    arguments = _arguments(directory, recipe)
+    module_config = DraftModuleConfig(draft=checkpoints.draft_config_to_hf(config, "float32", {}))
+    module = DraftModule(
+        config=module_config,
+        dtype=recipe.dtype,
+        param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
+        rngs=nnx.Rngs(recipe.seed),
+    )
+    trainer = DraftTrainer(arguments, module, config, recipe, (embedding, head), batch_at, on_step)
+    began = trainer.began_at()
+    if began != done:
+        raise PipelineError(
+            f"{directory} holds a checkpoint of step {done}, EasyDeL began at {began}; delete {directory} to begin anew"
+        )
+    on_start(done)
+    state = trainer.train().state
+    if trainer.failure is not None:
+        raise trainer.failure
+    if int(state.step) != recipe.steps or runs.latest(directory) != recipe.steps:
+        raise PipelineError(
+            f"training ended at step {int(state.step)} with a checkpoint of step {runs.latest(directory)}, wanted "
+            f"{recipe.steps}; the same command goes on from there"
+        )
+    return state.model.weights()
+
+
+def _arguments(directory: Path, recipe: Recipe) -> ed.TrainingArguments:
+    return ed.TrainingArguments(
+        save_directory=str(directory.parent),
+        model_name=directory.name,
+        max_training_steps=recipe.steps,
+        num_train_epochs=1,
+        total_batch_size=recipe.batch_sequences,
+        learning_rate=recipe.learning_rate,
+        optimizer="adamw",
+        scheduler="cosine",
+        warmup_steps=round(recipe.warmup_ratio * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        clip_grad=recipe.clip_grad,
+        do_eval=False,
+        save_steps=None,  # DraftTrainer says when
+        save_total_limit=None,
+        save_optimizer_state=True,
+        do_last_save=False,
+        resume_if_possible=True,
+        use_wandb=False,
+        report_metrics=False,
+        progress_bar_type="json",
+        track_memory=False,
+        weight_distribution_log_steps=0,
+        log_grad_norms=False,
+        use_data_collator=False,
+        step_partition_spec=BATCH_SPEC,
+    )
+
+
+class DraftTrainer(ed.Trainer):
+    """EasyDeL's Trainer with our step, batches and checkpoints."""
+
+    def __init__(
+        self,
+        arguments: ed.TrainingArguments,
+        module: DraftModule,
+        config: DraftConfig,
+        recipe: Recipe,
+        frozen: tuple[Array, Array],
+        batch_at: Callable[[int], dict[str, np.ndarray]],
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        self.failure: BaseException | None = None
+        self._draft = config
+        self._recipe = recipe
+        self._frozen = jax.device_put(frozen, NamedSharding(module.mesh, PartitionSpec()))
+        self._batch_at = batch_at
+        self._on_step = on_step
+        super().__init__(arguments=arguments, model=module, data_collator=lambda batch: batch)
+
+    def began_at(self) -> int:
+        """The step at which state and optimizer agree to be; -1 when they do not."""
+        step = int(self.model_state.step)
+        leaves = jax.tree_util.tree_leaves_with_path(self.model_state.opt_state)
+        counts = {int(leaf) for path, leaf in leaves if jax.tree_util.keystr(path).endswith(".count")}
+        return step if counts == {step} else -1
+
+    def configure_dataloaders(self) -> TrainerConfigureDataloaderOutput:
+        """Batches from where the state stands: EasyDeL would replay all that were used before."""
+        return TrainerConfigureDataloaderOutput(
+            dataloader_train=_Loader(lambda: made_ahead(self._batch_at, int(self.model_state.step))),
+            max_training_steps=self._recipe.steps,
+            dataloader_eval=None,
+            max_evaluation_steps=0,
+        )
+
+    def _fast_forward_batches(self, data_iter: Iterator, dataloader: Any, num_batches: int) -> Iterator:
+        return data_iter  # it begins at the right step already
+
+    def _preprocess_batch_input(self, state: EasyDeLState, batch: dict, is_train: bool) -> tuple[dict, dict]:
+        return batch, {}  # EasyDeL's own drops bfloat16 arrays, which are no numbers to NumPy
+
+    def configure_functions(self) -> TrainerConfigureFunctionOutput:
+        """The jitted step, whose state is donated."""
+        mesh = self.model.mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        rows = NamedSharding(mesh, BATCH_SPEC)
+        step = functools.partial(_train_step, self._draft, self._recipe, self.scheduler)
+        compiled = jax.jit(
+            step,
+            in_shardings=(self.state_shardings, rows, everywhere),
+            out_shardings=(self.state_shardings, everywhere),
+            donate_argnums=(0,),
+        )
+        self._train_shared_fn_extra_args = (self._frozen,)
+        self._train_shared_fn_static_args = ()
+        self.arguments.ensure_checkpoint_path()
+        return TrainerConfigureFunctionOutput(
+            sharded_training_step_function=compiled,
+            sharded_evaluation_step_function=None,
+            mesh=mesh,
+            checkpoint_manager=self.arguments.get_streaming_checkpointer(),
+        )
+
+    def _execute_train_step(self, state: EasyDeLState, batch: dict) -> tuple[EasyDeLState, LossMetrics, Any]:
+        state, metrics, self.failure = super()._execute_train_step(state, batch)
+        return state, metrics, self.failure
+
+    def on_step_end(self, state: EasyDeLState, metrics: LossMetrics, step: int) -> tuple[EasyDeLState, LossMetrics]:
+        """Refuse a loss that is not finite, save when it is time, report."""
+        with self._remembered():
+            values = {"loss": float(metrics.loss), "learning_rate": float(metrics.learning_rate)}
+            values |= {name: float(value) for name, value in metrics.other_metrics.items()}
+            values["seconds"] = float(metrics.execution_time)
+            if not np.isfinite(values["loss"]):
+                raise PipelineError(f"the loss is {values['loss']} at step {step}; lower train.learning_rate")
+            if step % self._recipe.checkpoint_steps == 0 or step == self._recipe.steps:
+                self._save(state, step)
+            self._on_step(StepReport(step, values, lambda: state.model.weights()))
+        return state, metrics
+
+    def _save_checkpoint_for_step(self, state: EasyDeLState, *, step: int, **options: Any) -> None:
+        return None  # on_step_end does
+
+    def _save_readme(self, save_directory: Any) -> None:
+        """Nothing: it would hold the time and the names of devices."""
+
+    def _save(self, state: EasyDeLState, step: int) -> None:
+        root = Path(str(self.arguments._get_save_directory()))
+        run = runs.path_of(root, step)
+        self._save_state(state=state, save_directory=str(run))
+        runs.settle(run, step)
+        runs.keep_only(root, run)
+
+    @contextlib.contextmanager
+    def _remembered(self) -> Iterator[None]:
+        """Keep what our own code raises: EasyDeL's loop swallows some kinds."""
+        try:
+            yield
+        except BaseException as error:
+            self.failure = error
+            raise
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    """What EasyDeL asks of a data loader: to be iterable."""
+
+    iterate: Callable[[], Iterator[dict[str, np.ndarray]]]
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self.iterate()
+
+
+def _train_step(
+    config: DraftConfig,
+    recipe: Recipe,
+    schedule: Callable[[Array], Array],
+    state: EasyDeLState,
+    batch: dict[str, Array],
+    frozen: tuple[Array, Array],
+) -> tuple[EasyDeLState, LossMetrics]:
+    slot_weights = blocks.slot_weights(config.block_size, recipe.loss_decay)
+
+    def loss_of(parameters: Any) -> tuple[Array, dict[str, Array]]:
+        weights = state.merge(parameters).weights()
+        weights = jax.tree.map(lambda array: array.astype(recipe.dtype), weights)  # the arithmetic's precision
+        return draft_loss(weights, config, *frozen, Batch(**batch), slot_weights)
+
+    (loss, others), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.graphstate)
+    metrics = LossMetrics(loss=loss, other_metrics=others)
+    metrics = update_metrics(metrics, schedule, state.step, gradients)
+    return update_state_respectfully(state, gradients, None, metrics), metrics

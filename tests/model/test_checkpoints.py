@@ -1,0 +1,132 @@
+"""Reading and writing HF directories: nothing is guessed, nothing is left out in silence."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from safetensors.numpy import load_file, save_file
+
+from pipeline.artifacts import PipelineError
+from pipeline.model import checkpoints, draft, gpt_oss
+from pipeline.model.draft import DraftConfig
+from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model.rope import Rope
+
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def draft_config(**changes) -> DraftConfig:
+    values = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "rope": Rope(theta=1e6),
+        "tapped_layers": (0, 2),
+        "num_target_layers": 4,
+        "block_size": 5,
+        "mask_token_id": 96,
+    }
+    return DraftConfig(**{**values, **changes})
+
+
+@pytest.fixture
+def target(tmp_path):
+    config = GptOssConfig.from_hf(tiny_models.TARGET)
+    weights = gpt_oss.random_weights(config, jax.random.key(0))
+    checkpoints.save_target(tmp_path, config, weights, TOKENS)
+    return tmp_path, config, weights
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_target_read_back_is_the_target_written(tmp_path, dtype):
+    config = GptOssConfig.from_hf(tiny_models.WIDE_TARGET)
+    weights = gpt_oss.random_weights(config, jax.random.key(0), dtype)
+    checkpoints.save_target(tmp_path, config, weights, TOKENS)
+    again, loaded = checkpoints.load_target(tmp_path, dtype)
+    assert again == config
+    for (path, ours), (_, theirs) in zip(
+        checkpoints.weight_paths(weights), checkpoints.weight_paths(loaded), strict=True
+    ):
+        assert ours.dtype == theirs.dtype
+        assert (ours == theirs).all(), path
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_a_draft_read_back_is_the_draft_written(tmp_path, bias):
+    config = draft_config(attention_bias=bias, rope=Rope(theta=150000.0, factor=32.0) if bias else Rope(theta=1e6))
+    weights = draft.random_weights(config, jax.random.key(0), jnp.bfloat16)
+    checkpoints.save_draft(tmp_path, config, weights, TOKENS)
+    again, loaded = checkpoints.load_draft(tmp_path, jnp.bfloat16)
+    assert again == config
+    assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(loaded), strict=True))
+
+
+def test_shards_are_read_through_their_index(target):
+    directory, _, weights = target
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{number}.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    _, loaded = checkpoints.load_target(directory, jnp.float32)
+    assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(loaded), strict=True))
+    (directory / "model-1.safetensors").unlink()
+    with pytest.raises(PipelineError, match=r"lacks model-1\.safetensors"):
+        checkpoints.load_target(directory, jnp.float32)
+
+
+def test_all_wrong_tensors_are_named_at_once(target):
+    directory, _, _ = target
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.1.self_attn.sinks"]
+    tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(4, np.float32)
+    tensors["model.norm.weight"] = np.ones(5, np.float32)
+    tensors["lm_head.weight"][3, 4] = np.nan
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(PipelineError) as error:
+        checkpoints.load_target(directory, jnp.float32)
+    for part in (
+        "4 tensor(s) wrong",
+        "model.layers.1.self_attn.sinks: missing",
+        "model.layers.0.self_attn.q_norm.weight: unexpected",
+        "model.norm.weight: shape (5,)",
+        "lm_head.weight: not finite",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_truncated_file_is_named(target):
+    directory, _, _ = target
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(PipelineError, match="damaged safetensors file"):
+        checkpoints.load_target(directory, jnp.float32)
+
+
+def test_the_exported_config_has_both_spellings_of_rope_and_every_key_a_runtime_reads():
+    written = checkpoints.draft_config_to_hf(draft_config(), "bfloat16", TOKENS)
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1e6
+    assert written["rope_scaling"] is None
+    assert written["num_target_layers"] == 4
+    assert written["target_hidden_size"] == 48
+    assert written["block_size"] == written["dflash_config"]["block_size"] == 5
+    assert written["dflash_config"]["target_layer_ids"] == [0, 2]
+    assert written["dflash_config"]["mask_token_id"] == 96
+
+
+def test_a_config_without_a_mask_token_is_refused_not_defaulted():
+    written = checkpoints.draft_config_to_hf(draft_config(), "bfloat16", TOKENS)
+    del written["dflash_config"]["mask_token_id"]
+    with pytest.raises(PipelineError, match="mask_token_id: missing"):
+        checkpoints.draft_config_from_hf(written)

@@ -1,0 +1,101 @@
+"""An engine that says what a script says, with the real one's interface, for tests of what is around it."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from pipeline.artifacts import PipelineError
+from pipeline.dflash import acceptance
+from pipeline.dflash.acceptance import Acceptance
+from pipeline.serve.engine import Engine, Update
+from pipeline.serve.scheduler import Request
+
+VOCABULARY = 512
+
+
+@dataclasses.dataclass
+class Running:
+    request: Request
+    tokens: list[int]
+    at: int = 0
+
+
+class FakeEngine(Engine):
+    """`script` gives a request's tokens, its stop token last; a round yields up to `round_tokens` of them."""
+
+    def __init__(
+        self,
+        script: Callable[[Request], Sequence[int]],
+        stop_ids: Sequence[int],
+        *,
+        round_tokens: int = 3,
+        block_size: int | None = 8,
+        slots: int = 4,
+        max_length: int = 200,
+    ) -> None:
+        self.script, self.stop_ids, self.round_tokens = script, set(stop_ids), round_tokens
+        self.block_size, self.slots, self.max_length = block_size, slots, max_length
+        self.acceptance = acceptance.empty(block_size or 1)
+        self.waiting: list[Request] = []
+        self.running: dict[str, Running] = {}
+        self.cancelled: list[str] = []
+        self.most_running = 0
+        self.step_seconds = 0.0
+        self.failure: Exception | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    def warm_up(self) -> None:
+        pass
+
+    def check(self, request: Request) -> None:
+        if not request.prompt_ids or len(request.prompt_ids) + request.max_new_tokens > self.max_length:
+            raise PipelineError("prompt does not fit")
+        if max(request.prompt_ids) >= VOCABULARY:
+            raise PipelineError(f"prompt has token ids {[max(request.prompt_ids)]}; the target knows 0..511")
+
+    def add(self, request: Request) -> None:
+        self.check(request)
+        self.waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        self.running.pop(request_id, None)
+        self.waiting = [one for one in self.waiting if one.request_id != request_id]
+
+    def step(self) -> list[Update]:
+        time.sleep(self.step_seconds)
+        if self.failure is not None:
+            raise self.failure
+        updates = []
+        while self.waiting and len(self.running) < self.slots:
+            request = self.waiting.pop(0)
+            self.running[request.request_id] = Running(request, list(self.script(request))[: request.max_new_tokens])
+            updates.append(self._advance(request.request_id, 1, is_round=False))
+        self.most_running = max(self.most_running, len(self.running))
+        for request_id in list(self.running):
+            updates.append(self._advance(request_id, self.round_tokens, is_round=self.block_size is not None))
+        return updates
+
+    def _advance(self, request_id: str, count: int, *, is_round: bool) -> Update:
+        one = self.running[request_id]
+        new = tuple(one.tokens[one.at : one.at + count])
+        one.at += len(new)
+        reason = None
+        if one.at == len(one.tokens):
+            reason = "stop" if new[-1] in self.stop_ids else "length"
+            del self.running[request_id]
+        if is_round:
+            self.acceptance += Acceptance.of([len(new) - 1], self.block_size)
+        kept = len(new) - 1 if is_round else None
+        return Update(request_id=request_id, token_ids=new, finish_reason=reason, kept=kept)

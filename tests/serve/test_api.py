@@ -1,0 +1,478 @@
+"""The HTTP side, through OpenAI's own client and a real server; the engine says what a script says."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from serve.fake_engine import FakeEngine
+
+from pipeline.artifacts import PipelineError
+from pipeline.prompts.harmony import render_completion, render_prompt, stop_token_ids
+from pipeline.serve import server
+from pipeline.serve.api import Api, create_app
+from pipeline.serve.worker import Worker
+
+MODEL = "tiny"
+ANALYSIS, FINAL = "17 + 25: naïve, 東京.", "It is 42 🎉 indeed."
+USER = {"role": "user", "content": "What is 17 + 25?"}
+
+
+@contextlib.contextmanager
+def serving(engine, tokenizer):
+    """A server on a free port, and how many seconds it may take to end."""
+    worker = Worker(engine)
+    api = Api(worker, engine, tokenizer, model=MODEL, effort="low")
+    with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
+        address = server.url(listener)
+        running = server.create_server(create_app(api), listener, cut=worker.end)
+        thread = threading.Thread(target=server.serve, args=(running, listener))
+        worker.start()
+        thread.start()
+        try:
+            yield address
+        finally:
+            running.should_exit = True
+            thread.join(10)
+            assert worker.stop(5.0)
+            assert not thread.is_alive()
+
+
+def create_engine(tokenizer, **options):
+    answer = render_completion(tokenizer, ANALYSIS, FINAL)
+    text = tokenizer.encode("the text é goes on and on", add_special_tokens=False)
+    stops = stop_token_ids(tokenizer)
+    chat_start = tokenizer.convert_tokens_to_ids("<|start|>")
+
+    def script(request):
+        if request.prompt_ids[0] == chat_start:
+            return answer
+        if request.prompt_ids == (7, 7):  # endless
+            return [text[0]] * request.max_new_tokens
+        if request.prompt_ids == (8, 8):
+            return [*text, *[text[0]] * request.max_new_tokens]
+        return [*text, stops[0]]
+
+    return FakeEngine(script, stops, **options)
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return create_engine(tokenizer)
+
+
+@pytest.fixture
+def address(engine, tokenizer):
+    with serving(engine, tokenizer) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def idle_engine(tokenizer):
+    return create_engine(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def shared_address(idle_engine, tokenizer):
+    """One server for the many requests that never reach the engine, or leave nothing in it."""
+    with serving(idle_engine, tokenizer) as address:
+        yield address
+
+
+def until(condition, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def metric(address: str, name: str) -> float:
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} "))
+
+
+def test_a_completion_carries_text_reason_and_exact_usage(client, tokenizer):
+    reply = client.completions.create(model=MODEL, prompt="Go", max_tokens=100)
+    num_tokens = len(tokenizer.encode("the text é goes on and on", add_special_tokens=False)) + 1
+    assert reply.choices[0].text == "the text é goes on and on"
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage.prompt_tokens == len(tokenizer.encode("Go", add_special_tokens=False))
+    assert reply.usage.completion_tokens == num_tokens
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + num_tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_max_tokens_is_exact(client, count):
+    reply = client.completions.create(
+        model=MODEL, prompt=[7, 7], max_tokens=count, extra_body={"return_token_ids": True}
+    )
+    assert reply.usage.completion_tokens == count == len(reply.choices[0].token_ids)
+    assert reply.choices[0].finish_reason == "length"
+
+
+def test_a_completion_without_max_tokens_has_sixteen(client):
+    assert client.completions.create(model=MODEL, prompt=[7, 7]).usage.completion_tokens == 16
+
+
+def test_usage_tells_the_drafted_tokens_kept_and_not_kept(client, engine):
+    details = client.completions.create(model=MODEL, prompt=[7, 7], max_tokens=8).usage.completion_tokens_details
+    # one token by prefill, then rounds of 3, 3 and 1 tokens: 2, 2 and 0 of 7 drafts kept
+    assert details.accepted_prediction_tokens == 4 == engine.acceptance.num_kept
+    assert details.rejected_prediction_tokens == 3 * 7 - 4
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Go", ["Go", "Stay"], [5, 6], [[5, 6], [7, 8, 9]]], ids=["text", "texts", "tokens", "lists of tokens"]
+)
+def test_prompts_are_texts_or_tokens_one_or_many(client, prompt):
+    reply = client.completions.create(model=MODEL, prompt=prompt, max_tokens=100)
+    many = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    assert [choice.index for choice in reply.choices] == list(range(len(prompt) if many else 1))
+    assert {choice.text for choice in reply.choices} == {"the text é goes on and on"}
+
+
+def test_a_streamed_completion_adds_up_to_the_whole(client):
+    whole = client.completions.create(model=MODEL, prompt=["Go", "Stay"], max_tokens=100)
+    texts, reasons, usage = ["", ""], [None, None], None
+    for chunk in client.completions.create(
+        model=MODEL, prompt=["Go", "Stay"], max_tokens=100, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            assert "\ufffd" not in choice.text
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == ["stop", "stop"]
+    assert usage == whole.usage
+
+
+def test_a_chat_reply_has_final_as_content_and_analysis_apart(client, tokenizer):
+    reply = client.chat.completions.create(model=MODEL, messages=[USER])
+    message = reply.choices[0].message
+    assert (message.content, message.reasoning_content, message.reasoning) == (FINAL, ANALYSIS, ANALYSIS)
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage.completion_tokens == len(render_completion(tokenizer, ANALYSIS, FINAL))
+
+
+def test_a_chat_reply_cut_by_its_limit_says_so(client):
+    reply = client.chat.completions.create(model=MODEL, messages=[USER], max_completion_tokens=6)
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.choices[0].message.content == ""
+    assert ANALYSIS.startswith(reply.choices[0].message.reasoning_content)
+
+
+def test_a_streamed_chat_comes_by_channel_and_adds_up(client):
+    texts, order, reasons, roles = {"content": "", "reasoning_content": ""}, [], [], []
+    for chunk in client.chat.completions.create(model=MODEL, messages=[USER], stream=True):
+        delta = chunk.choices[0].delta
+        roles.append(delta.role)
+        reasons.append(chunk.choices[0].finish_reason)
+        assert getattr(delta, "reasoning", None) == getattr(delta, "reasoning_content", None)
+        for name in texts:
+            piece = getattr(delta, name, None)
+            if piece:
+                texts[name] += piece
+                order.append(name)
+    assert texts == {"content": FINAL, "reasoning_content": ANALYSIS}
+    assert order == sorted(order, reverse=True)  # all of the analysis, then all of the content
+    assert roles[0] == "assistant"
+    assert set(roles[1:]) == {None}
+    assert reasons[-1] == "stop"
+    assert set(reasons[:-1]) == {None}
+
+
+@pytest.mark.parametrize("effort", [None, "low", "medium", "high"])
+def test_the_prompt_is_rendered_with_the_effort_asked_for(client, engine, tokenizer, effort):
+    seen = []
+    script = engine.script
+    engine.script = lambda request: seen.append(request.prompt_ids) or script(request)
+    options = {} if effort is None else {"reasoning_effort": effort}
+    client.chat.completions.create(model=MODEL, messages=[USER], **options)
+    assert seen == [tuple(render_prompt(tokenizer, [USER], effort or "low"))]
+
+
+def test_an_earlier_answer_can_be_sent_back_as_the_client_holds_it(client):
+    first = client.chat.completions.create(model=MODEL, messages=[USER]).choices[0].message
+    parts = {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "1 + 1?"}]}
+    reply = client.chat.completions.create(model=MODEL, messages=[USER, first.model_dump(), parts], max_tokens=8)
+    assert reply.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_text_before_it_and_the_generation_in_the_engine(client, engine, tokenizer, stream):
+    engine.step_seconds = 0.01
+    reply = client.completions.create(
+        model=MODEL, prompt=[8, 8], max_tokens=150, stop=["goes on", "never"], stream=stream,
+        extra_body={"return_token_ids": True},
+    )  # fmt: skip
+    choices = [chunk.choices[0] for chunk in reply] if stream else reply.choices
+    token_ids = [token_id for choice in choices for token_id in choice.token_ids]
+    assert "".join(choice.text for choice in choices) == "the text é "
+    assert choices[-1].finish_reason == "stop"
+    assert tokenizer.decode(token_ids).startswith("the text é goes on")
+    assert not tokenizer.decode(token_ids[:-1]).startswith("the text é goes on")
+    assert until(lambda: not engine.has_work)
+    assert len(engine.cancelled) == 1
+
+
+def test_a_stop_string_in_a_chat_is_looked_for_in_the_final_alone(client):
+    reply = client.chat.completions.create(model=MODEL, messages=[USER], stop=["25", " indeed"])
+    assert reply.choices[0].message.reasoning_content == ANALYSIS
+    assert reply.choices[0].message.content == "It is 42 🎉"
+    assert reply.choices[0].finish_reason == "stop"
+    details = reply.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens < reply.usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param", "words"),
+    [
+        ("completions", {"temperature": 0.7}, "temperature", "temperature is 0.7; decoding is greedy"),
+        ("completions", {"temperature": True}, "temperature", "is True"),
+        ("completions", {"top_p": 0.9}, "top_p", "greedy"),
+        ("completions", {"n": 2}, "n", "n is 2"),
+        ("completions", {"best_of": 2}, "best_of", "greedy"),
+        ("completions", {"logprobs": 0}, "logprobs", "not supported"),
+        ("completions", {"echo": True}, "echo", "not echoed"),
+        ("completions", {"suffix": "x"}, "suffix", "insertion"),
+        ("completions", {"presence_penalty": 0.5}, "presence_penalty", "penalties"),
+        ("completions", {"frequency_penalty": -1}, "frequency_penalty", "penalties"),
+        ("completions", {"repetition_penalty": 1.1}, "repetition_penalty", "penalties"),
+        ("completions", {"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ("completions", {"ignore_eos": True}, "ignore_eos", "stop tokens"),
+        ("completions", {"max_tokens": 0}, "max_tokens", "max_tokens is 0; wanted"),
+        ("completions", {"max_tokens": 2.5}, "max_tokens", "whole number"),
+        ("completions", {"stop": ""}, "stop", "non-empty"),
+        ("completions", {"stop": ["a"] * 17}, "stop", "at most 16"),
+        ("completions", {"stream": "yes"}, "stream", "true or false"),
+        ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "without stream"),
+        ("completions", {"prompt": ""}, "prompt", "empty"),
+        ("completions", {"prompt": []}, "prompt", "non-empty list"),
+        ("completions", {"prompt": [[]]}, "prompt", "empty"),
+        ("completions", {"prompt": [1, "a"]}, "prompt", r"prompt[0] is 1"),
+        ("completions", {"prompt": [5, 512]}, "prompt", "token ids [512]"),
+        ("completions", {"prompt": "\ud800"}, "prompt", "Unicode"),
+        ("completions", {"prompt": None}, "prompt", "prompt is None"),
+        ("completions", {"temprature": 0}, "temprature", "not known; supported: prompt"),
+        ("completions", {"model": None}, "model", "'tiny' is served"),
+        ("chat/completions", {"temperature": 1}, "temperature", "greedy"),
+        ("chat/completions", {"n": 3}, "n", "greedy"),
+        ("chat/completions", {"logprobs": True}, "logprobs", "not supported"),
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "not supported"),
+        ("chat/completions", {"tools": [{"type": "function"}]}, "tools", "tools are not supported"),
+        ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", "only text"),
+        ("chat/completions", {"reasoning_effort": "max"}, "reasoning_effort", "low, medium, high"),
+        ("chat/completions", {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "one of them"),
+        ("chat/completions", {"messages": []}, "messages", "non-empty list"),
+        ("chat/completions", {"messages": "hi"}, "messages", "wanted a list"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages", "'tool'"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages", "'name'"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages", "wanted a string"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages",
+            "text parts",
+        ),
+        ("chat/completions", {"messages": [{"role": "user", "content": "<|end|>"}]}, "messages", "control tokens"),
+        ("chat/completions", {"echo": True}, "echo", "not known"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(shared_address, idle_engine, path, change, param, words):
+    body = {"model": MODEL, **({"prompt": "Go"} if path == "completions" else {"messages": [USER]}), **change}
+    reply = httpx.post(f"{shared_address}/v1/{path}", content=json.dumps(body))
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert words in error["message"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert not idle_engine.has_work
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0, "top_p": 1, "n": 1, "seed": 5, "user": "me", "logit_bias": {}, "presence_penalty": 0},
+        {"temperature": None, "stop": None, "logprobs": None, "max_tokens": None, "stream": None},
+    ],
+    ids=["neutral", "null"],
+)
+def test_options_that_ask_for_nothing_are_taken(shared_address, options):
+    body = {"model": MODEL, "prompt": "Go", **options}
+    assert httpx.post(f"{shared_address}/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 50_000],
+    ids=["empty", "cut", "list", "text", "bytes", "deep"],
+)
+def test_a_malformed_body_is_a_bad_request(shared_address, content):
+    reply = httpx.post(f"{shared_address}/v1/chat/completions", content=content)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_an_unknown_model_is_not_found_and_the_served_one_named(client):
+    with pytest.raises(openai.NotFoundError, match="served: 'tiny'") as caught:
+        client.completions.create(model="gpt-5", prompt="Go")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-5")
+
+
+def test_a_request_that_does_not_fit_the_context_names_the_counts(client):
+    with pytest.raises(openai.BadRequestError, match=r"150 tokens and 51 more .* 201 in all.* 200 tokens") as caught:
+        client.completions.create(model=MODEL, prompt=[5] * 150, max_tokens=51)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="at least one more") as caught:
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "12" * 200}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_unknown_paths_and_methods_answer_in_the_same_shape(address):
+    for reply in (httpx.get(f"{address}/v2"), httpx.get(f"{address}/v1/completions")):
+        assert reply.status_code in (404, 405)
+        assert "served: POST /v1/completions" in reply.json()["error"]["message"]
+
+
+def test_models_and_health(client, address):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_concurrent_requests_share_the_engine(client, engine):
+    engine.step_seconds = 0.02
+    texts = []
+
+    def ask():
+        texts.append(client.chat.completions.create(model=MODEL, messages=[USER]).choices[0].message.content)
+
+    threads = [threading.Thread(target=ask) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [FINAL] * 10
+    assert engine.most_running == engine.slots
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request_in_the_engine(address, engine, stream):
+    engine.step_seconds = 0.02
+    body = {"model": MODEL, "prompt": [7, 7], "max_tokens": 150, "stream": stream}
+    with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as connection:
+        text = json.dumps(body)
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode()
+        )
+        assert until(lambda: engine.num_running == 1)
+    assert until(lambda: len(engine.cancelled) == 1 and not engine.has_work, 1.0)
+    assert until(lambda: metric(address, 'serve_requests_total{outcome="cancelled"}') == 1)
+
+
+def test_metrics_show_the_engines_acceptance(client, address, engine):
+    assert httpx.get(f"{address}/metrics").status_code == 200  # before any round, too
+    client.completions.create(model=MODEL, prompt=[7, 7], max_tokens=8)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=MODEL, prompt=[7, 7], temperature=1)
+    found = {name: metric(address, f"serve_{name}") for name in ("accept_length", "accept_rate", "rounds_total")}
+    seen = engine.acceptance
+    assert found == {
+        "accept_length": seen.accept_length, "accept_rate": seen.accept_rate, "rounds_total": seen.num_rounds
+    }  # fmt: skip
+    assert metric(address, "serve_generated_tokens_total") == 8
+    assert metric(address, "serve_prompt_tokens_total") == 2
+    assert metric(address, 'serve_requests_total{outcome="length"}') == 1
+    assert metric(address, 'serve_requests_total{outcome="refused"}') == 1
+    assert metric(address, 'serve_accept_rate_at_k{k="2"}') == seen.accept_rate_at_k[1]
+
+
+def test_metrics_are_what_prometheus_reads(client, address):
+    parser = pytest.importorskip("prometheus_client.parser")
+    client.completions.create(model=MODEL, prompt=[7, 7], max_tokens=8)
+    families = {family.name for family in parser.text_string_to_metric_families(httpx.get(f"{address}/metrics").text)}
+    assert {"serve_requests", "serve_kept_tokens", "serve_accept_length"} <= families
+
+
+def test_an_engine_that_fails_is_told_to_running_and_later_requests_and_to_health(client, address, engine):
+    engine.step_seconds = 0.02
+    stream = client.completions.create(model=MODEL, prompt=[7, 7], max_tokens=150, stream=True)
+    next(iter(stream))
+    caught = []
+
+    def ask():
+        try:
+            client.completions.create(model=MODEL, prompt=[7, 7], max_tokens=150)
+        except openai.APIStatusError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert until(lambda: engine.num_running == 2)
+    engine.failure = RuntimeError("out of memory")
+    thread.join()
+    assert [error.status_code for error in caught] == [500]
+    assert "RuntimeError: out of memory" in str(caught[0])
+    with pytest.raises(openai.APIError, match="out of memory"):
+        list(stream)
+    with pytest.raises(openai.InternalServerError, match="out of memory") as later:
+        client.completions.create(model=MODEL, prompt="Go")
+    assert later.value.status_code == 503
+    health = httpx.get(f"{address}/health")
+    assert (health.status_code, health.json()["reason"]) == (503, "RuntimeError: out of memory")
+    assert metric(address, "serve_healthy") == 0
+
+
+def test_the_plain_arm_has_no_rounds_to_tell(tokenizer):
+    plain = create_engine(tokenizer, block_size=None, round_tokens=1)
+    with (
+        serving(plain, tokenizer) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        reply = client.chat.completions.create(model=MODEL, messages=[USER])
+        assert reply.choices[0].message.content == FINAL
+        assert reply.usage.completion_tokens_details is None
+        assert "accept_" not in httpx.get(f"{address}/metrics").text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_server_ends_quickly_and_tells_a_request_in_flight(engine, tokenizer, monkeypatch, stream):
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.3)
+    engine.step_seconds = 0.1
+    body = {"model": MODEL, "prompt": [7, 7], "max_tokens": 150, "stream": stream}
+    replies = []
+    with serving(engine, tokenizer) as address:
+        thread = threading.Thread(
+            target=lambda: replies.append(httpx.post(f"{address}/v1/completions", json=body, timeout=20))
+        )
+        thread.start()
+        assert until(lambda: engine.num_running == 1)
+        started = time.monotonic()
+    assert time.monotonic() - started < 3
+    thread.join()
+    assert replies[0].status_code == (200 if stream else 503)
+    assert "shutting down" in replies[0].text
+
+
+def test_a_port_in_use_is_named():
+    with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(PipelineError, match=f"serve.port is {port}, which is in use"):
+            server.bind("127.0.0.1", port)
+    with pytest.raises(PipelineError, match=r"serve.host is '192\.0\.2\.1'"):
+        server.bind("192.0.2.1", 0)

@@ -1,0 +1,142 @@
+"""The whole stage on a tiny target and draft with random weights, ended by a signal as a person ends it."""
+
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+
+import httpx
+import jax
+import jax.numpy as jnp
+import openai
+import pytest
+from tiny_models import TARGET
+
+from pipeline import artifacts, lineage
+from pipeline.artifacts import PipelineError
+from pipeline.config import DraftConfig, PipelineConfig, ServeConfig, TargetConfig
+from pipeline.model import checkpoints, draft, gpt_oss
+from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.prompts.harmony import render_prompt, stop_token_ids
+from pipeline.serve import server, stage
+from pipeline.serve.engine import Engine
+from pipeline.serve.scheduler import Request
+from pipeline.tracking import Run
+
+USER = {"role": "user", "content": "What is 17 + 25?"}
+
+
+class Notes(Run):
+    """A tracker that keeps what it is told."""
+
+    def __init__(self):
+        self.metrics = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics |= metrics
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("served")
+    target_path, draft_path = root / "target", root / "draft"
+    target_path.mkdir()
+    sizes = GptOssConfig.from_hf({**TARGET, "vocab_size": 512})
+    checkpoints.save_target(target_path, sizes, gpt_oss.random_weights(sizes, jax.random.key(0)), {})
+    tokenizer.save_pretrained(target_path)
+    config = PipelineConfig(
+        output_dir=str(root),
+        target=TargetConfig(name="random", path=str(target_path)),
+        draft=DraftConfig(block_size=5, num_tapped_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12),
+        serve=ServeConfig(slots=3, max_length=96, prefill_chunk=16, port=0),
+    )
+    target = lineage.target(config)
+    shape = lineage.draft_config(config, target)
+    checkpoints.save_draft(artifacts.open_scratch(draft_path, resume=False), shape,
+                           draft.random_weights(shape, jax.random.key(1)), {})  # fmt: skip
+    contract = lineage.draft_contract(config, target, {}).to_json()
+    artifacts.seal(draft_path, kind=lineage.DRAFT, settings={}, contract=contract)
+    config.export.path = str(draft_path)
+    return config
+
+
+def run_with_visitor(config, capsys, visit):
+    """Run the stage in this thread while `visit(address)` runs in another, which ends it with SIGINT."""
+    notes, found = Notes(), []
+
+    def come_and_go():
+        deadline = time.monotonic() + 120
+        text = ""
+        while time.monotonic() < deadline and "Ctrl-C" not in text:
+            time.sleep(0.05)
+            text += capsys.readouterr().out
+        try:
+            address = re.search(r"serving random \(\w+\) on (http://\S+)", text)[1]
+            found.append((visit(address), text))
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    visitor = threading.Thread(target=come_and_go)
+    visitor.start()
+    with contextlib.suppress(KeyboardInterrupt):  # only when the stage ended too early, and pytest has told why
+        stage.run(config, notes)
+    visitor.join()
+    return notes, *found[0]
+
+
+def test_a_draft_is_served_with_plain_greedys_tokens_until_a_signal(config, tokenizer, capsys):
+    prompt = render_prompt(tokenizer, [USER], "low")
+    options = {"model": "random", "max_tokens": 30, "temperature": 0}
+
+    def visit(address):
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            chat = client.chat.completions.create(messages=[USER], **options)
+            texts = client.completions.create(
+                prompt=[prompt, [5, 6, 7]], **options, extra_body={"return_token_ids": True}
+            )
+        return chat, texts, httpx.get(f"{address}/metrics").text
+
+    notes, (chat, texts, metrics), told = run_with_visitor(config, capsys, visit)
+
+    sizes, weights = checkpoints.load_target(lineage.target(config).path, jnp.dtype("float32"))
+    plain = Engine(weights, sizes, stop_token_ids=stop_token_ids(tokenizer), slots=1, max_length=96, prefill_chunk=16)
+    wanted = {
+        one.request_id: list(one.token_ids)
+        for one in plain.generate(
+            Request(request_id=str(index), prompt_ids=tuple(ids), max_new_tokens=30)
+            for index, ids in enumerate([prompt, [5, 6, 7]])
+        )
+    }
+    assert [choice.token_ids for choice in texts.choices] == [wanted["0"], wanted["1"]]
+    assert chat.usage.completion_tokens == len(wanted["0"])
+    assert chat.usage.prompt_tokens == len(prompt)
+    assert "curl http://127.0.0.1:" in told
+    rounds = float(re.search(r"^serve_rounds_total (\S+)$", metrics, re.MULTILINE)[1])
+    assert rounds > 0
+    assert notes.metrics["accept_length"] >= 1
+    assert notes.metrics["serve/requests"] == 3
+    assert notes.metrics["serve/generated_tokens"] == 2 * len(wanted["0"]) + len(wanted["1"])
+
+
+def test_more_positions_than_the_target_has_are_refused(config):
+    large = PipelineConfig(target=config.target, export=config.export, serve=ServeConfig(max_length=257, port=0))
+    with pytest.raises(PipelineError, match=r"serve.max_length is 257; random has 256 positions"):
+        stage.run(large, Notes())
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded(config):
+    with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        busy = PipelineConfig(target=TargetConfig(name="none", path="/nowhere"), serve=ServeConfig(port=port))
+        with pytest.raises(PipelineError, match=f"serve.port is {port}, which is in use"):
+            stage.run(busy, Notes())
+
+
+def test_a_draft_that_was_never_exported_is_named(config, tmp_path):
+    absent = PipelineConfig(target=config.target, serve=ServeConfig(port=0, max_length=96))
+    absent.export.path = str(tmp_path / "none")
+    with pytest.raises(PipelineError, match=r"no complete draft at .*stage=export"):
+        stage.run(absent, Notes())

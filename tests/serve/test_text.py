@@ -1,0 +1,89 @@
+import random
+
+import pytest
+
+from pipeline.prompts.harmony import render_completion, split_channels
+from pipeline.serve.text import ANALYSIS, FINAL, ChannelReader, Detokenizer, StopStrings
+
+TEXTS = ["naïve café", "東京 is big", "👩‍👩‍👧 family 🎉", "a\n\n  b\t", "1 + 1 = 2"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_of_text_are_whole_characters_and_add_up(tokenizer, text):
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push([token_id]) for token_id in tokenizer.encode(text, add_special_tokens=False)]
+    assert "".join(pieces) + detokenizer.flush() == text
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_text_is_given_as_soon_as_it_is_certain(tokenizer):
+    detokenizer = Detokenizer(tokenizer)
+    first, *rest = tokenizer.encode("é", add_special_tokens=False)
+    assert detokenizer.push([*tokenizer.encode("ab", add_special_tokens=False), first]) == "ab"
+    assert detokenizer.push(rest) == "é"
+
+
+def test_bytes_that_are_no_character_are_shown_once_something_follows(tokenizer):
+    broken = tokenizer.encode("é", add_special_tokens=False)[:1]
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.push(broken * 5) == ""
+    assert detokenizer.push(tokenizer.encode("a", add_special_tokens=False)) == "\ufffd" * 5 + "a"
+    assert detokenizer.push(broken) == ""
+    assert detokenizer.flush() == "\ufffd"
+
+
+def read(tokenizer, token_ids, sizes, *, cut_off):
+    reader, texts, at = ChannelReader(tokenizer), {ANALYSIS: "", FINAL: ""}, 0
+    while at < len(token_ids):
+        size = sizes()
+        for channel, text in reader.push(token_ids[at : at + size]):
+            texts[channel] += text
+        at += size
+    for channel, text in reader.finish(cut_off=cut_off):
+        texts[channel] += text
+    return texts[ANALYSIS], texts[FINAL]
+
+
+@pytest.mark.parametrize("analysis", TEXTS)
+def test_channels_read_as_they_come_are_those_of_the_whole_wherever_it_is_cut(tokenizer, analysis):
+    token_ids = render_completion(tokenizer, analysis, "東京: 42")
+    for length in range(len(token_ids) + 1):
+        cut = token_ids[:length]
+        read_one_by_one = read(tokenizer, cut, lambda: 1, cut_off=length < len(token_ids))
+        assert read_one_by_one == split_channels(tokenizer, cut)
+
+
+def test_channels_of_any_tokens_are_those_of_the_whole(tokenizer):
+    draw = random.Random(0)
+    special = tokenizer.convert_tokens_to_ids(
+        ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>", "<|return|>"]
+    )
+    words = tokenizer.encode("final analysis commentary é 東 a b", add_special_tokens=False)
+    for _ in range(400):
+        token_ids = draw.choices(special[:5] * 2 + words * 2 + special[5:], k=draw.randrange(20))
+        cut_off = special[5] not in token_ids
+        found = read(tokenizer, token_ids, lambda: draw.randrange(1, 4), cut_off=cut_off)
+        assert found == split_channels(tokenizer, token_ids), tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "shown", "found"),
+    [
+        (["END"], ["ab", "EN", "D", "x"], ["ab", "", "", ""], True),
+        (["END"], ["abE", "Nx"], ["ab", "ENx"], False),
+        (["\n\n"], ["a\n", "b\n\nc"], ["a", "\nb"], True),
+        (["aab"], ["aa", "ab"], ["", "a"], True),
+        (["xyz", "b"], ["ab", "c"], ["a", ""], True),
+        (["bc", "abcd"], ["abcd"], [""], True),
+    ],
+    ids=["over pieces", "false start", "line", "overlapping itself", "two", "earliest start"],
+)
+def test_a_text_ends_before_its_first_stop_string(stops, pieces, shown, found):
+    matcher = StopStrings(stops)
+    assert [matcher.push(piece) for piece in pieces] == shown
+    assert matcher.found is found
+
+
+def test_what_only_began_like_a_stop_string_is_given_at_the_end():
+    matcher = StopStrings(["END"])
+    assert matcher.push("the EN") + matcher.flush() == "the EN"

@@ -1,0 +1,82 @@
+import dataclasses
+import enum
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from pipeline.artifacts import PipelineError
+from pipeline.config import DraftConfig, PipelineConfig, Precision, PromptSource, Stage, plain, validate
+
+
+def valid_config(**changes):
+    config = PipelineConfig(stage=Stage.train)
+    config.target.name = "tiny"
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        node = config
+        for name in path:
+            node = getattr(node, name)
+        setattr(node, last, value)
+    return config
+
+
+def test_defaults_are_valid():
+    validate(valid_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        pytest.param({"train__learning_rate": -1.0}, "train.learning_rate is -1.0; it must be positive", id="negative"),
+        pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
+        pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),
+        pytest.param({"prompts__heldout_fraction": 1.0}, "prompts.heldout_fraction is 1.0", id="all held out"),
+        pytest.param({"prompts__source": PromptSource.jsonl}, "prompts.path is null", id="jsonl without a file"),
+        pytest.param({"prompts__source": PromptSource.dataset}, "prompts.dataset is null", id="dataset without a name"),
+        pytest.param({"draft__block_size": 1}, "draft.block_size is 1", id="a block of the anchor alone"),
+        pytest.param({"draft__num_key_value_heads": 3}, "draft.num_attention_heads is 4", id="heads not grouped"),
+        pytest.param({"draft__tapped_layers": [3, 1]}, "draft.tapped_layers is [3, 1]", id="descending layers"),
+        pytest.param({"draft__tapped_layers": [1, 1]}, "draft.tapped_layers is [1, 1]", id="a layer twice"),
+        pytest.param({"serve__port": 65536}, "serve.port is 65536", id="port out of range"),
+    ],
+)
+def test_a_broken_rule_is_told_with_its_key_and_value(changes, told):
+    with pytest.raises(PipelineError) as raised:
+        validate(valid_config(**changes))
+    assert told in str(raised.value)
+
+
+def test_all_broken_rules_are_told_at_once():
+    with pytest.raises(PipelineError) as raised:
+        validate(valid_config(train__steps=0, bench__slots=-1, serve__port=-1))
+    assert all(key in str(raised.value) for key in ("train.steps", "bench.slots", "serve.port"))
+
+
+def test_values_that_may_be_null_are_not_rules_broken():
+    validate(valid_config(bench__prompt_tokens=None, train__loss_decay=None))
+
+
+def test_plain_gives_json_values_for_enums_dataclasses_and_lists():
+    config = valid_config(draft__tapped_layers=[1, 3])
+    values = json.loads(json.dumps(plain(config)))
+    assert values["stage"] == "train"
+    assert values["target"] == {
+        "name": "tiny",
+        "path": None,
+        "precision": Precision.float32.value,
+        "pretrain": None,
+    }
+    assert values["draft"] == dataclasses.asdict(DraftConfig()) | {"tapped_layers": [1, 3]}
+
+
+def test_the_schema_survives_omegaconf():
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PipelineConfig), plain(valid_config())))
+    assert isinstance(config, PipelineConfig)
+    assert config == valid_config()
+
+
+def test_stages_are_named_by_their_values():
+    for choice in (Stage, Precision, PromptSource):
+        assert issubclass(choice, enum.Enum)
+        assert [member.name for member in choice] == [member.value for member in choice]

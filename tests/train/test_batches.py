@@ -1,0 +1,86 @@
+"""Batches are a function of the step number."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny_training
+
+from pipeline.dflash.blocks import anchor_candidates
+from pipeline.teacher_cache.store import open_split
+from pipeline.train.batches import Batches, made_ahead, padded_length
+
+FEATURE_SIZE, NUM_TRAIN = 6, 11
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    root = tmp_path_factory.mktemp("store")
+    return open_split(tiny_training.write_store(root, FEATURE_SIZE, num_train=NUM_TRAIN), "train")
+
+
+def batches_of(split, **changes):
+    options = {"num_sequences": 4, "num_anchors": 7, "num_positions": 64, "seed": 3}
+    return Batches(split, **{**options, **changes})
+
+
+def rows_of(batch):
+    """Which text each row holds, told by its features: they differ from sequence to sequence."""
+    return [row.tobytes() for row in batch["features"]]
+
+
+def test_a_step_can_be_made_alone(split):
+    one, other = batches_of(split), batches_of(split)
+    for step in range(6):
+        one.at(step)
+    for name, array in one.at(6).items():
+        np.testing.assert_array_equal(array, other.at(6)[name], err_msg=name)
+
+
+def test_each_epoch_shows_every_sequence_once_in_another_order(split):
+    batches = batches_of(split)
+    seen = list(itertools.chain.from_iterable(rows_of(batches.at(step)) for step in range(2 * NUM_TRAIN)))
+    epochs = [seen[start : start + NUM_TRAIN] for start in range(0, 4 * NUM_TRAIN, NUM_TRAIN)]
+    assert all(len(set(epoch)) == NUM_TRAIN and set(epoch) == set(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_anchors_are_drawn_anew_each_epoch_from_generated_tokens(split):
+    batches = batches_of(split, num_sequences=NUM_TRAIN)
+    first, second = batches.at(0), batches.at(1)
+    anchors_of = [dict(zip(rows_of(batch), batch["anchors"].tolist(), strict=True)) for batch in (first, second)]
+    assert all(anchors_of[0][text] != anchors_of[1][text] for text in anchors_of[0])
+    for generated, anchors, taken in zip(first["generated"], first["anchors"], first["anchor_taken"], strict=True):
+        assert set(anchors[taken]) <= set(anchor_candidates(generated))
+        assert len(set(anchors[taken])) == taken.sum()
+
+
+def test_the_seed_decides(split):
+    assert rows_of(batches_of(split).at(0)) != rows_of(batches_of(split, seed=4).at(0))
+
+
+def test_rows_hold_the_sequence_and_zeros_behind_it(split):
+    length = padded_length(split.num_tokens)
+    assert length % 32 == 0
+    assert 0 <= length - split.num_tokens.max() < 32
+    batch = batches_of(split, num_sequences=NUM_TRAIN, num_positions=length).at(0)
+    by_text = {one.features.tobytes(): one for one in split.read(range(NUM_TRAIN))}
+    for row in range(NUM_TRAIN):
+        end = int(np.flatnonzero(batch["generated"][row])[-1]) + 1
+        sequence = by_text[batch["features"][row, :end].tobytes()]
+        np.testing.assert_array_equal(batch["token_ids"][row, :end], sequence.token_ids)
+        assert not batch["token_ids"][row, end:].any()
+        assert not batch["features"][row, end:].any()
+        assert np.flatnonzero(batch["generated"][row])[0] == sequence.prompt_tokens
+
+
+def test_made_ahead_begins_where_it_is_told_and_passes_errors_on():
+    def make(step):
+        if step == 9:
+            raise ValueError("nine")
+        return step * step
+
+    made = made_ahead(make, 6)
+    assert [next(made) for _ in range(3)] == [36, 49, 64]
+    with pytest.raises(ValueError, match="nine"):
+        next(made)

@@ -135,11 +135,16 @@ def prompt_set(config: PipelineConfig) -> sources.PromptSet:
 
 
 def cache_contract(config: PipelineConfig, target: Target, provenance: dict[str, Any]) -> Contract:
-    """The contract of a teacher cache: the target's, the efforts rendered and the layers tapped."""
+    """The contract of a teacher cache: the target's, the efforts rendered and the layers tapped.
+
+    Rows of a file or dataset may bring efforts of their own, so only a generated set's are known here.
+    """
+    generated = config.prompts.source is PromptSource.generated
+    efforts = [config.prompts.effort.value] if generated else None
     tapped = list(draft_config(config, target).tapped_layers)
     return dataclasses.replace(
         target.contract,
-        text=dataclasses.replace(target.contract.text, reasoning_efforts=[config.prompts.effort.value]),
+        text=dataclasses.replace(target.contract.text, reasoning_efforts=efforts),
         features=FeatureIdentity(tapped_layers=tapped),
         provenance=provenance,
     )

@@ -1,7 +1,13 @@
 """A target, a teacher cache and a configuration small enough to train a draft on in a few steps."""
 
+import atexit
+import functools
 import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,6 +55,7 @@ DRAFT = draft.DraftConfig(
     mask_token_id=36,
 )
 NUM_TAPPED = 2
+LIMIT_SECONDS = 300  # of a training process on a machine that does other things too
 SHARD_SEQUENCES = 5
 
 
@@ -149,6 +156,31 @@ def make_cache(config: PipelineConfig) -> None:
     settings = lineage.teacher_cache_settings(config, target)
     contract = lineage.cache_contract(config, target, artifacts.provenance("teacher_cache", settings, {}))
     artifacts.seal(path, kind=lineage.TEACHER_CACHE, settings=settings, contract=contract.to_json())
+
+
+@functools.cache
+def trained() -> PipelineConfig:
+    """A configuration whose draft stage=train has made, undisturbed, in a process of its own; read only."""
+    root = Path(tempfile.mkdtemp(prefix="tiny-training-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    config = prepare(root)
+    with start(root) as process:
+        output, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 0, errors
+    (root / "tracked.json").write_text(output)
+    return config
+
+
+def root_of(config: PipelineConfig) -> Path:
+    """The directory that a configuration was prepared in."""
+    return Path(config.output_dir).parent
+
+
+def start(root: Path, *, stop_at: int = 0, **train: object) -> subprocess.Popen[str]:
+    """Begin stage=train on what `prepare` put under `root`."""
+    command = [sys.executable, __file__, str(root), str(stop_at), json.dumps(train)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def prepare(root: Path, **train: object) -> PipelineConfig:

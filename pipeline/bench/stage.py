@@ -28,8 +28,8 @@ EVALUATION = "evaluation.json"
 RESULTS = "results.json"
 
 
-def run(config: PipelineConfig, tracker: Run) -> None:
-    """Measure, print the table, log it, and keep results.json; wrong tokens raise after all is written."""
+def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
+    """Measure, print the table, log it, keep results.json and return it; wrong tokens raise after all that."""
     target = lineage.target(config)
     exported = lineage.exported_draft(config, target)
     dtype = jnp.dtype(config.target.precision.value)
@@ -81,10 +81,11 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     if lossless.bugs:
         first = lossless.bugs[0]
         raise PipelineError(
-            f"DFLASH changed {len(lossless.bugs)} of {lossless.num_answers} answers, which is a bug: {first.request_id} "
-            f"differs at token {first.position} (plain {first.plain_token}, DFLASH {first.dflash_token}) where the "
+            f"DFLASH changed {len(lossless.bugs)} of {lossless.num_answers} answers, which is a bug: "
+            f"{first.request_id} differs at token {first.position} (plain {first.plain_token}, DFLASH {first.dflash_token}) where the "
             f"target's two best logits are {first.logit_gap:.4f} apart (a tie is below {lossless.tie_gap})"
         )
+    return measured
 
 
 def _longest(requests: list[Request]) -> int:

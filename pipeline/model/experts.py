@@ -49,14 +49,14 @@ def mixture(
 
     The three ways give the same sums and differ in what they read and multiply: few tokens gather their
     experts, many are grouped by expert, and where a token uses a quarter of the experts or more, running
-    them all costs less than sorting.
+    them all costs less than either.
     """
     shares, indices = route(inputs, weights, experts_per_token)
     num_experts = weights.router.shape[1]
-    if inputs.shape[0] * experts_per_token <= num_experts // 2:
-        return gathered(inputs, weights, shares, indices, limit)
     if num_experts <= 4 * experts_per_token:
         return dense(inputs, weights, shares, indices, limit)
+    if inputs.shape[0] * experts_per_token <= num_experts // 2:
+        return gathered(inputs, weights, shares, indices, limit)
     return grouped(inputs, weights, shares, indices, limit)
 
 
@@ -110,6 +110,8 @@ def dense(
     """Every token through every expert, those not chosen with share zero."""
     num_tokens, num_experts = inputs.shape[0], weights.router.shape[1]
     share = jnp.zeros((num_tokens, num_experts), shares.dtype).at[jnp.arange(num_tokens)[:, None], indices].set(shares)
-    hidden = einsum("md,edpf->mepf", inputs, weights.gate_up) + weights.gate_up_bias
-    hidden = clamped_swiglu(hidden[:, :, 0], hidden[:, :, 1], limit) * share[..., None]
-    return einsum("mef,efd->md", hidden, weights.down) + einsum("me,ed->md", share, weights.down_bias)
+    # one product per expert, batched: leaving the experts to a free axis makes XLA:CPU move all weights first
+    rows = jnp.broadcast_to(inputs, (num_experts, *inputs.shape))
+    hidden = einsum("emd,edpf->empf", rows, weights.gate_up) + weights.gate_up_bias[:, None]
+    hidden = clamped_swiglu(hidden[:, :, 0], hidden[:, :, 1], limit) * share.T[..., None]
+    return einsum("emf,efd->emd", hidden, weights.down).sum(0) + einsum("me,ed->md", share, weights.down_bias)

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from pipeline import artifacts, lineage
-from pipeline.config import PipelineConfig, PretrainConfig, plain
+from pipeline.config import PipelineConfig, PretrainConfig
 from pipeline.model import checkpoints
 from pipeline.model.gpt_oss import GptOssConfig
 from pipeline.model.rope import Rope
@@ -116,7 +116,7 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
     names = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|return|>", "pad_token_id": "<|endoftext|>"}
     token_ids = dict(zip(names, special_token_ids(words, tuple(names.values())), strict=True))
     checkpoints.save_target(scratch, model, jax.tree.map(np.asarray, state.weights), token_ids)
-    provenance = artifacts.provenance("target", plain(config), {})
+    provenance = artifacts.provenance("target", lineage.target_settings(config), {})
     contract = lineage.target_contract(scratch, config, provenance)
     artifacts.seal(
         path, kind=lineage.TARGET, settings=lineage.target_settings(config), contract=contract.to_json()

@@ -17,9 +17,9 @@ Item = TypeVar("Item")
 LENGTH_STEP = 32  # padded lengths are multiples of it
 
 
-def padded_length(num_tokens: Int[np.ndarray, " sequences"]) -> int:
-    """The one length that every sequence is padded to: the longest, rounded up."""
-    return -(-int(num_tokens.max()) // LENGTH_STEP) * LENGTH_STEP
+def padded_length(num_tokens: Int[np.ndarray, " sequences"], *, divisor: int = 1) -> int:
+    """The length of the longest sequence, or its half (`divisor` 2), rounded up."""
+    return -(-int(num_tokens.max()) // (divisor * LENGTH_STEP)) * LENGTH_STEP
 
 
 def stack(sequences: Sequence[CachedSequence], num_positions: int) -> dict[str, np.ndarray]:
@@ -39,36 +39,44 @@ def stack(sequences: Sequence[CachedSequence], num_positions: int) -> dict[str, 
 class Batches:
     """Shuffled batches of a split with freshly drawn anchors.
 
-    An epoch is one pass in an order drawn from (seed, epoch); the anchors of a sequence are drawn from
-    (seed, epoch, sequence). A batch may end one epoch and begin the next.
+    An epoch shows every sequence once (a few twice, where the last batch must be filled) in an order drawn
+    from (seed, epoch); the anchors of a sequence are drawn from (seed, epoch, sequence). Sequences of like
+    length share a batch, for a block's attention costs what its row is padded to: rows are padded to one of
+    `lengths`, one compiled step each.
     """
 
-    def __init__(
-        self, split: CacheSplit, *, num_sequences: int, num_anchors: int, num_positions: int, seed: int
-    ) -> None:
+    def __init__(self, split: CacheSplit, *, num_sequences: int, num_anchors: int, seed: int) -> None:
         self._split = split
         self._num_sequences = num_sequences
         self._num_anchors = num_anchors
-        self._num_positions = num_positions
         self._seed = seed
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        self.lengths = (padded_length(split.num_tokens, divisor=2), padded_length(split.num_tokens))
+        self.steps_per_epoch = -(-split.num_sequences // num_sequences)
+        self._epoch = functools.lru_cache(maxsize=2)(self._drawn)
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         """The fields of `loss.Batch` for this step (0, 1, ...)."""
-        total = self._split.num_sequences
-        places = range(step * self._num_sequences, (step + 1) * self._num_sequences)
-        drawn = [(place // total, int(self._order(place // total)[place % total])) for place in places]
-        batch = stack(self._split.read([sequence for _, sequence in drawn]), self._num_positions)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        drawn = self._epoch(epoch)[place]
+        longest = int(self._split.num_tokens[drawn].max())
+        length = next(length for length in self.lengths if length >= longest)
+        batch = stack(self._split.read(drawn.tolist()), length)
         anchors = [
-            blocks.draw_anchors(np.random.default_rng([self._seed, *key]), generated, self._num_anchors)
-            for key, generated in zip(drawn, batch["generated"], strict=True)
+            blocks.draw_anchors(np.random.default_rng([self._seed, epoch, sequence]), generated, self._num_anchors)
+            for sequence, generated in zip(drawn.tolist(), batch["generated"], strict=True)
         ]
         batch["anchors"] = np.stack([one for one, _ in anchors])
         batch["anchor_taken"] = np.stack([taken for _, taken in anchors])
         return batch
 
-    def _shuffled(self, epoch: int) -> Int[np.ndarray, " sequences"]:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._split.num_sequences)
+    def _drawn(self, epoch: int) -> Int[np.ndarray, "steps sequences"]:
+        """The sequences of every batch of an epoch."""
+        random = np.random.default_rng([self._seed, epoch])
+        order = random.permutation(self._split.num_sequences)
+        is_long = self._split.num_tokens[order] > self.lengths[0]
+        order = np.concatenate([order[~is_long], order[is_long]])
+        filled = np.resize(order, self.steps_per_epoch * self._num_sequences)  # with short ones, behind the long
+        return random.permutation(filled.reshape(self.steps_per_epoch, self._num_sequences))
 
 
 def made_ahead(make: Callable[[int], Item], start: int) -> Iterator[Item]:

@@ -81,6 +81,11 @@ class DraftModule(EasyDeLBaseModule):
         layers = tuple(DraftLayerWeights(**_values(layer, DraftLayerWeights)) for layer in self.layers)
         return DraftWeights(**_values(self, DraftWeights), layers=layers)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """No: else a module that was loaded again would be saved with a generation config."""
+        return False
+
     def flops_per_token(self, *args: Any, **kwargs: Any) -> float:
         """EasyDeL's estimate fits no block model; ours counts nothing."""
         return 1.0

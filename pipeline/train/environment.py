@@ -11,6 +11,7 @@ import jax
 from pipeline.train import torch_free
 
 VARIABLES = {
+    "EASYDEL_AUTO": "0",  # leaves XLA_FLAGS, NCCL's variables, JAX's tracebacks and log levels alone
     "EJKERNEL_AUTOTUNE_POLICY": "heuristics",  # no kernel is measured at first use
     "ENABLE_DISTRIBUTED_INIT": "0",
     "LOGGING_LEVEL_ED": "ERROR",

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from pipeline.dflash import acceptance, blocks
 from pipeline.model import draft
@@ -57,7 +57,7 @@ def draft_loss(
     head: Float[Array, "D V"],
     batch: Batch,
     slot_weights: Float[np.ndarray, " K"],
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> tuple[Float[Array, ""], dict[str, Num[Array, ""]]]:
     """sum(cross entropy * weight) / sum(weight) over the batch, and what a person watches beside it.
 
     `slot_weights` is `blocks.slot_weights`. `anchor_accept_length` is the mean of kept + 1 over the batch's

@@ -7,9 +7,10 @@ from pathlib import Path
 from pipeline import artifacts
 
 COMPLETE = "complete.json"
-TIMESTAMPED = ("metadata.json", "checkpoint_metadata.json")
-NO_CLOCK = "1970-01-01T00:00:00+00:00"
-UNSETTLED = ("README.md", "easydel-training-arguments.json")  # clocks, device names, absolute paths
+NO_CLOCK = {"timestamp": "1970-01-01T00:00:00+00:00"}
+NO_MACHINE = {"backend": None, "platform": None}  # EasyDeL forgets them itself when it resumes
+SETTLED = {"metadata.json": NO_CLOCK, "checkpoint_metadata.json": NO_CLOCK, "config.json": NO_MACHINE}
+DROPPED = ("README.md", "easydel-training-arguments.json")  # clocks, device names, absolute paths
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -18,14 +19,14 @@ def path_of(root: Path, step: int) -> Path:
 
 
 def settle(run: Path, step: int) -> None:
-    """Mark a run directory that is wholly written, after taking out what a clock or a path put there.
+    """Mark a run directory that is wholly written, after taking out what a clock, machine or path put there.
 
     What is left is the same for every run that made the same numbers.
     """
-    for name in UNSETTLED:
+    for name in DROPPED:
         (run / name).unlink(missing_ok=True)
-    for name in TIMESTAMPED:
-        artifacts.write_json(run / name, json.loads((run / name).read_text()) | {"timestamp": NO_CLOCK})
+    for name, values in SETTLED.items():
+        artifacts.write_json(run / name, json.loads((run / name).read_text()) | values)
     artifacts.write_json(run / COMPLETE, {"step": step})
 
 

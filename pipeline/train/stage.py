@@ -22,7 +22,7 @@ from pipeline.model.draft import DraftConfig, DraftWeights, random_weights
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
 from pipeline.train import environment, runs
-from pipeline.train.batches import Batches, padded_length
+from pipeline.train.batches import Batches
 from pipeline.train.evaluate import evaluate
 from pipeline.train.journal import Journal, log_acceptance
 
@@ -117,7 +117,6 @@ def _fit(
         splits["train"],
         num_sequences=train.batch_sequences,
         num_anchors=train.anchors_per_sequence,
-        num_positions=padded_length(splits["train"].num_tokens),
         seed=seed,
     )
     score = functools.partial(_score, draft=draft, dtype=dtype, frozen=frozen, split=splits["heldout"])

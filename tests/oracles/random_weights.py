@@ -5,9 +5,9 @@ import math
 import torch
 from torch import nn
 
-LINEAR_GAIN = 1.5
+LINEAR_GAIN = 1.0
 ROUTER_GAIN = 4.0  # decisive: at a near tie between experts the output would jump with rounding
-HEAD_GAIN = 3.0  # the head follows a norm, so this is the standard deviation of the logits
+HEAD_GAIN = 2.0  # the head follows a norm, so this is the standard deviation of the logits
 BIAS_DEVIATION = 0.3
 
 

@@ -1,6 +1,7 @@
 """Batches are a function of the step number."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,13 +21,17 @@ def split(tmp_path_factory):
 
 
 def batches_of(split, **changes):
-    options = {"num_sequences": 4, "num_anchors": 7, "num_positions": 64, "seed": 3}
+    options = {"num_sequences": 4, "num_anchors": 7, "seed": 3}
     return Batches(split, **{**options, **changes})
 
 
+def text_of(row):
+    """Which sequence a row of features holds, padding aside."""
+    return row[row.any(axis=1)].tobytes()
+
+
 def rows_of(batch):
-    """Which text each row holds, told by its features: they differ from sequence to sequence."""
-    return [row.tobytes() for row in batch["features"]]
+    return [text_of(row) for row in batch["features"]]
 
 
 def test_a_step_can_be_made_alone(split):
@@ -37,12 +42,31 @@ def test_a_step_can_be_made_alone(split):
         np.testing.assert_array_equal(array, other.at(6)[name], err_msg=name)
 
 
-def test_each_epoch_shows_every_sequence_once_in_another_order(split):
+def test_each_epoch_shows_every_sequence_in_another_order(split):
     batches = batches_of(split)
-    seen = list(itertools.chain.from_iterable(rows_of(batches.at(step)) for step in range(2 * NUM_TRAIN)))
-    epochs = [seen[start : start + NUM_TRAIN] for start in range(0, 4 * NUM_TRAIN, NUM_TRAIN)]
-    assert all(len(set(epoch)) == NUM_TRAIN and set(epoch) == set(epochs[0]) for epoch in epochs)
+    assert batches.steps_per_epoch == 3
+    steps = [[text_of(row) for row in batches.at(step)["features"]] for step in range(12)]
+    epochs = [list(itertools.chain(*steps[start : start + 3])) for start in range(0, 12, 3)]
+    assert all(len(epoch) == 12 and len(set(epoch)) == NUM_TRAIN for epoch in epochs)  # one is shown twice
+    assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_split_smaller_than_a_batch_fills_it(split):
+    batch = batches_of(split, num_sequences=3 * NUM_TRAIN).at(5)
+    counts = Counter(text_of(row) for row in batch["features"])
+    assert len(counts) == NUM_TRAIN
+    assert set(counts.values()) == {3}
+
+
+def test_short_sequences_share_batches_that_are_padded_less(split):
+    batches = batches_of(split, num_sequences=2)
+    assert batches.lengths == (32, 64)
+    shapes = Counter(batches.at(step)["token_ids"].shape[1] for step in range(batches.steps_per_epoch))
+    num_long = int((split.num_tokens > 32).sum())
+    assert 0 < num_long < NUM_TRAIN
+    num_padded_less = (NUM_TRAIN - num_long) // 2
+    assert shapes == {32: num_padded_less, 64: batches.steps_per_epoch - num_padded_less}
 
 
 def test_anchors_are_drawn_anew_each_epoch_from_generated_tokens(split):
@@ -63,7 +87,8 @@ def test_rows_hold_the_sequence_and_zeros_behind_it(split):
     length = padded_length(split.num_tokens)
     assert length % 32 == 0
     assert 0 <= length - split.num_tokens.max() < 32
-    batch = batches_of(split, num_sequences=NUM_TRAIN, num_positions=length).at(0)
+    batch = batches_of(split, num_sequences=NUM_TRAIN).at(0)
+    assert batch["token_ids"].shape == (NUM_TRAIN, length)
     by_text = {one.features.tobytes(): one for one in split.read(range(NUM_TRAIN))}
     for row in range(NUM_TRAIN):
         end = int(np.flatnonzero(batch["generated"][row])[-1]) + 1

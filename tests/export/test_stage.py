@@ -1,0 +1,106 @@
+"""From EasyDeL's run directory to the exported draft, on a draft that stage=train has trained."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_training
+from tiny_training import Recorder
+
+from pipeline import artifacts, lineage
+from pipeline.artifacts import PipelineError
+from pipeline.export import stage
+from pipeline.export.run_directory import read_checkpoint
+from pipeline.model import checkpoints
+from pipeline.teacher_cache.store import open_split
+from pipeline.train.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def trained():
+    config = tiny_training.trained()
+    return lineage.checkpoint(config, lineage.target(config))
+
+
+@pytest.fixture(scope="module")
+def draft_config(trained):
+    return checkpoints.draft_config_from_hf(json.loads((trained.path / "draft_config.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def weights(trained, draft_config):
+    return read_checkpoint(trained.path / "run-12", draft_config)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The trained configuration, with an output of its own for the exported draft."""
+    config = tiny_training.configuration(tiny_training.root_of(tiny_training.trained()))
+    config.export.path = str(tmp_path / "dflash-mine")
+    return config
+
+
+def test_weights_read_without_easydel_score_what_the_trainer_scored(trained, draft_config, weights):
+    config = tiny_training.trained()
+    target = lineage.target(config)
+    _, of_target = checkpoints.load_target(target.path, jnp.float32)
+    split = open_split(lineage.teacher_cache(config, target).path, "heldout")
+    found = evaluate(weights, draft_config, of_target.embedding, of_target.head, split)
+    assert json.loads((trained.path / "evaluation.json").read_text())["heldout"]["histogram"] == list(found.histogram)
+
+
+def test_the_exported_draft_is_the_trained_one_in_bfloat16(config, weights):
+    tracker = Recorder()
+    stage.run(config, tracker)
+    made = lineage.exported_draft(config, lineage.target(config))
+    _, exported = checkpoints.load_draft(made.path, jnp.float32)
+    for left, right in zip(jax.tree.leaves(weights), jax.tree.leaves(exported), strict=True):
+        np.testing.assert_array_equal(np.asarray(left.astype(jnp.bfloat16).astype(jnp.float32)), right)
+    assert set(made.files) == {"README.md", "config.json", "contract.json", "evaluation.json", "model.safetensors"}
+    written = json.loads((made.path / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (0, 1, 2)
+    assert 0 < tracker.metrics["export/relative_error", None] < 1e-2
+    assert "accept_length" in (made.path / "README.md").read_text()
+
+
+def test_exporting_twice_gives_the_same_bytes_and_does_nothing_the_second_time(config, tmp_path):
+    stage.run(config, Recorder())
+    first = artifacts.read(tmp_path / "dflash-mine", lineage.DRAFT, make_with="the test")
+    stage.run(config, Recorder())
+    assert artifacts.read(first.path, lineage.DRAFT, make_with="the test") == first
+    config.export.path = str(tmp_path / "dflash-again")
+    stage.run(config, Recorder())
+    again = artifacts.read(tmp_path / "dflash-again", lineage.DRAFT, make_with="the test", verify=True)
+    assert again.fingerprint == first.fingerprint
+
+
+def test_before_training_it_says_which_stage_to_run(tmp_path):
+    config = tiny_training.prepare(tmp_path)
+    with pytest.raises(PipelineError, match="stage=train"):
+        stage.run(config, Recorder())
+
+
+def test_a_run_directory_that_does_not_fit_is_refused_with_every_fault(trained, draft_config, tmp_path):
+    run = tmp_path / "run-12"
+    shutil.copytree(trained.path / "run-12", run)
+    shutil.rmtree(run / "model" / "layers" / "0" / "key")
+    index = json.loads((run / "tensorstore_index.json").read_text())
+    entries = [one for one in index["prefixes"]["model"] if one["path"] != "model/norm"]
+    index["prefixes"]["model"] = [*entries, {"path": "model/extra", "shape": [1], "dtype": "float32"}]
+    artifacts.write_json(run / "tensorstore_index.json", index)
+    shutil.rmtree(run / "model" / "fuse")
+    shutil.copytree(run / "model" / "layers" / "0" / "query", run / "model" / "fuse")
+    with pytest.raises(PipelineError) as caught:
+        read_checkpoint(run, draft_config)
+    message = str(caught.value)
+    assert "4 array(s) wrong" in message
+    for fault in (
+        "model/extra: unexpected",
+        "model/norm: missing",
+        "model/layers/0/key: missing",
+        "model/fuse: float32",
+    ):
+        assert fault in message

@@ -1,0 +1,153 @@
+"""The written draft: what the published package makes of it, and what is refused."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_training
+from oracle_environment import run_oracle
+
+from pipeline.artifacts import PipelineError
+from pipeline.dflash import blocks
+from pipeline.export.layout import require_layout, tensor_shapes
+from pipeline.export.parity import require_parity
+from pipeline.export.write import write_draft
+from pipeline.model import checkpoints, draft
+from pipeline.model.rope import Rope
+
+YARN = Rope(theta=150000.0, factor=8.0, truncate=False, original_max_position_embeddings=32)
+PLAIN = tiny_training.DRAFT
+CONFIGS = {
+    "no biases, plain RoPE": PLAIN,
+    "biases, YaRN": dataclasses.replace(PLAIN, attention_bias=True, rope=YARN, num_hidden_layers=3),
+}
+TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+NUM_SEQUENCES, CHUNKS = 2, (7, 1, 4, 9, 20)
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request):
+    return request.param
+
+
+def inputs_of(config):
+    random = np.random.default_rng(4)
+    num_context = sum(CHUNKS)
+    features = random.normal(size=(NUM_SEQUENCES, num_context, config.feature_size)).astype(np.float32)
+    embeddings = random.normal(size=(NUM_SEQUENCES, config.block_size, config.hidden_size)).astype(np.float32)
+    return features, embeddings
+
+
+def blocks_of(config, weights, features, embeddings):
+    """Hidden states [A, B, K, D] of the same block at the end of every chunk, all of them in one call."""
+    num_context = features.shape[1]
+    anchors = jnp.broadcast_to(jnp.cumsum(jnp.array(CHUNKS)), (NUM_SEQUENCES, len(CHUNKS)))
+    positions = jnp.broadcast_to(jnp.arange(num_context), features.shape[:2])
+    context = draft.context(weights, config, jnp.asarray(features), positions)
+    slots = blocks.block_positions(anchors, config.block_size)
+    noise = jnp.broadcast_to(embeddings[:, None], (*slots.shape, config.hidden_size))
+    visible = blocks.context_visible(anchors, num_context)
+    hidden = draft.denoise(weights, config, noise, slots, context, visible)
+    return np.moveaxis(np.asarray(hidden), 1, 0)
+
+
+@pytest.mark.conformance
+def test_the_published_package_computes_what_we_train(config, tmp_path):
+    """Its cached rounds, one block at a time, are our A blocks in one call (dflash.md section 1.2)."""
+    directory = tmp_path / "dflash"
+    directory.mkdir()
+    write_draft(directory, config, tiny_training.weights_of(0, config), TOKEN_IDS)
+    read_config, weights = checkpoints.load_draft(directory, jnp.float32)
+    assert read_config == config
+    features, embeddings = inputs_of(config)
+    np.savez(tmp_path / "in.npz", features=features, noise_embedding=embeddings, chunks=np.array(CHUNKS))
+    run_oracle("dflash_forward", draft=directory, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
+    wanted = np.load(tmp_path / "out.npz")["hidden_rounds"]
+    found = blocks_of(config, weights, features, embeddings)
+    assert found.shape == wanted.shape
+    assert wanted.std() > 0.5
+    difference = np.abs(found - wanted).max()
+    print(f"largest difference {difference:.2e} of outputs with deviation {wanted.std():.2f}")
+    assert difference < TOLERANCE
+
+
+def test_many_blocks_in_one_call_are_single_blocks_over_a_cache(config):
+    weights = tiny_training.weights_of(1, config)
+    features, embeddings = inputs_of(config)
+    together = blocks_of(config, weights, features, embeddings)
+    cache = draft.empty_cache(config, NUM_SEQUENCES, 64, jnp.float32)
+    start = 0
+    for index, size in enumerate(CHUNKS):
+        positions = jnp.broadcast_to(jnp.arange(start, start + size), (NUM_SEQUENCES, size))
+        new = draft.context(weights, config, jnp.asarray(features[:, start : start + size]), positions)
+        cache = draft.extend(cache, new, jnp.full(NUM_SEQUENCES, start))
+        start += size
+        anchors = jnp.full((NUM_SEQUENCES, 1), start)
+        slots = blocks.block_positions(anchors, config.block_size)
+        visible = blocks.context_visible(anchors, 64)
+        alone = draft.denoise(weights, config, jnp.asarray(embeddings[:, None]), slots, cache, visible)
+        np.testing.assert_allclose(together[index], alone[:, 0], atol=2e-5)
+
+
+def test_the_layout_is_that_of_the_published_gpt_oss_drafts():
+    config = draft.DraftConfig(
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=7680,
+        num_hidden_layers=8,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        rope=Rope(theta=1e6),
+        tapped_layers=(1, 6, 11, 16, 21),
+        num_target_layers=24,
+        block_size=8,
+        mask_token_id=200000,
+    )
+    shapes = tensor_shapes(config)
+    assert len(shapes) == 91
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 784_703_104
+    with_biases = tensor_shapes(dataclasses.replace(config, attention_bias=True))
+    assert sum(int(np.prod(shape)) for shape in with_biases.values()) == 784_767_104
+
+
+def test_a_file_in_another_layout_is_refused_with_every_fault(tmp_path):
+    weights = tiny_training.weights_of(0)
+    checkpoints.save_draft(tmp_path, PLAIN, weights, TOKEN_IDS)
+    file = tmp_path / checkpoints.WEIGHTS_FILE
+    require_layout(file, PLAIN, "F32")
+    with pytest.raises(PipelineError) as caught:
+        require_layout(file, dataclasses.replace(PLAIN, num_hidden_layers=1, intermediate_size=29), "F32")
+    message = str(caught.value)
+    assert "layers.1.mlp.up_proj.weight: found ('F32', [28, 20]), wanted nothing" in message
+    assert "layers.0.mlp.down_proj.weight: found ('F32', [20, 28]), wanted ('F32', [20, 29])" in message
+    with pytest.raises(PipelineError, match=r"fc\.weight: found \('F32'"):
+        require_layout(file, PLAIN, "BF16")
+
+
+def test_a_draft_that_is_not_the_trained_one_is_refused(tmp_path):
+    weights = tiny_training.weights_of(0)
+    write_draft(tmp_path, PLAIN, weights, TOKEN_IDS)
+    other = dataclasses.replace(weights, norm=weights.norm + 0.01)
+    with pytest.raises(PipelineError, match="norm: not the trained weight rounded"):
+        require_parity(tmp_path, PLAIN, other)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PipelineError, match="rms_norm_eps: 0.5, wanted 1e-05"):
+        require_parity(tmp_path, PLAIN, weights)
+
+
+def test_weights_that_bfloat16_ruins_are_refused(tmp_path):
+    weights = tiny_training.weights_of(0)
+    sharp = [  # attention so sharp that rounding decides which position it picks
+        dataclasses.replace(
+            layer, query_norm=100 * layer.query_norm, key_norm=100 * layer.key_norm, value=30 * layer.value
+        )
+        for layer in weights.layers
+    ]
+    with pytest.raises(PipelineError, match="do not survive bfloat16"):
+        write_draft(tmp_path, PLAIN, dataclasses.replace(weights, layers=tuple(sharp)), TOKEN_IDS)

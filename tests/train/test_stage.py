@@ -1,0 +1,125 @@
+"""The stage as a whole, through EasyDeL, each run in a process of its own as in the pipeline."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import tiny_training
+from tiny_training import Recorder
+
+from pipeline import artifacts, lineage
+from pipeline.artifacts import PipelineError
+from pipeline.dflash.acceptance import Acceptance
+from pipeline.train import runs, stage
+
+
+def checkpoint_of(config):
+    return lineage.checkpoint(config, lineage.target(config))
+
+
+def scratch_of(config):
+    return artifacts.scratch_of(lineage.checkpoint_address(config, lineage.target(config)))
+
+
+def test_killed_at_any_step_and_begun_again_it_makes_the_same_bytes(tmp_path):
+    undisturbed = tiny_training.trained()
+    config = tiny_training.prepare(tmp_path)
+    with tiny_training.start(tmp_path, stop_at=6) as process:
+        told = process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert told == "stopped\n", process.stderr
+    scratch = scratch_of(config)
+    assert runs.latest(scratch) == 4
+    half_written = runs.path_of(scratch, 8)  # as a kill within the next save would leave it
+    shutil.copytree(runs.path_of(scratch, 4), half_written)
+    (half_written / runs.COMPLETE).unlink()
+    shutil.rmtree(half_written / "model" / "fuse")
+    (scratch / "evaluation.json.tmp").write_text("{")
+
+    with tiny_training.start(tmp_path) as process:
+        output, errors = process.communicate(timeout=tiny_training.LIMIT_SECONDS)
+    assert process.returncode == 0, errors
+    steps = [step for name, step, _ in json.loads(output) if name == "train/loss"]
+    assert steps == list(range(5, 13))  # it went on behind the last complete run directory
+    made, wanted = checkpoint_of(config), checkpoint_of(undisturbed)
+    assert made.files == wanted.files
+    assert made.fingerprint == wanted.fingerprint
+    assert not scratch.exists()
+
+
+def test_the_artifact_holds_the_last_run_directory_and_what_is_said_of_it():
+    config = tiny_training.trained()
+    made = checkpoint_of(config)
+    names = {name.split("/")[0] for name in made.files}
+    assert names == {"run-12", "draft_config.json", "evaluation.json", "contract.json"}
+    run_files = {name.split("/")[1] for name in made.files if name.startswith("run-12/")}
+    assert {"model", "tx", "config.json", "metadata.json", "tensorstore_index.json"} <= run_files
+    evaluation = json.loads((made.path / "evaluation.json").read_text())
+    for split in ("heldout", "train"):
+        found = Acceptance(tuple(evaluation[split]["histogram"]))
+        assert evaluation[split] == {
+            "num_sequences": 7,
+            "histogram": list(found.histogram),
+            **found.metrics(),
+        }
+        assert found.num_rounds > 0
+
+
+def test_metrics_are_told_with_their_steps():
+    config = tiny_training.trained()
+    tracked = json.loads((tiny_training.root_of(config) / "tracked.json").read_text())
+    steps = {name: [step for other, step, _ in tracked if other == name] for name, _, _ in tracked}
+    values = {(name, step): value for name, step, value in tracked}
+    every = list(range(1, 13))
+    for name in ("loss", "token_accuracy", "anchor_accept_length", "learning_rate"):
+        assert steps[f"train/{name}"] == every
+    assert steps["train/tokens_per_second"] == every[1:]  # the first step compiles
+    assert steps["eval/accept_length"] == [5, 10, 12]
+    assert steps["eval_train/accept_length"] == [12]
+    assert {"eval/accept_rate", "eval/accept_rate_at_1", "eval/accept_rate_at_3"} <= steps.keys()
+    rates = [values["train/learning_rate", step] for step in every]
+    assert max(rates) == pytest.approx(1e-2)
+    assert rates[-1] < 1e-3 < rates[5]
+    assert values["train/loss", 12] < values["train/loss", 1]
+
+
+def test_a_trained_draft_is_not_trained_again():
+    config, tracker = tiny_training.trained(), Recorder()
+    before = checkpoint_of(config)
+    stage.run(config, tracker)  # in this process: EasyDeL is not even imported
+    evaluation = json.loads((before.path / "evaluation.json").read_text())
+    assert tracker.metrics["eval/accept_length", 12] == evaluation["heldout"]["accept_length"]
+    assert checkpoint_of(config) == before
+
+
+def test_an_unfinished_training_with_other_settings_is_refused(tmp_path):
+    config = tiny_training.prepare(tmp_path)
+    config.train.path = str(tmp_path / "mine")
+    other = tiny_training.configuration(tmp_path, steps=13)
+    target = lineage.target(config)
+    cache = lineage.teacher_cache(config, target)
+    settings = lineage.checkpoint_settings(other, target, cache.fingerprint)
+    parents = {"target": target.fingerprint, "teacher_cache": cache.fingerprint}
+    contract = lineage.draft_contract(other, target, artifacts.provenance("train", settings, parents))
+    begun = artifacts.open_scratch(tmp_path / "mine", resume=True) / artifacts.CONTRACT
+    artifacts.write_json(begun, contract.to_json())
+    with pytest.raises(PipelineError, match=r"mine\.partial holds the unfinished training of a draft with other"):
+        stage.run(config, Recorder())
+
+
+def test_without_a_teacher_cache_it_says_which_stage_makes_one(tmp_path):
+    tiny_training.make_target(tmp_path / "target")
+    with pytest.raises(PipelineError, match="stage=teacher_cache"):
+        stage.run(tiny_training.configuration(tmp_path), Recorder())
+
+
+def test_run_directories_that_were_not_completed_do_not_count(tmp_path):
+    assert runs.latest(tmp_path) == 0
+    for step in (5, 10, 15):
+        runs.path_of(tmp_path, step).mkdir()
+    for step in (5, 10):
+        artifacts.write_json(runs.path_of(tmp_path, step) / runs.COMPLETE, {"step": step})
+    assert runs.latest(tmp_path) == 10
+    runs.keep_only(tmp_path, runs.path_of(tmp_path, 10))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run-10"]

@@ -11,13 +11,16 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 export ORACLE_PYTHON ?= $(abspath $(ORACLE_VENV))/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint smoke env test-env oracle-env clean
+.PHONY: demo test parity lint smoke env test-env oracle-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
 
 test: lint oracle-env
 	$(BIN)/python -m pytest
+
+parity: test-env oracle-env # after demo: its own target and draft against the oracles
+	$(BIN)/python -m pytest -m slow tests/test_demo_parity.py
 
 lint: test-env
 	$(BIN)/ruff check

@@ -83,6 +83,7 @@ class StageFailed(Exception):
 
 def main() -> None:
     """Run the command line. Mistakes end with one `error:` line and exit code 2, an interrupt with 130."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come to us, instead of an excerpt of a traceback and exit 1
     signal.signal(signal.SIGTERM, _interrupt)
     if PARENT_RUN_ID in os.environ:

@@ -35,8 +35,8 @@ class MissingArtifact(PipelineError):
 class Artifact:
     """A complete artifact on disk.
 
-    `fingerprint` is the sha256 over the names and sha256s of its files, the contract's aside; `settings` are the values that
-    decided its bytes; `contract` is what travels to the next stage.
+    `fingerprint` is the sha256 over the names and sha256s of its files, the contract's aside; `settings` are the
+    values that decided its bytes; `contract` is what travels to the next stage.
     """
 
     path: Path

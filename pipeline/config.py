@@ -234,6 +234,28 @@ def validate(config: PipelineConfig) -> None:
             f"draft.num_attention_heads is {draft.num_attention_heads}; it must be a multiple of "
             f"draft.num_key_value_heads ({draft.num_key_value_heads})"
         )
+    if draft.head_dim % 2:
+        broken.append(f"draft.head_dim is {draft.head_dim}; rotary embedding needs an even one")
+    pretrain = config.target.pretrain
+    if pretrain is None and config.target.path is None:
+        broken.append("target.path is null; give the directory of a GPT-OSS model, or choose target=tiny")
+    if pretrain is not None:
+        if pretrain.head_dim % 2:
+            broken.append(f"target.pretrain.head_dim is {pretrain.head_dim}; rotary embedding needs an even one")
+        if pretrain.num_attention_heads % pretrain.num_key_value_heads:
+            broken.append(
+                f"target.pretrain.num_attention_heads is {pretrain.num_attention_heads}; it must be a multiple of "
+                f"target.pretrain.num_key_value_heads ({pretrain.num_key_value_heads})"
+            )
+        if pretrain.num_experts_per_tok > pretrain.num_local_experts:
+            broken.append(
+                f"target.pretrain.num_experts_per_tok is {pretrain.num_experts_per_tok}; there are "
+                f"{pretrain.num_local_experts} experts (target.pretrain.num_local_experts)"
+            )
+    if not 0 <= config.train.warmup_ratio < 1:
+        broken.append(f"train.warmup_ratio is {config.train.warmup_ratio}; it must be at least 0 and below 1")
+    if config.train.weight_decay < 0:
+        broken.append(f"train.weight_decay is {config.train.weight_decay}; it must not be negative")
     if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
         broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
     if not 0 <= config.serve.port < 65536:

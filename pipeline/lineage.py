@@ -197,9 +197,7 @@ def teacher_cache_address(config: PipelineConfig, target: Target) -> Path:
 
 def teacher_cache(config: PipelineConfig, target: Target) -> Artifact:
     """The complete teacher cache of this configuration, its contract compared with what is wanted."""
-    made = artifacts.read(
-        teacher_cache_address(config, target), TEACHER_CACHE, make_with=command("teacher_cache")
-    )
+    made = artifacts.read(teacher_cache_address(config, target), TEACHER_CACHE, make_with=command("teacher_cache"))
     _require(made, cache_contract(config, target, {}), "teacher_cache")
     return made
 

@@ -26,9 +26,7 @@ def run_oracle(script: str, **options: object) -> None:
     command = [str(oracle_python()), str(TESTS / "oracles" / f"{script}.py")]
     for key, value in options.items():
         command += [f"--{key}", str(value)]
-    result = subprocess.run(
-        command, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS
-    )
+    result = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     if result.returncode != 0:
         raise AssertionError(
             f"oracle {script} ended with {result.returncode}: {' '.join(command)}\n"

@@ -82,8 +82,8 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
         first = lossless.bugs[0]
         raise PipelineError(
             f"DFLASH changed {len(lossless.bugs)} of {lossless.num_answers} answers, which is a bug: "
-            f"{first.request_id} differs at token {first.position} (plain {first.plain_token}, DFLASH {first.dflash_token}) where the "
-            f"target's two best logits are {first.logit_gap:.4f} apart (a tie is below {lossless.tie_gap})"
+            f"{first.request_id} differs at token {first.position} (plain {first.plain_token}, DFLASH "
+            f"{first.dflash_token}) where the target's two best logits are {first.logit_gap:.4f} apart (a tie is below {lossless.tie_gap})"
         )
     return measured
 

@@ -15,9 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
-def count_kept(
-    proposed: Int[Array, "*batch drafted"], verified: Int[Array, "*batch drafted"]
-) -> Int[Array, "*batch"]:
+def count_kept(proposed: Int[Array, "*batch drafted"], verified: Int[Array, "*batch drafted"]) -> Int[Array, "*batch"]:
     """How many leading proposed tokens equal the target's own tokens at the same positions (0..B-1)."""
     return jnp.cumprod((proposed == verified).astype(jnp.int32), axis=-1).sum(axis=-1)
 

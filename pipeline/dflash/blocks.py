@@ -11,9 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
-def block_token_ids(
-    anchor_ids: Int[Array, "*batch"], mask_token_id: int, block_size: int
-) -> Int[Array, "*batch K"]:
+def block_token_ids(anchor_ids: Int[Array, "*batch"], mask_token_id: int, block_size: int) -> Int[Array, "*batch K"]:
     """The tokens that enter the draft: the anchor in slot 0, the mask token in the others."""
     ids = jnp.full((*anchor_ids.shape, block_size), mask_token_id, dtype=anchor_ids.dtype)
     return ids.at[..., 0].set(anchor_ids)

@@ -9,9 +9,7 @@ from pipeline.model.linear import einsum
 MASKED = -1e30  # finite: a row that sees nothing becomes uniform garbage that nobody reads, never nan
 
 
-def causal_visible(
-    positions: Int[Array, "B T"], num_keys: int, window: int | None
-) -> Bool[Array, "B T S"]:
+def causal_visible(positions: Int[Array, "B T"], num_keys: int, window: int | None) -> Bool[Array, "B T S"]:
     """Which cached positions 0..S-1 each query sees: itself and before, at most `window` of them.
 
     Position p sees p - window + 1 .. p (transformers keeps W keys, its own included).

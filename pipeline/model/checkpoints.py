@@ -243,10 +243,8 @@ def config_fingerprint(directory: Path) -> str:
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [WEIGHTS_FILE]
+    weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {"": WEIGHTS_FILE}
+    names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
         raise PipelineError(f"{directory} lacks {', '.join(absent)}; copy the whole HF checkpoint")

@@ -35,7 +35,9 @@ def route(
     return jax.nn.softmax(best.astype(jnp.float32), axis=-1).astype(inputs.dtype), indices  # exp in float32
 
 
-def clamped_swiglu(gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], limit: float) -> Float[Array, "*batch F"]:
+def clamped_swiglu(
+    gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], limit: float
+) -> Float[Array, "*batch F"]:
     """(up + 1) * gate * sigmoid(1.702 * gate), gate clamped from above and up from both sides."""
     gate = jnp.minimum(gate, limit)
     up = jnp.clip(up, -limit, limit)

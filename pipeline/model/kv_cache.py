@@ -38,9 +38,7 @@ class KVCache:
         return self.layers[0].keys.shape[1]
 
 
-def empty(
-    num_layers: int, batch: int, num_positions: int, num_heads: int, head_dim: int, dtype: DTypeLike
-) -> KVCache:
+def empty(num_layers: int, batch: int, num_positions: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
     """A cache of zeros. Every write must end at or before `num_positions`."""
     shape = (batch, num_positions, num_heads, head_dim)
     return KVCache(tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers)))

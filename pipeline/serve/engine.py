@@ -254,9 +254,7 @@ class Engine:
             kept = count - 1 if is_round else None
             if is_round:
                 rounds.append(count - 1)
-            updates.append(
-                Update(request_id=request.request_id, token_ids=new, finish_reason=reason, kept=kept)
-            )
+            updates.append(Update(request_id=request.request_id, token_ids=new, finish_reason=reason, kept=kept))
         if rounds:
             self.acceptance += Acceptance.of(rounds, self.block_size)
         return updates

@@ -35,9 +35,7 @@ def optimizer_of(learning_rate: float, steps: int) -> optax.GradientTransformati
         0.0, learning_rate, max(1, int(WARM_UP * steps)), steps, FINAL_RATE * learning_rate
     )
     decayed = partial(jax.tree.map, lambda array: array.ndim > 1)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.05, mask=decayed)
-    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.05, mask=decayed))
 
 
 def start(config: GptOssConfig, optimizer: optax.GradientTransformation, key: Array) -> Training:

@@ -78,9 +78,7 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
     values, seed = config.target.pretrain, config.seed
     scratch = artifacts.open_scratch(path, resume=True)
     conversations = [corpus.conversation(CORPUS_SEED + seed, index) for index in range(values.num_conversations)]
-    texts = (
-        text for one in conversations[:TOKENIZER_CONVERSATIONS] for text in (one.prompt, one.analysis, one.final)
-    )
+    texts = (text for one in conversations[:TOKENIZER_CONVERSATIONS] for text in (one.prompt, one.analysis, one.final))
     words = tokenizer.train_tokenizer(texts, values.vocab_size)
     examples = batches.tokenize(words, conversations)
     lengths = (values.sequence_length // 2, values.sequence_length)
@@ -118,9 +116,7 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
     checkpoints.save_target(scratch, model, jax.tree.map(np.asarray, state.weights), token_ids)
     provenance = artifacts.provenance("target", lineage.target_settings(config), {})
     contract = lineage.target_contract(scratch, config, provenance)
-    artifacts.seal(
-        path, kind=lineage.TARGET, settings=lineage.target_settings(config), contract=contract.to_json()
-    )
+    artifacts.seal(path, kind=lineage.TARGET, settings=lineage.target_settings(config), contract=contract.to_json())
     log.info("target is complete: %s", path)
 
 

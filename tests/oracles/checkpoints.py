@@ -32,9 +32,7 @@ def load_target(directory: Path) -> GptOssForCausalLM:
 
 def load_draft(directory: Path) -> DFlashDraftModel:
     """As `load_target`. Names must be unprefixed too: only transformers forgives a `model.`."""
-    model, report = DFlashDraftModel.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
+    model, report = DFlashDraftModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     wanted, found = set(model.state_dict()), stored_names(directory)
     report["missing_keys"] = set(report["missing_keys"]) | (wanted - found)
     report["unexpected_keys"] = set(report["unexpected_keys"]) | (found - wanted)

@@ -38,9 +38,7 @@ def main() -> None:
             np.savez(arguments.outputs, hidden=forward(model, features, noise_embedding).numpy())
 
 
-def forward(
-    model: torch.nn.Module, features: torch.Tensor, noise_embedding: torch.Tensor
-) -> torch.Tensor:
+def forward(model: torch.nn.Module, features: torch.Tensor, noise_embedding: torch.Tensor) -> torch.Tensor:
     """[B, T, L*D] and [B, K, D] to [B, K, D], without a cache."""
     return model(
         target_hidden=features,
@@ -55,18 +53,14 @@ def forward_cached(
     """[R, B, K, D], one block per chunk; ValueError unless positive chunks cover the context."""
     num_context = features.shape[1]
     if sum(chunks) != num_context or min(chunks) < 1:
-        raise ValueError(
-            f"chunks is {chunks}; it must hold positive sizes that sum to {num_context}"
-        )
+        raise ValueError(f"chunks is {chunks}; it must hold positive sizes that sum to {num_context}")
     cache = _make_cache(model.config)
     rounds, start = [], 0
     for size in chunks:
         hidden = model(
             target_hidden=features[:, start : start + size],
             noise_embedding=noise_embedding,
-            position_ids=_positions(
-                start, start + size + noise_embedding.shape[1], features.shape[0]
-            ),
+            position_ids=_positions(start, start + size + noise_embedding.shape[1], features.shape[0]),
             past_key_values=cache,
             use_cache=True,
         )

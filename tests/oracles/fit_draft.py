@@ -44,9 +44,7 @@ def main() -> None:
     shutil.copyfile(arguments.draft / "config.json", arguments.out / "config.json")
 
 
-def example(
-    target: torch.nn.Module, draft: torch.nn.Module, prompt: list[int], tokens: list[int]
-) -> dict:
+def example(target: torch.nn.Module, draft: torch.nn.Module, prompt: list[int], tokens: list[int]) -> dict:
     """Inputs and labels for A blocks, one at every generated token but the last."""
     block_size, sequence = draft.block_size, torch.tensor(prompt + tokens)
     anchors = torch.arange(len(prompt), len(sequence) - 1)
@@ -63,9 +61,7 @@ def example(
     return {
         "labels": labels.flatten(),
         "inputs": {
-            "target_hidden": torch.cat(
-                [hidden_states[i + 1] for i in draft.target_layer_ids], dim=-1
-            ),
+            "target_hidden": torch.cat([hidden_states[i + 1] for i in draft.target_layer_ids], dim=-1),
             "noise_embedding": target.get_input_embeddings()(block_ids.flatten())[None],
             "position_ids": torch.cat([positions, slots.flatten()])[None],
             "attention_mask": torch.cat([context, own_block], dim=1)[None, None],

@@ -24,10 +24,7 @@ def main() -> None:
     model = load_target(arguments.model)
     request = json.loads(arguments.inputs.read_text())
     stop_token_ids = set(request["stop_token_ids"])
-    outputs = [
-        generate(model, prompt, request["max_new_tokens"], stop_token_ids)
-        for prompt in request["prompts"]
-    ]
+    outputs = [generate(model, prompt, request["max_new_tokens"], stop_token_ids) for prompt in request["prompts"]]
     arguments.outputs.write_text(json.dumps({"outputs": outputs}))
 
 

@@ -94,8 +94,8 @@ class PromptsConfig:
     dataset: str | None = None
     dataset_split: str = "train"
     column: str = "prompt"
-    count: int = 1536
-    heldout_fraction: float = 0.0625
+    count: int = 3072
+    heldout_fraction: float = 0.03125
     effort: Effort = Effort.low
 
 
@@ -107,7 +107,7 @@ class TeacherCacheConfig:
     max_prompt_tokens: int = 128
     max_new_tokens: int = 192
     batch_size: int = 64
-    shard_sequences: int = 128
+    shard_sequences: int = 256
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -55,6 +55,7 @@ DRAFT = draft.DraftConfig(
     mask_token_id=36,
 )
 NUM_TAPPED = 2
+GIT_COMMIT = "0" * 40
 LIMIT_SECONDS = 300  # of a training process on a machine that does other things too
 SHARD_SEQUENCES = 5
 
@@ -154,7 +155,7 @@ def make_cache(config: PipelineConfig) -> None:
     path = lineage.teacher_cache_address(config, target)
     write_store(artifacts.open_scratch(path, resume=False), NUM_TAPPED * TARGET.hidden_size)
     settings = lineage.teacher_cache_settings(config, target)
-    contract = lineage.cache_contract(config, target, artifacts.provenance("teacher_cache", settings, {}))
+    contract = lineage.cache_contract(config, target, {"git_commit": GIT_COMMIT})
     artifacts.seal(path, kind=lineage.TEACHER_CACHE, settings=settings, contract=contract.to_json())
 
 
@@ -222,6 +223,7 @@ def main() -> None:
     """Run stage=train: `tiny_training.py ROOT STOP_AT TRAIN_JSON`; prints what was tracked as JSON."""
     from pipeline.train import stage
 
+    artifacts.git_commit = lambda: GIT_COMMIT  # somebody may commit between two runs of one test
     root, stop_at, train = sys.argv[1:]
     tracker = Recorder(int(stop_at) or None)
     stage.run(configuration(Path(root), **json.loads(train)), tracker)

@@ -83,7 +83,8 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
         raise PipelineError(
             f"DFLASH changed {len(lossless.bugs)} of {lossless.num_answers} answers, which is a bug: "
             f"{first.request_id} differs at token {first.position} (plain {first.plain_token}, DFLASH "
-            f"{first.dflash_token}) where the target's two best logits are {first.logit_gap:.4f} apart (a tie is below {lossless.tie_gap})"
+            f"{first.dflash_token}) where the target's two best logits are "
+            f"{first.logit_gap:.4f} apart (a tie is below {lossless.tie_gap})"
         )
     return measured
 

@@ -16,17 +16,18 @@ from pipeline.teacher_cache import store
 from pipeline.train import evaluate as evaluation
 from pipeline.train.evaluate import evaluate
 
-LONGEST, DRAFTED = 60, DRAFT.block_size - 1
+LONGEST, DRAFTED = 24, DRAFT.block_size - 1
 
 
-@functools.partial(jax.jit, static_argnames="num_context")
-def proposed(weights, embedding, head, token_id, features, *, num_context):
-    """The tokens of one block, over a context that holds nothing but what it may see."""
-    context = draft.context(weights, DRAFT, features[None, :num_context], jnp.arange(num_context)[None])
+@jax.jit
+def proposed(weights, embedding, head, token_id, features, anchor):
+    """The tokens of one block, over features of which those it may not see are gone."""
+    seen = jnp.arange(LONGEST) < anchor
+    features = jnp.where(seen[:, None], jnp.pad(features, ((0, LONGEST - len(features)), (0, 0))), 0)
+    context = draft.context(weights, DRAFT, features[None], jnp.arange(LONGEST)[None])
     ids = blocks.block_token_ids(token_id[None, None], DRAFT.mask_token_id, DRAFT.block_size)
-    slots = jnp.arange(num_context, num_context + DRAFT.block_size)[None, None]
-    visible = jnp.ones((1, 1, num_context), bool)
-    hidden = draft.denoise(weights, DRAFT, embedding[ids], slots, context, visible)
+    slots = (anchor + jnp.arange(DRAFT.block_size))[None, None]
+    hidden = draft.denoise(weights, DRAFT, embedding[ids], slots, context, seen[None, None])
     return (hidden[0, 0, 1:] @ head).argmax(-1)
 
 
@@ -38,7 +39,7 @@ def written_by_rounds(random, propose, num_tokens):
     features = random.normal(size=(num_tokens, DRAFT.feature_size)).astype(ml_dtypes.bfloat16)
     anchor, rounds = prompt_tokens, []
     while anchor < num_tokens - 1:
-        tokens = np.asarray(propose(jnp.asarray(token_ids[anchor]), jnp.asarray(features), num_context=anchor))
+        tokens = np.asarray(propose(jnp.asarray(token_ids[anchor]), jnp.asarray(features), anchor))
         kept = int(random.integers(0, DRAFTED + 1))
         token_ids[anchor + 1 : anchor + 1 + kept] = tokens[:kept]
         other = tokens[kept] + 1 if kept < DRAFTED else 0  # behind a whole block anything may come

@@ -99,7 +99,7 @@ def test_chunked_logits_give_the_same_gradients(monkeypatch):
     slot_weights = blocks.slot_weights(CONFIG.block_size, 3.0)
 
     def gradients():
-        return jax.grad(lambda one: draft_loss(one, CONFIG, embedding, head, batch, slot_weights)[0])(weights)
+        return jax.jit(jax.grad(lambda one: draft_loss(one, CONFIG, embedding, head, batch, slot_weights)[0]))(weights)
 
     whole = gradients()
     monkeypatch.setattr(loss, "MAX_LOGITS", 1)

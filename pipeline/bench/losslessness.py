@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from pipeline.model import gpt_oss
 from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
@@ -80,11 +81,13 @@ def logit_gap(weights: GptOssWeights, config: GptOssConfig, token_ids: Sequence[
     """Best minus second-best logit of the token that follows `token_ids`."""
     padded = -len(token_ids) % 64 + len(token_ids)  # few shapes to compile
     row = jnp.zeros((1, padded), jnp.int32).at[0, : len(token_ids)].set(jnp.asarray(token_ids))
-    return float(_gap_at(weights, row, len(token_ids) - 1, config=config))
+    return float(_gap_at(weights, row, jnp.asarray(len(token_ids) - 1), config=config))
 
 
 @partial(jax.jit, static_argnames="config")
-def _gap_at(weights: GptOssWeights, row: jax.Array, at: int, *, config: GptOssConfig) -> jax.Array:
+def _gap_at(
+    weights: GptOssWeights, row: Int[Array, "1 T"], at: Int[Array, ""], *, config: GptOssConfig
+) -> Float[Array, ""]:
     hidden = gpt_oss.forward(weights, config, row, jnp.zeros(1, jnp.int32), None).hidden
     best, _ = jax.lax.top_k(gpt_oss.logits(weights, hidden[0, at]), 2)
     return best[0] - best[1]

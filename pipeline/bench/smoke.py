@@ -25,7 +25,6 @@ from pipeline.export.write import write_draft
 from pipeline.model import checkpoints, draft, gpt_oss
 from pipeline.prompts import corpus, tokenizer
 from pipeline.prompts.harmony import stop_token_ids
-from pipeline.prompts.tokenizer import special_token_ids
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine import Draft, Engine
@@ -79,11 +78,9 @@ def _random_target(config: PipelineConfig) -> None:
     texts = (text for one in conversations for text in (one.prompt, one.analysis, one.final))
     words = tokenizer.train_tokenizer(texts, config.target.pretrain.vocab_size)
     words.save_pretrained(directory)
-    names = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|return|>", "pad_token_id": "<|endoftext|>"}
-    token_ids = dict(zip(names, special_token_ids(words, names.values()), strict=True))
     model = model_config(config.target.pretrain)
     weights = gpt_oss.random_weights(model, jax.random.key(config.seed))
-    checkpoints.save_target(directory, model, weights, token_ids)
+    checkpoints.save_target(directory, model, weights, tokenizer.config_token_ids(words))
 
 
 def _random_draft(config: PipelineConfig) -> None:

@@ -115,5 +115,5 @@ def empty(block_size: int) -> Acceptance:
 
 
 def speedup(dflash_tokens_per_second: float, plain_tokens_per_second: float) -> float:
-    """DFLASH decode speed over plain decode speed: same prompts, lengths, machine and run."""
-    return dflash_tokens_per_second / plain_tokens_per_second
+    """DFLASH decode speed over plain decode speed: same prompts, lengths, machine and run; nan without any."""
+    return dflash_tokens_per_second / plain_tokens_per_second if plain_tokens_per_second else float("nan")

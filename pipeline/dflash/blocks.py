@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pipeline.artifacts import PipelineError
+
 
 def block_token_ids(anchor_ids: Int[Array, "*batch"], mask_token_id: int, block_size: int) -> Int[Array, "*batch K"]:
     """The tokens that enter the draft: the anchor in slot 0, the mask token in the others."""
@@ -81,12 +83,16 @@ def default_tapped_layers(num_target_layers: int, count: int) -> list[int]:
 
     GPT-OSS-20b (24 layers), 5 taps: [1, 6, 11, 16, 21]. A target too shallow for that spread taps its
     first layers; the last layer is never tapped, for its output never leaves transformers un-normalised.
+    Raises PipelineError when there are fewer layers than that.
     """
+    if count > num_target_layers - 1:
+        raise PipelineError(
+            f"{count} layers are to be tapped; a target of {num_target_layers} layers has {num_target_layers - 1} for "
+            "that: lower draft.num_tapped_layers"
+        )
     if count == 1:
-        return [num_target_layers // 2]
+        return [min(num_target_layers // 2, num_target_layers - 2)]
     span = num_target_layers - 4
     if span < count - 1:
-        if count > num_target_layers - 1:
-            raise ValueError(f"{count} tapped layers wanted, a target of {num_target_layers} layers has fewer")
         return [round(i * (num_target_layers - 2) / (count - 1)) for i in range(count)]
     return [round(1 + i * span / (count - 1)) for i in range(count)]

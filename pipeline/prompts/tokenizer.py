@@ -104,6 +104,12 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) 
     return [added[text] for text in texts]
 
 
+def config_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """What the `config.json` of a model with this tokenizer says of its begin, end and pad tokens."""
+    names = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|return|>", "pad_token_id": "<|endoftext|>"}
+    return dict(zip(names, special_token_ids(tokenizer, names.values()), strict=True))
+
+
 def fingerprint(directory: Path) -> str:
     """sha256 (hex) of the bytes of `tokenizer.json` in `directory`."""
     path = directory / "tokenizer.json"

@@ -6,13 +6,13 @@ import logging
 import time
 
 import jax.numpy as jnp
-from transformers import AutoTokenizer
 
 from pipeline import lineage
 from pipeline.artifacts import PipelineError
 from pipeline.config import PipelineConfig, ServeMode
 from pipeline.model import checkpoints
 from pipeline.prompts.harmony import stop_token_ids
+from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine import Draft, Engine
@@ -27,7 +27,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     wanted = config.serve
     with contextlib.closing(server.bind(wanted.host, wanted.port)) as listener:  # first: a port is soon refused
         target = lineage.target(config)
-        tokenizer = AutoTokenizer.from_pretrained(target.path)
+        tokenizer = load_tokenizer(target.path)
         engine = _engine(config, target, stop_token_ids(tokenizer))
         started = time.monotonic()
         engine.warm_up()

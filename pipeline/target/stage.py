@@ -17,7 +17,6 @@ from pipeline.model.gpt_oss import GptOssConfig
 from pipeline.model.rope import Rope
 from pipeline.progress import Progress
 from pipeline.prompts import corpus, tokenizer
-from pipeline.prompts.tokenizer import special_token_ids
 from pipeline.target import batches, pretrain
 from pipeline.tracking import Run
 
@@ -111,9 +110,7 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
 
     shutil.rmtree(scratch / CHECKPOINTS)
     words.save_pretrained(scratch)
-    names = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|return|>", "pad_token_id": "<|endoftext|>"}
-    token_ids = dict(zip(names, special_token_ids(words, tuple(names.values())), strict=True))
-    checkpoints.save_target(scratch, model, jax.tree.map(np.asarray, state.weights), token_ids)
+    checkpoints.save_target(scratch, model, jax.tree.map(np.asarray, state.weights), tokenizer.config_token_ids(words))
     provenance = artifacts.provenance("target", lineage.target_settings(config), {})
     contract = lineage.target_contract(scratch, config, provenance)
     artifacts.seal(path, kind=lineage.TARGET, settings=lineage.target_settings(config), contract=contract.to_json())
@@ -122,5 +119,7 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
 
 def _held_out(words: Any, seed: int, length: int) -> batches.Batch:
     conversations = [corpus.conversation(seed, index) for index in range(HELD_OUT_CONVERSATIONS)]
-    examples = [one for one in batches.tokenize(words, conversations) if len(one.token_ids) <= length]
+    examples = [
+        one for one in batches.tokenize(words, conversations) if len(one.tokenizer.config_token_ids(words)) <= length
+    ]
     return batches.pad(examples, length)

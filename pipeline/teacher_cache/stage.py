@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifacts, lineage
 from pipeline.artifacts import PipelineError
@@ -22,6 +22,7 @@ from pipeline.model.draft import DraftConfig
 from pipeline.progress import Progress
 from pipeline.prompts.harmony import stop_token_ids
 from pipeline.prompts.split import split_by_hash
+from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Finished
 from pipeline.teacher_cache import shards, store
 from pipeline.teacher_cache.capture import capture
@@ -46,7 +47,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         return
     draft = lineage.draft_config(config, target)
     _require_positions(config, draft)
-    tokenizer = _tokenizer(target.path)
+    tokenizer = load_tokenizer(target.path)
     rows, num_duplicates = _rendered(config, tokenizer)
     scratch = artifacts.scratch_of(path)
     plans = shards.plan(scratch, rows, config.teacher_cache.shard_sequences, settings)
@@ -108,13 +109,6 @@ def _require_positions(config: PipelineConfig, draft: DraftConfig) -> None:
             f"teacher_cache.max_prompt_tokens + teacher_cache.max_new_tokens is {wanted}; the target has "
             f"{draft.max_position_embeddings} positions: lower either"
         )
-
-
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{directory} holds no tokenizer that transformers opens: {error}") from error
 
 
 def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[Rendered]], int]:

@@ -145,7 +145,7 @@ def ends_inside_rounds(answers):
             at += kept + 1
 
 
-@pytest.mark.parametrize("depth", range(fitted_draft.BLOCK_SIZE - 1))
+@pytest.mark.parametrize("depth", range(fitted_draft.BLOCK_SIZE - 2))
 def test_a_stop_token_inside_an_accepted_run_ends_the_answer_there(models, decoded, gold, depth):
     _, answers = decoded
     found = [place for place in ends_inside_rounds(answers) if place[3] == depth]

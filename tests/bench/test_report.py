@@ -1,0 +1,97 @@
+"""The numbers of a benchmark as values and as the table that ends a demo."""
+
+import json
+
+import pytest
+
+from pipeline.bench import report
+from pipeline.bench.arms import Comparison, Pass
+from pipeline.bench.losslessness import Difference, Losslessness
+from pipeline.dflash.acceptance import Acceptance
+
+KEYS = {
+    "accept_length",
+    "accept_rate",
+    "accept_rate_at_1",
+    "accept_rate_at_2",
+    "accept_rate_at_3",
+    "speedup",
+    "speedup_min",
+    "speedup_max",
+    "plain_tokens_per_second",
+    "dflash_tokens_per_second",
+    "plain_prefill_seconds",
+    "dflash_prefill_seconds",
+    "num_prompts",
+    "num_rounds",
+    "decode_tokens",
+    "equal_answers",
+    "tied_answers",
+    "wrong_answers",
+}
+
+
+def one_pass(seconds, prefill_seconds):
+    return Pass(answers={}, decode_tokens=1200, decode_seconds=seconds, prefill_seconds=prefill_seconds)
+
+
+COMPARISON = Comparison(
+    plain=tuple(one_pass(seconds, 0.25) for seconds in (4.0, 3.0, 2.0)),
+    dflash=tuple(one_pass(seconds, 0.5) for seconds in (2.0, 1.0, 1.0)),
+    acceptance=Acceptance.of([3, 1, 0, 2, 3, 0], 4),
+)
+
+
+def lossless(*gaps):
+    differences = tuple(
+        Difference(request_id=f"prompt-{index}", position=4, plain_token=1, dflash_token=2, logit_gap=gap)
+        for index, gap in enumerate(gaps)
+    )
+    return Losslessness(num_answers=9, differences=differences, tie_gap=1e-3)
+
+
+def measured(*gaps, trained=None):
+    return report.results(COMPARISON, lossless(*gaps), trained)
+
+
+def test_results_hold_every_measure_under_the_names_of_mlflow():
+    found = measured(1e-4, 0.7, 0.9)
+    assert found.keys() == KEYS
+    assert found["accept_length"] == 1 + 9 / 6
+    assert found["accept_rate"] == 9 / 18
+    assert (found["speedup"], found["speedup_min"], found["speedup_max"]) == (2.0, 2.0, 3.0)
+    assert (found["plain_tokens_per_second"], found["dflash_tokens_per_second"]) == (400.0, 1200.0)
+    assert (found["plain_prefill_seconds"], found["dflash_prefill_seconds"]) == (0.25, 0.5)
+    assert (found["num_prompts"], found["num_rounds"], found["decode_tokens"]) == (9, 6, 1200)
+    assert (found["equal_answers"], found["tied_answers"], found["wrong_answers"]) == (6, 1, 2)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_draft_with_a_training_evaluation_is_compared_with_it():
+    found = measured(trained={"accept_length": 2.0})
+    assert found.keys() == KEYS | {"training_accept_length", "engine_over_training"}
+    assert found["engine_over_training"] == pytest.approx(1.25)
+
+
+def test_the_table_shows_every_number_a_demo_promises():
+    lines = report.table(measured(trained={"accept_length": 2.0}), 4).splitlines()
+    rows = dict(line.split("  ", 1) for line in lines[1:-1])
+    assert lines[0] == lines[-1] == "-" * len(lines[0])
+    assert max(map(len, lines[1:-1])) == len(lines[0])
+    assert {name.strip(): value.strip() for name, value in rows.items()} == {
+        "accept_length": "2.500 of 4",
+        "accept_rate": "0.500",
+        "accept_rate_at_k": "0.67 0.50 0.33",
+        "plain": "400 tokens/s",
+        "DFLASH": "1200 tokens/s",
+        "speedup": "2.00x (2.00 to 3.00)",
+        "losslessness": "9 of 9 answers equal plain greedy's",
+        "training said": "accept_length 2.000 (engine 125.0%)",
+        "measured on": "9 prompts, 1200 tokens",
+    }
+
+
+def test_the_table_tells_ties_from_wrong_answers():
+    table = report.table(measured(1e-4, 0.7, 0.9), 4)
+    assert "6 of 9 answers equal plain greedy's, 1 differ at a tie, 2 WRONG" in table
+    assert "training said" not in table

@@ -1,0 +1,40 @@
+"""Requests of a benchmark: the prompts as they are, or real text of exactly the length asked for."""
+
+import pytest
+
+from pipeline.artifacts import PipelineError
+from pipeline.bench.workload import requests_of
+
+PROMPTS = [list(range(start, start + length)) for start, length in ((0, 7), (100, 4), (200, 11), (300, 2), (400, 9))]
+
+
+def test_without_a_length_the_first_prompts_are_taken_as_they_are():
+    requests = requests_of(PROMPTS, num_prompts=3, max_new_tokens=17, prompt_tokens=None)
+    assert [list(request.prompt_ids) for request in requests] == PROMPTS[:3]
+    assert {request.max_new_tokens for request in requests} == {17}
+    assert len({request.request_id for request in requests}) == 3
+
+
+def test_a_set_with_fewer_prompts_is_used_whole():
+    assert len(requests_of(PROMPTS, num_prompts=50, max_new_tokens=1, prompt_tokens=None)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("length", [1, 5, 11, 12, 30, sum(map(len, PROMPTS))])
+def test_with_a_length_every_prompt_has_exactly_that_and_repeats_nothing(length):
+    requests = requests_of(PROMPTS, num_prompts=5, max_new_tokens=3, prompt_tokens=length)
+    assert {len(request.prompt_ids) for request in requests} == {length}
+    for request, prompt in zip(requests, PROMPTS, strict=True):
+        assert len(set(request.prompt_ids)) == length
+        shared = min(length, len(prompt))
+        assert list(request.prompt_ids[-shared:]) == prompt[-shared:]  # its own text stands at the end
+
+
+def test_a_prompt_is_preceded_by_those_before_it_in_their_order():
+    requests = requests_of(PROMPTS, num_prompts=3, max_new_tokens=3, prompt_tokens=17)
+    assert list(requests[2].prompt_ids) == [5, 6, *PROMPTS[1], *PROMPTS[2]]
+    assert list(requests[0].prompt_ids) == [301, *PROMPTS[4], *PROMPTS[0]]
+
+
+def test_a_set_too_small_for_the_length_is_refused_with_the_numbers():
+    with pytest.raises(PipelineError, match=r"bench.prompt_tokens is 34; all 5 held-out prompts together have 33"):
+        requests_of(PROMPTS, num_prompts=2, max_new_tokens=3, prompt_tokens=34)

@@ -119,7 +119,5 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
 
 def _held_out(words: Any, seed: int, length: int) -> batches.Batch:
     conversations = [corpus.conversation(seed, index) for index in range(HELD_OUT_CONVERSATIONS)]
-    examples = [
-        one for one in batches.tokenize(words, conversations) if len(one.tokenizer.config_token_ids(words)) <= length
-    ]
+    examples = [one for one in batches.tokenize(words, conversations) if len(one.token_ids) <= length]
     return batches.pad(examples, length)

@@ -131,16 +131,16 @@ class TrainConfig:
     """How the draft is trained."""
 
     path: str | None = None
-    steps: int = 600
-    batch_sequences: int = 16
+    steps: int = 1300
+    batch_sequences: int = 8
     anchors_per_sequence: int = 48
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_ratio: float = 0.04
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     loss_decay: float | None = None
-    checkpoint_steps: int = 100
-    eval_steps: int = 100
+    checkpoint_steps: int = 200
+    eval_steps: int = 200
     log_steps: int = 10
 
 

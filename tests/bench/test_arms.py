@@ -28,9 +28,7 @@ class ScriptedEngine(Engine):
         self.history.append(self.name)
         for request in requests:
             kept = KEPT[request.request_id] if self.block_size else ()
-            yield Finished(
-                request_id=request.request_id, token_ids=(7,) * 5, finish_reason="length", kept=kept
-            )
+            yield Finished(request_id=request.request_id, token_ids=(7,) * 5, finish_reason="length", kept=kept)
         clock = self.clock
         self.clock = dataclasses.replace(
             clock,

@@ -17,17 +17,18 @@ from pipeline.serve.scheduler import Request
 CONFIG = GptOssConfig.from_hf(tiny_models.LEGACY_TARGET)
 PROMPT = (3, 14, 15, 9)
 GIVEN = (26, 53)  # generated before the arms part
+forward = jax.jit(gpt_oss.forward, static_argnames="config")
 
 
 @pytest.fixture(scope="module")
 def weights():
-    return gpt_oss.random_weights(CONFIG, jax.random.key(0))
+    return jax.jit(gpt_oss.random_weights, static_argnums=0)(CONFIG, jax.random.key(0))
 
 
 def logits_after(weights, token_ids):
     """The target's logits for the token that follows, without padding."""
     row = jnp.array([token_ids], jnp.int32)
-    hidden = gpt_oss.forward(weights, CONFIG, row, jnp.zeros(1, jnp.int32), None).hidden
+    hidden = forward(weights, CONFIG, row, jnp.zeros(1, jnp.int32), None).hidden
     return np.asarray(gpt_oss.logits(weights, hidden[0, -1]))
 
 

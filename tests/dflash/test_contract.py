@@ -24,9 +24,7 @@ WHOLE = Contract(
         weights_fingerprint="w0",
         weight_precision="float32",
     ),
-    text=TextIdentity(
-        tokenizer_fingerprint="t0", chat_template_fingerprint="h0", reasoning_efforts=["low", "high"]
-    ),
+    text=TextIdentity(tokenizer_fingerprint="t0", chat_template_fingerprint="h0", reasoning_efforts=["low", "high"]),
     features=FeatureIdentity(tapped_layers=[0, 2]),
     draft=DraftIdentity(
         block_size=8, mask_token_id=96, architecture={"hidden_size": 48, "num_hidden_layers": 2}, rope={"theta": 1e6}

@@ -45,9 +45,7 @@ def gold(models):
 
     for count in range(LONGEST_ANSWER):
         rows[np.arange(len(rows)), lengths + count] = following(models.weights, rows, lengths + count)
-    return [
-        tuple(row[length : length + LONGEST_ANSWER].tolist()) for row, length in zip(rows, lengths, strict=True)
-    ]
+    return [tuple(row[length : length + LONGEST_ANSWER].tolist()) for row, length in zip(rows, lengths, strict=True)]
 
 
 def random_draft(models):
@@ -69,9 +67,7 @@ def make(models, draft, slots, stops=fitted_draft.STOP_TOKEN_IDS):
 
 def requests_of(models, budgets=BUDGETS):
     return [
-        Request(
-            request_id=f"request-{index}", prompt_ids=tuple(prompt), max_new_tokens=budgets[index % len(budgets)]
-        )
+        Request(request_id=f"request-{index}", prompt_ids=tuple(prompt), max_new_tokens=budgets[index % len(budgets)])
         for index, prompt in enumerate(models.prompts)
     ]
 

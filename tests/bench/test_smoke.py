@@ -1,0 +1,86 @@
+"""The smoke stage passes with a sound runtime and stops with one that keeps a token too many."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from pipeline.artifacts import PipelineError
+from pipeline.bench import smoke
+from pipeline.config import DraftConfig, PipelineConfig, PretrainConfig, TargetConfig
+from pipeline.dflash import acceptance
+from pipeline.serve import programs
+from pipeline.tracking import Run
+
+
+class Recorder(Run):
+    """A tracker that remembers."""
+
+    def __init__(self):
+        self.metrics, self.documents = {}, {}
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics |= metrics
+
+    def log_json(self, name, value):
+        self.documents[name] = value
+
+
+def configuration(root):
+    pretrain = PretrainConfig(
+        vocab_size=330,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=14,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        max_position_embeddings=512,
+        num_conversations=1,
+        steps=1,
+        batch_tokens=1,
+        sequence_length=1,
+        learning_rate=1.0,
+        checkpoint_steps=1,
+    )
+    return PipelineConfig(
+        output_dir=str(root),
+        target=TargetConfig(name="tiny", pretrain=pretrain),
+        draft=DraftConfig(block_size=4, num_tapped_layers=2, head_dim=10, intermediate_size=56),
+    )
+
+
+def test_a_random_draft_goes_through_export_bench_and_server(tmp_path, capsys):
+    tracker = Recorder()
+    smoke.run(configuration(tmp_path), tracker)
+    for name in ("accept_rate", "accept_length", "speedup"):
+        assert math.isfinite(tracker.metrics[name])
+    assert tracker.metrics["equal_answers"] == tracker.metrics["num_prompts"] > 4
+    assert tracker.metrics["num_rounds"] > 0
+    assert 1 <= tracker.metrics["accept_length"] < 2
+    assert tracker.documents["contract.json"]["draft"]["block_size"] == 4
+    (kept,) = (tmp_path / "smoke" / "bench").glob("*/*/results.json")
+    assert json.loads(kept.read_text())["speedup"] == tracker.metrics["speedup"]
+    assert "answers equal plain greedy's" in capsys.readouterr().out
+
+
+def test_a_runtime_that_keeps_one_token_too_many_is_caught(tmp_path, monkeypatch):
+    count_kept = acceptance.count_kept
+    greedy = lambda proposed, verified: jnp.minimum(count_kept(proposed, verified) + 1, proposed.shape[-1])  # noqa: E731
+    monkeypatch.setattr(acceptance, "count_kept", greedy)
+    programs.dflash_round.clear_cache()  # neither the sound program of an earlier test ...
+    try:
+        with pytest.raises(PipelineError, match=r"DFLASH changed \d of 8 answers, which is a bug: prompt-"):
+            smoke.run(configuration(tmp_path), Recorder())
+    finally:
+        programs.dflash_round.clear_cache()  # ... nor this one for a later test
+
+
+def test_a_target_that_is_given_cannot_be_made_at_random(tmp_path):
+    config = PipelineConfig(output_dir=str(tmp_path), target=TargetConfig(name="given", path="somewhere"))
+    with pytest.raises(PipelineError, match="run it with target=tiny"):
+        smoke.run(config, Recorder())

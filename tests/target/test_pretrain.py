@@ -1,0 +1,183 @@
+"""Training a target: the loss against numpy, learning, and a stage that is killed and goes on."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from pipeline import artifacts, lineage
+from pipeline.config import PipelineConfig, PretrainConfig, TargetConfig
+from pipeline.model import checkpoints, gpt_oss
+from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.target import pretrain, stage
+from pipeline.target.batches import Batch
+from pipeline.tracking import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = GptOssConfig.from_hf(tiny_models.LEGACY_TARGET)
+STAGE_PROCESS = """
+import pickle, sys, time
+from pipeline.target import stage
+class Stopping:
+    def log_metrics(self, metrics, step=None):
+        if step == int(sys.argv[2]):
+            print("stopped", flush=True)
+            time.sleep(3600)
+stage.run(pickle.load(open(sys.argv[1], "rb")), Stopping())
+"""
+
+
+class Recorder(Run):
+    """A tracker that remembers."""
+
+    def __init__(self):
+        self.metrics, self.documents, self.tags = {}, {}, {}
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics |= {(name, step): value for name, value in metrics.items()}
+
+    def log_json(self, name, value):
+        self.documents[name] = value
+
+    def set_tag(self, key, value):
+        self.tags[key] = value
+
+
+def batch_of(seed):
+    """Counting texts of 9 to 20 tokens behind a prompt."""
+    random = np.random.default_rng(seed)
+    token_ids, generated = np.zeros((6, 20), np.int32), np.zeros((6, 20), bool)
+    for row in range(6):
+        length, prompt = int(random.integers(9, 21)), int(random.integers(1, 6))
+        token_ids[row, :length] = (random.integers(0, 90) + np.arange(length)) % 90
+        generated[row, prompt:length] = True
+    return Batch(token_ids, generated)
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_generated_tokens():
+    weights = gpt_oss.random_weights(CONFIG, jax.random.key(0))
+    batch = batch_of(0)
+    start = jnp.zeros(len(batch.token_ids), jnp.int32)
+    forward = jax.jit(gpt_oss.forward, static_argnames="config")
+    hidden = forward(weights, CONFIG, batch.token_ids, start, None).hidden
+    logits = np.asarray(gpt_oss.logits(weights, hidden), np.float64)
+    losses, right = [], []
+    for row, at in np.argwhere(batch.generated):
+        scores, label = logits[row, at - 1], batch.token_ids[row, at]
+        losses.append(np.log(np.exp(scores).sum()) - scores[label])
+        right.append(scores.argmax() == label)
+    loss, accuracy = jax.jit(pretrain.next_token_loss, static_argnums=1)(
+        weights, CONFIG, batch.token_ids, batch.generated
+    )
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(accuracy) == pytest.approx(np.mean(right), abs=1e-6)
+
+
+def test_twenty_steps_lower_the_loss():
+    optimizer = pretrain.optimizer_of(1e-2, 20)
+    state, step = pretrain.start(CONFIG, optimizer, jax.random.key(0)), pretrain.step_of(CONFIG, optimizer)
+    losses = []
+    for index in range(20):
+        state, metrics = step(state, batch_of(index % 3))
+        losses.append(float(metrics["loss"]))
+    assert int(state.step) == 20
+    assert losses[0] == pytest.approx(np.log(CONFIG.vocab_size), rel=0.3)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def configuration(root):
+    """Twelve steps, a checkpoint after every fourth."""
+    values = PretrainConfig(
+        vocab_size=320,
+        hidden_size=36,
+        intermediate_size=28,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        max_position_embeddings=512,
+        num_conversations=200,
+        steps=12,
+        batch_tokens=512,
+        sequence_length=256,
+        learning_rate=1e-2,
+        checkpoint_steps=4,
+    )
+    return PipelineConfig(output_dir=str(root), target=TargetConfig(name="tiny", pretrain=values))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    config, tracker = configuration(tmp_path_factory.mktemp("undisturbed")), Recorder()
+    stage.run(config, tracker)
+    return config, tracker
+
+
+def test_the_stage_makes_a_target_that_can_be_run(undisturbed):
+    config, tracker = undisturbed
+    made = artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
+    model, weights = checkpoints.load_target(made.path, jnp.float32)
+    assert model == stage.model_config(config.target.pretrain)
+    assert model.sliding == (True, False)
+    assert weights.embedding.shape == (320, 36)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= made.files.keys()
+    assert not any(name.startswith(stage.CHECKPOINTS) for name in made.files)
+    assert tracker.metrics["target/loss", 12] < tracker.metrics["target/loss", 10] * 1.2
+    assert 0 <= tracker.metrics["target/heldout_accuracy", None] <= 1
+    assert tracker.documents["contract.json"]["target"]["weight_precision"] == "float32"
+    assert tracker.tags["artifact"] == str(made.path)
+
+
+def test_a_target_that_stands_is_left_alone(undisturbed):
+    config, tracker = undisturbed[0], Recorder()
+    before = (lineage.target_address(config) / artifacts.MANIFEST).stat().st_mtime_ns
+    stage.run(config, tracker)
+    assert (lineage.target_address(config) / artifacts.MANIFEST).stat().st_mtime_ns == before
+    assert tracker.metrics == {}
+
+
+def test_killed_and_begun_again_it_makes_the_same_bytes(undisturbed, tmp_path, caplog):
+    config = configuration(tmp_path / "outputs")
+    pickled = tmp_path / "config.pickle"
+    pickled.write_bytes(pickle.dumps(config))
+    path = lineage.target_address(config)
+    with subprocess.Popen(
+        [sys.executable, "-c", STAGE_PROCESS, str(pickled), "10"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        told = process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        errors = process.stderr.read()
+    assert told == "stopped\n", errors
+    assert not artifacts.exists(path)
+    begun = artifacts.scratch_of(path) / stage.CHECKPOINTS
+    torn = begun / "9.orbax-checkpoint-tmp-1"  # as a kill within the next save would leave it
+    shutil.copytree(begun / "8", torn)
+    (torn / "_CHECKPOINT_METADATA").unlink()
+
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        stage.run(config, Recorder())
+    assert "target: going on from step 8" in caplog.messages
+    made, wanted = (
+        json.loads((lineage.target_address(one) / artifacts.MANIFEST).read_text()) for one in (config, undisturbed[0])
+    )
+    assert made["fingerprint"] == wanted["fingerprint"]
+    assert made["files"] == wanted["files"]
+    assert not artifacts.scratch_of(path).exists()

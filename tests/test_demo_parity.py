@@ -1,0 +1,174 @@
+"""What `make demo` made, in the hands of the programs that it is made for: run `make demo`, then `make parity`.
+
+The default configuration's artifacts are looked for under $PIPELINE_OUTPUT_DIR, else under outputs/.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import fitted_draft
+import hydra
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from oracle_environment import run_oracle
+
+from pipeline import lineage
+from pipeline.artifacts import MissingArtifact
+from pipeline.bench.stage import EVALUATION
+from pipeline.config import PipelineConfig, Precision
+from pipeline.dflash import blocks
+from pipeline.dflash.acceptance import Acceptance
+from pipeline.model import checkpoints, gpt_oss
+from pipeline.model import draft as draft_model
+from pipeline.prompts import harmony
+from pipeline.prompts.split import split_by_hash
+from pipeline.prompts.tokenizer import load_tokenizer
+from pipeline.serve.engine import Draft, Engine
+from pipeline.serve.scheduler import Request
+
+pytestmark = [pytest.mark.slow, pytest.mark.conformance]
+ROOT = Path(__file__).resolve().parent.parent
+NUM_PROMPTS = 32
+TOLERANCE = 1e-4
+
+
+class Demo:
+    """The artifacts of the default configuration, in float32."""
+
+    def __init__(self):
+        ConfigStore.instance().store(name="schema", node=PipelineConfig)
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = hydra.compose("config")
+        schema = OmegaConf.structured(PipelineConfig)
+        self.config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.to_container(composed, resolve=True)))
+        self.config.output_dir = os.environ.get("PIPELINE_OUTPUT_DIR", str(ROOT / "outputs"))
+        assert self.config.target.precision is Precision.float32
+        try:
+            self.target = lineage.target(self.config)
+            self.exported = lineage.exported_draft(self.config, self.target)
+        except MissingArtifact as error:
+            pytest.fail(f"run `make demo` first: {error}", pytrace=False)
+        self.model, self.weights = checkpoints.load_target(self.target.path, jnp.float32)
+        self.draft_config, self.draft_weights = checkpoints.load_draft(self.exported.path, jnp.float32)
+        tokenizer = load_tokenizer(self.target.path)
+        self.stop_token_ids = [int(token) for token in harmony.stop_token_ids(tokenizer)]
+        _, held_out = split_by_hash(lineage.prompt_set(self.config).prompts, self.config.prompts.heldout_fraction)
+        self.prompts = [
+            harmony.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
+            for prompt in held_out
+        ]
+        self.max_new_tokens = self.config.bench.max_new_tokens
+
+    def answers(self, draft):
+        """Our engine's answer to every held-out prompt."""
+        engine = Engine(
+            self.weights,
+            self.model,
+            stop_token_ids=self.stop_token_ids,
+            slots=8,
+            max_length=max(map(len, self.prompts)) + self.max_new_tokens,
+            prefill_chunk=self.config.serve.prefill_chunk,
+            draft=draft,
+        )
+        requests = [
+            Request(request_id=str(index), prompt_ids=tuple(prompt), max_new_tokens=self.max_new_tokens)
+            for index, prompt in enumerate(self.prompts)
+        ]
+        answers = {answer.request_id: answer for answer in engine.generate(requests)}
+        return [answers[request.request_id] for request in requests]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Demo()
+
+
+@pytest.fixture(scope="module")
+def ours(demo):
+    return demo.answers(Draft(demo.draft_weights, demo.draft_config))
+
+
+@pytest.fixture(scope="module")
+def published(demo):
+    """What the published package makes of the first held-out prompts, with transformers' target and our draft."""
+    request = {
+        "prompts": demo.prompts[:NUM_PROMPTS],
+        "max_new_tokens": demo.max_new_tokens,
+        "stop_token_ids": demo.stop_token_ids,
+    }
+    return fitted_draft.ask("dflash_generate", request, target=demo.target.path, draft=demo.exported.path)
+
+
+def accept_length(answers, block_size):
+    return Acceptance.of([kept for answer in answers for kept in answer.kept], block_size).accept_length
+
+
+def test_dflash_gives_plain_greedys_tokens_on_every_held_out_prompt(demo, ours):
+    plain = demo.answers(None)
+    assert len(plain) == len(demo.prompts) > NUM_PROMPTS
+    assert [answer.token_ids for answer in ours] == [answer.token_ids for answer in plain]
+
+
+def test_the_published_package_gives_the_same_tokens_and_accept_length(demo, published, ours, capsys):
+    assert len(published) == NUM_PROMPTS
+    assert [one["tokens"] for one in published] == [list(answer.token_ids) for answer in ours[:NUM_PROMPTS]]
+    rounds = [length for one in published for length in one["acceptance_lengths"]]
+    theirs, mine = sum(rounds) / len(rounds), accept_length(ours[:NUM_PROMPTS], demo.draft_config.block_size)
+    with capsys.disabled():
+        print(f"\naccept_length on {NUM_PROMPTS} held-out prompts: dflash package {theirs:.4f}, engine {mine:.4f}")
+    assert mine == pytest.approx(theirs, rel=0.02)
+
+
+def test_accept_length_is_at_least_four_and_what_the_training_evaluation_said(demo, ours, capsys):
+    said = json.loads((demo.exported.path / EVALUATION).read_text())["heldout"]
+    found = accept_length(ours, demo.draft_config.block_size)
+    with capsys.disabled():
+        print(
+            f"\naccept_length on {len(ours)} held-out prompts: training {said['accept_length']:.4f}, engine {found:.4f}"
+        )
+    assert found >= 4.0
+    assert found == pytest.approx(said["accept_length"], rel=0.05)
+
+
+def test_the_published_draft_model_computes_what_ours_computes(demo, ours, tmp_path, capsys):
+    prompt, answer = demo.prompts[0], ours[0].token_ids
+    sequence = jnp.asarray([[*prompt, *answer]], jnp.int32)
+    tapped = demo.draft_config.tapped_layers
+    features = gpt_oss.forward(demo.weights, demo.model, sequence, jnp.zeros(1, jnp.int32), None, tapped).features
+    wanted, found = [], []
+    for anchor in (len(prompt), len(prompt) + len(answer) // 2):
+        embeddings, hidden = block_at(demo, sequence, features, anchor)
+        np.savez(tmp_path / "in.npz", features=features[:, :anchor], noise_embedding=embeddings)
+        run_oracle("dflash_forward", draft=demo.exported.path, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
+        wanted.append(np.load(tmp_path / "out.npz")["hidden"])
+        found.append(np.asarray(hidden))
+    difference = np.abs(np.array(found) - np.array(wanted)).max()
+    with capsys.disabled():
+        print(f"\nexported draft against DFlashDraftModel: outputs differ by at most {difference:.1e}")
+    assert np.std(wanted) > 0.5
+    assert difference <= TOLERANCE
+
+
+def block_at(demo, sequence, features, anchor):
+    """Our draft's hidden states [1, K, D] for the block at `anchor`, and what entered it."""
+    sizes, anchors = demo.draft_config, jnp.array([[anchor]])
+    ids = blocks.block_token_ids(sequence[:, anchor], sizes.mask_token_id, sizes.block_size)
+    embeddings = demo.weights.embedding[ids]
+    num_positions = features.shape[1]
+    context = jax.jit(draft_model.context, static_argnums=1)(
+        demo.draft_weights, sizes, features, jnp.arange(num_positions)[None]
+    )
+    hidden = jax.jit(draft_model.denoise, static_argnums=1)(
+        demo.draft_weights,
+        sizes,
+        embeddings[:, None],
+        blocks.block_positions(anchors, sizes.block_size),
+        context,
+        blocks.context_visible(anchors, num_positions),
+    )
+    return embeddings, hidden[:, 0]

@@ -123,7 +123,7 @@ def _build_forever(root):
 def test_a_kill_at_any_instant_leaves_every_artifact_complete_or_absent(tmp_path):
     for attempt in range(5):
         root = tmp_path / str(attempt)
-        writer = multiprocessing.get_context("fork").Process(target=_build_forever, args=(root,))
+        writer = multiprocessing.get_context("spawn").Process(target=_build_forever, args=(root,))
         writer.start()
         while not artifacts.exists(root / "cache-3"):
             time.sleep(0.002)

@@ -11,7 +11,7 @@ from pipeline.config import DraftConfig, PipelineConfig, Precision, PromptSource
 
 def valid_config(**changes):
     config = PipelineConfig(stage=Stage.train)
-    config.target.name = "tiny"
+    config.target.name, config.target.path = "tiny", "models/tiny"
     for key, value in changes.items():
         *path, last = key.split("__")
         node = config
@@ -29,6 +29,10 @@ def test_defaults_are_valid():
     ("changes", "told"),
     [
         pytest.param({"train__learning_rate": -1.0}, "train.learning_rate is -1.0; it must be positive", id="negative"),
+        pytest.param({"target__path": None}, "target.path is null; give the directory", id="no target"),
+        pytest.param({"draft__head_dim": 7}, "draft.head_dim is 7; rotary embedding", id="odd head"),
+        pytest.param({"train__warmup_ratio": 1.0}, "train.warmup_ratio is 1.0", id="nothing but warm-up"),
+        pytest.param({"train__weight_decay": -0.1}, "train.weight_decay is -0.1", id="negative decay"),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
         pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),
         pytest.param({"prompts__heldout_fraction": 1.0}, "prompts.heldout_fraction is 1.0", id="all held out"),
@@ -63,7 +67,7 @@ def test_plain_gives_json_values_for_enums_dataclasses_and_lists():
     assert values["stage"] == "train"
     assert values["target"] == {
         "name": "tiny",
-        "path": None,
+        "path": "models/tiny",
         "precision": Precision.float32.value,
         "pretrain": None,
     }

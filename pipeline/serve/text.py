@@ -62,7 +62,11 @@ class PlainReader:
 
 
 class ChannelReader:
-    """Splits Harmony as it comes: the pieces add up to `harmony.split_channels` of the same tokens."""
+    """The analysis and the final text of an answer, as it comes.
+
+    No token is lost in silence: channels other than final (commentary) count as analysis, text outside of any
+    message as final. A header cut off before its `<|message|>` is no text. Reading ends at a stop token.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         names = (*STOP_TOKENS, *HEADER_TOKENS, "<|end|>", "<|message|>")

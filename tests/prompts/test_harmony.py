@@ -3,10 +3,9 @@ import copy
 import pytest
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.harmony import render_completion, render_prompt, split_channels, stop_token_ids
+from pipeline.prompts.harmony import render_completion, render_prompt, stop_token_ids
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
-WHOLE = "<|channel|>analysis<|message|>2 + 2 = 4.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
 
 
 def test_a_prompt_ends_where_the_assistant_begins(tokenizer):
@@ -57,55 +56,6 @@ def test_stop_tokens_are_return_call_and_endoftext(tokenizer):
         "<|call|>",
         "<|endoftext|>",
     ]
-
-
-@pytest.mark.parametrize(
-    ("text", "analysis", "final"),
-    [
-        (WHOLE, "2 + 2 = 4.", "4"),
-        (WHOLE + "rest<|end|>", "2 + 2 = 4.", "4"),
-        ("", "", ""),
-        ("<|channel|>", "", ""),
-        ("<|channel|>ana", "", ""),
-        ("<|channel|>analysis<|message|>2 + 2", "2 + 2", ""),
-        ("<|channel|>analysis<|message|>2 + 2 = 4.<|end|><|start|>assis", "2 + 2 = 4.", ""),
-        ("<|channel|>final<|message|>yes<|call|>", "", "yes"),
-        ("<|channel|>commentary to=x <|constrain|>json<|message|>{}<|call|>", "{}", ""),
-        (
-            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>",
-            "a\nb",
-            "",
-        ),
-        ("no header at all", "", "no header at all"),
-        ("<|message|>no channel<|end|>after", "", "no channel\nafter"),
-    ],
-    ids=[
-        "whole",
-        "goes on after the stop",
-        "empty",
-        "channel alone",
-        "cut in the channel",
-        "cut in the analysis",
-        "cut in the second header",
-        "final at once",
-        "commentary",
-        "two analyses",
-        "plain text",
-        "no channel",
-    ],
-)
-def test_completions_split_into_channels(tokenizer, text, analysis, final):
-    assert split_channels(tokenizer, tokenizer.encode(text, add_special_tokens=False)) == (analysis, final)
-
-
-def test_a_completion_cut_off_anywhere_splits_into_beginnings_of_its_channels(tokenizer):
-    analysis, final = "2 + 2 = 4, naïve.", "東京"
-    token_ids = render_completion(tokenizer, analysis, final)
-    for length in range(len(token_ids) + 1):
-        found_analysis, found_final = split_channels(tokenizer, token_ids[:length])
-        assert analysis.startswith(found_analysis)
-        assert final.startswith(found_final)
-    assert (found_analysis, found_final) == (analysis, final)
 
 
 @pytest.mark.parametrize(

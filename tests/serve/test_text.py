@@ -1,10 +1,12 @@
 import random
 
 import pytest
+from channels import split_channels
 
-from pipeline.prompts.harmony import render_completion, split_channels
+from pipeline.prompts.harmony import render_completion
 from pipeline.serve.text import ANALYSIS, FINAL, ChannelReader, Detokenizer, StopStrings
 
+WHOLE = "<|channel|>analysis<|message|>2 + 2 = 4.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
 TEXTS = ["naïve café", "東京 is big", "👩‍👩‍👧 family 🎉", "a\n\n  b\t", "1 + 1 = 2"]
 
 
@@ -42,6 +44,57 @@ def read(tokenizer, token_ids, sizes, *, cut_off):
     for channel, text in reader.finish(cut_off=cut_off):
         texts[channel] += text
     return texts[ANALYSIS], texts[FINAL]
+
+
+@pytest.mark.parametrize(
+    ("text", "analysis", "final"),
+    [
+        (WHOLE, "2 + 2 = 4.", "4"),
+        (WHOLE + "rest<|end|>", "2 + 2 = 4.", "4"),
+        ("", "", ""),
+        ("<|channel|>", "", ""),
+        ("<|channel|>ana", "", ""),
+        ("<|channel|>analysis<|message|>2 + 2", "2 + 2", ""),
+        ("<|channel|>analysis<|message|>2 + 2 = 4.<|end|><|start|>assis", "2 + 2 = 4.", ""),
+        ("<|channel|>final<|message|>yes<|call|>", "", "yes"),
+        ("<|channel|>commentary to=x <|constrain|>json<|message|>{}<|call|>", "{}", ""),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>",
+            "a\nb",
+            "",
+        ),
+        ("no header at all", "", "no header at all"),
+        ("<|message|>no channel<|end|>after", "", "no channel\nafter"),
+    ],
+    ids=[
+        "whole",
+        "goes on after the stop",
+        "empty",
+        "channel alone",
+        "cut in the channel",
+        "cut in the analysis",
+        "cut in the second header",
+        "final at once",
+        "commentary",
+        "two analyses",
+        "plain text",
+        "no channel",
+    ],
+)
+def test_completions_split_into_channels(tokenizer, text, analysis, final):
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    assert split_channels(tokenizer, token_ids) == (analysis, final)
+    assert read(tokenizer, token_ids, lambda: 2, cut_off=True) == (analysis, final)
+
+
+def test_a_completion_cut_off_anywhere_splits_into_beginnings_of_its_channels(tokenizer):
+    analysis, final = "2 + 2 = 4, naïve.", "東京"
+    token_ids = render_completion(tokenizer, analysis, final)
+    for length in range(len(token_ids) + 1):
+        found_analysis, found_final = split_channels(tokenizer, token_ids[:length])
+        assert analysis.startswith(found_analysis)
+        assert final.startswith(found_final)
+    assert (found_analysis, found_final) == (analysis, final)
 
 
 @pytest.mark.parametrize("analysis", TEXTS)

@@ -252,6 +252,8 @@ def validate(config: PipelineConfig) -> None:
                 f"target.pretrain.num_experts_per_tok is {pretrain.num_experts_per_tok}; there are "
                 f"{pretrain.num_local_experts} experts (target.pretrain.num_local_experts)"
             )
+    if config.bench.max_new_tokens == 1:
+        broken.append("bench.max_new_tokens is 1; the first token is prefill's: at least 2 are needed to time decoding")
     if not 0 <= config.train.warmup_ratio < 1:
         broken.append(f"train.warmup_ratio is {config.train.warmup_ratio}; it must be at least 0 and below 1")
     if config.train.weight_decay < 0:

@@ -66,9 +66,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     )
     slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
     lossless = losslessness.compare(slow, fast, requests, weights, model)
-    evaluation = exported.path / EVALUATION
-    trained = json.loads(evaluation.read_text())["heldout"] if evaluation.is_file() else None
-    measured = report.results(comparison, lossless, trained)
+    measured = report.results(comparison, lossless, _trained(config, exported.path))
     print(report.table(measured, draft_config.block_size), flush=True)
 
     contract = Contract.from_json(exported.contract)
@@ -87,6 +85,14 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
             f"{first.logit_gap:.4f} apart (a tie is below {lossless.tie_gap})"
         )
     return measured
+
+
+def _trained(config: PipelineConfig, draft: Path) -> dict[str, float] | None:
+    """What the training evaluation said of the held-out texts, where this measures the same texts."""
+    evaluation = draft / EVALUATION
+    if config.bench.prompt_tokens is not None or not evaluation.is_file():
+        return None
+    return json.loads(evaluation.read_text())["heldout"]
 
 
 def _longest(requests: list[Request]) -> int:

@@ -32,6 +32,7 @@ from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.train import runs
 from pipeline.train.batches import made_ahead
 from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+from pipeline.train.interrupt import between_steps
 from pipeline.train.loss import Batch, draft_loss
 from pipeline.train.report import StepReport
 
@@ -80,16 +81,23 @@ def fit(
         param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
         rngs=nnx.Rngs(recipe.seed),
     )
-    trainer = DraftTrainer(arguments, module, config, recipe, (embedding, head), batch_at, on_step)
-    began = trainer.began_at()
-    if began != done:
-        raise PipelineError(
-            f"{directory} holds a checkpoint of step {done}, EasyDeL began at {began}; delete {directory} to begin anew"
-        )
-    on_start(done)
-    state = trainer.train().state
-    if trainer.failure is not None:
-        raise trainer.failure
+    with between_steps() as check_interrupt:
+
+        def on_step_or_interrupt(report: StepReport) -> None:
+            on_step(report)
+            check_interrupt()
+
+        trainer = DraftTrainer(arguments, module, config, recipe, (embedding, head), batch_at, on_step_or_interrupt)
+        began = trainer.began_at()
+        if began != done:
+            raise PipelineError(
+                f"{directory} holds a checkpoint of step {done}, EasyDeL began at {began}; "
+                f"delete {directory} to begin anew"
+            )
+        on_start(done)
+        state = trainer.train().state
+        if trainer.failure is not None:
+            raise trainer.failure
     if int(state.step) != recipe.steps or runs.latest(directory) != recipe.steps:
         raise PipelineError(
             f"training ended at step {int(state.step)} with a checkpoint of step {runs.latest(directory)}, wanted "

@@ -206,7 +206,7 @@ def checkpoint_settings(config: PipelineConfig, target: Target, cache_fingerprin
     """What decides the bytes of a trained checkpoint."""
     train = plain(config.train)
     del train["path"], train["log_steps"]
-    draft = {**draft_identity(draft_config(config, target)).__dict__}
+    draft = dataclasses.asdict(draft_identity(draft_config(config, target)))
     return {"teacher_cache": cache_fingerprint, "draft": draft, "train": train, "seed": config.seed}
 
 

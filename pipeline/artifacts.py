@@ -189,18 +189,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         found = next((text for code, text in texts.items() if number == code or text in str(error)), None)
         if found is None:
             raise
-        where = path if path.exists() else path.parent
-        free = shutil.disk_usage(where).free if where.exists() else 0
         raise PipelineError(
-            f"{found} while writing {path} ({free / 2**20:.0f} MiB free); free some space or set output_dir to "
-            "another disk, then run the same command: it goes on from the last complete piece"
+            f"{found} while writing {path} ({free_bytes(path) / 2**20:.0f} MiB free); free some space or set "
+            "output_dir to another disk, then run the same command: it goes on from the last complete piece"
         ) from error
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk that `path` is, or will be, on."""
+    path = path.absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
 def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
     """Raise PipelineError before any work when `needed_bytes` do not fit on the disk of `path`."""
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(path)
     if needed_bytes > free:
         raise PipelineError(
             f"{what} needs {needed_bytes / 2**20:.0f} MiB at {path}, {free / 2**20:.0f} MiB are free; "

@@ -5,6 +5,7 @@ fingerprints, so each stage finds what the stage before it made under the same o
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from pipeline.prompts import sources
 from pipeline.prompts import tokenizer as tokenizers_of_ours
 
 TARGET, TEACHER_CACHE, CHECKPOINT, DRAFT = "target", "teacher_cache", "checkpoint", "draft"
+DRAFT_CONFIG, EVALUATION = "draft_config.json", "evaluation.json"  # in a checkpoint; the latter in a draft too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +88,19 @@ def target(config: PipelineConfig) -> Target:
 
 def mask_token_id(directory: Path, config: PipelineConfig, vocab_size: int) -> int:
     """The id of `draft.mask_token`, which must be an existing row of the target's embedding."""
-    found = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(config.draft.mask_token)
+    file = directory / "tokenizer.json"
+    found = _token_id(file, file.stat().st_mtime_ns, config.draft.mask_token)
     if found is None or found >= vocab_size:
         raise PipelineError(
             f"draft.mask_token {config.draft.mask_token!r} has id {found} in {directory}/tokenizer.json; wanted a "
             f"token below the target's vocabulary of {vocab_size}; set draft.mask_token to a reserved token"
         )
     return found
+
+
+@functools.cache  # every address and contract downstream asks, and GPT-OSS's tokenizer takes seconds to read
+def _token_id(tokenizer: Path, changed_ns: int, token: str) -> int | None:
+    return Tokenizer.from_file(str(tokenizer)).token_to_id(token)
 
 
 def draft_config(config: PipelineConfig, target: Target) -> DraftConfig:

@@ -19,7 +19,6 @@ from oracle_environment import run_oracle
 
 from pipeline import lineage
 from pipeline.artifacts import MissingArtifact
-from pipeline.bench.stage import EVALUATION
 from pipeline.config import PipelineConfig, Precision
 from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
@@ -125,7 +124,7 @@ def test_the_published_package_gives_the_same_tokens_and_accept_length(demo, pub
 
 
 def test_accept_length_is_at_least_four_and_what_the_training_evaluation_said(demo, ours, capsys):
-    said = json.loads((demo.exported.path / EVALUATION).read_text())["heldout"]
+    said = json.loads((demo.exported.path / lineage.EVALUATION).read_text())["heldout"]
     found = accept_length(ours, demo.draft_config.block_size)
     with capsys.disabled():
         print(

@@ -75,8 +75,7 @@ def _random_target(config: PipelineConfig) -> None:
     directory = Path(config.target.path)
     directory.mkdir(parents=True)
     conversations = [corpus.conversation(config.seed, index) for index in range(TOKENIZER_CONVERSATIONS)]
-    texts = (text for one in conversations for text in (one.prompt, one.analysis, one.final))
-    words = tokenizer.train_tokenizer(texts, config.target.pretrain.vocab_size)
+    words = tokenizer.train_tokenizer(corpus.texts(conversations), config.target.pretrain.vocab_size)
     words.save_pretrained(directory)
     model = model_config(config.target.pretrain)
     weights = gpt_oss.random_weights(model, jax.random.key(config.seed))

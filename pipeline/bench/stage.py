@@ -24,7 +24,6 @@ from pipeline.tracking import Run
 
 log = logging.getLogger("pipeline")
 
-EVALUATION = "evaluation.json"
 RESULTS = "results.json"
 
 
@@ -74,7 +73,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     contract = dataclasses.replace(contract, target=target.contract.target, provenance=provenance)
     _write(config, exported.fingerprint, measured, lossless, contract)
     tracker.log_metrics({name: value for name, value in measured.items() if isinstance(value, (int, float))})
-    tracker.log_json("contract.json", contract.to_json())
+    tracker.log_json(artifacts.CONTRACT, contract.to_json())
     tracker.log_json(RESULTS, measured)
     if lossless.bugs:
         first = lossless.bugs[0]
@@ -89,7 +88,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
 
 def _trained(config: PipelineConfig, draft: Path) -> dict[str, float] | None:
     """What the training evaluation said of the held-out texts, where this measures the same texts."""
-    evaluation = draft / EVALUATION
+    evaluation = draft / lineage.EVALUATION
     if config.bench.prompt_tokens is not None or not evaluation.is_file():
         return None
     return json.loads(evaluation.read_text())["heldout"]

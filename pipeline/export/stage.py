@@ -17,7 +17,7 @@ from pipeline.tracking import Run
 
 log = logging.getLogger("pipeline")
 
-DRAFT_CONFIG, EVALUATION, CARD = "draft_config.json", "evaluation.json", "README.md"
+CARD = "README.md"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -29,8 +29,8 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         _report(tracker, lineage.exported_draft(config, target), "stands")
         return
     trained = lineage.checkpoint(config, target)
-    draft = checkpoints.draft_config_from_hf(json.loads((trained.path / DRAFT_CONFIG).read_text()))
-    evaluation = json.loads((trained.path / EVALUATION).read_text())
+    draft = checkpoints.draft_config_from_hf(json.loads((trained.path / lineage.DRAFT_CONFIG).read_text()))
+    evaluation = json.loads((trained.path / lineage.EVALUATION).read_text())
     weights = read_checkpoint(_run_directory(trained), draft)
     settings = lineage.export_settings(trained.fingerprint)
     parents = {"target": target.fingerprint, "checkpoint": trained.fingerprint}
@@ -39,7 +39,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     with artifacts.disk_errors(path):
         scratch = artifacts.open_scratch(path, resume=False)  # made in seconds: begun anew when interrupted
         parity = write_draft(scratch, draft, weights, _token_ids(target.path))
-        artifacts.write_json(scratch / EVALUATION, evaluation)
+        artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
         artifacts.write_bytes(scratch / CARD, model_card(draft, contract, evaluation).encode())
         made = artifacts.seal(path, kind=lineage.DRAFT, settings=settings, contract=contract.to_json())
     tracker.log_metrics(
@@ -68,7 +68,7 @@ def _token_ids(target: Path) -> dict[str, int]:
 
 
 def _report(tracker: Run, made: Artifact, verb: str) -> None:
-    evaluation = json.loads((made.path / EVALUATION).read_text())
+    evaluation = json.loads((made.path / lineage.EVALUATION).read_text())
     heldout = Acceptance(tuple(evaluation["heldout"]["histogram"]))
     tracker.log_metrics({f"export/{name}": value for name, value in heldout.metrics().items()})
     tracker.log_json(artifacts.CONTRACT, Contract.from_json(made.contract).to_json())

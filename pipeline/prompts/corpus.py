@@ -6,6 +6,7 @@ Numbers are small and every step is written out, because four narrow layers cann
 
 import dataclasses
 import random
+from collections.abc import Iterable, Iterator
 
 from pipeline.artifacts import PipelineError
 from pipeline.prompts.families import functions, numbers, sequences, tables, words
@@ -67,6 +68,12 @@ def conversation(seed: int, index: int, effort: str | None = None) -> Conversati
         analysis=_analysis(exchange, effort),
         final=exchange.answer,
     )
+
+
+def texts(conversations: Iterable[Conversation]) -> Iterator[str]:
+    """Every text of the conversations apart, as a tokenizer is trained on them."""
+    for one in conversations:
+        yield from (one.prompt, one.analysis, one.final)
 
 
 def _analysis(exchange: Exchange, effort: str) -> str:

@@ -240,7 +240,7 @@ class Engine:
 
     def _collect(self, given: programs.Yield, slot_of_row: dict[int, int], is_round: bool) -> list[Update]:
         tokens, counts, finished = jax.device_get((given.token_ids, given.num_tokens, given.finished))
-        updates, rounds = [], []
+        updates = []
         for row, slot in slot_of_row.items():
             count = int(counts[row])
             if count == 0:
@@ -252,9 +252,8 @@ class Engine:
                 reason = "stop" if new[-1] in self._stops else "length"
                 self._scheduler.release(slot)
             kept = count - 1 if is_round else None
-            if is_round:
-                rounds.append(count - 1)
             updates.append(Update(request_id=request.request_id, token_ids=new, finish_reason=reason, kept=kept))
+        rounds = [update.kept for update in updates if update.kept is not None]
         if rounds:
             self.acceptance += Acceptance.of(rounds, self.block_size)
         return updates

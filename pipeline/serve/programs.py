@@ -92,7 +92,9 @@ def prefill(
     cache = kv_cache.put_rows(state.cache, rows, out.cache)
     draft_cache = state.draft_cache
     if draft_config is not None:
-        new = draft_model.context(draft_weights, draft_config, out.features, _positions(start, token_ids.shape[1]))
+        new = draft_model.context(
+            draft_weights, draft_config, out.features, blocks.block_positions(start, token_ids.shape[1])
+        )
         part = draft_model.extend(kv_cache.take_rows(draft_cache, rows), new, start)
         draft_cache = kv_cache.put_rows(draft_cache, rows, part)
     last = jnp.take_along_axis(out.hidden, (num_tokens - 1)[:, None, None], axis=1)[:, 0]
@@ -134,7 +136,7 @@ def dflash_round(
     Both caches are written for the whole block and `length` advances by what was kept, which drops the
     rest: their slots are written again before anything sees them.
     """
-    positions = _positions(state.length, draft_config.block_size)
+    positions = blocks.block_positions(state.length, draft_config.block_size)
     proposed = propose(weights, draft_weights, draft_config, state.anchor, state.length, state.draft_cache)
     block = jnp.concatenate([state.anchor[:, None], proposed], axis=1)
     out = gpt_oss.forward(weights, config, block, state.length, state.cache, draft_config.tapped_layers)
@@ -159,15 +161,11 @@ def propose(
         draft_weights,
         config,
         weights.embedding[ids][:, None],
-        _positions(length, config.block_size)[:, None],
+        blocks.block_positions(length, config.block_size)[:, None],
         draft_cache,
         blocks.context_visible(length[:, None], draft_cache.num_positions),
     )
     return jnp.argmax(gpt_oss.logits(weights, hidden[:, 0, 1:]), axis=-1).astype(jnp.int32)
-
-
-def _positions(start: Int[Array, " B"], count: int) -> Int[Array, "B T"]:
-    return blocks.block_positions(start, count)
 
 
 def _commit(

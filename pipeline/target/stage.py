@@ -35,7 +35,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         given = lineage.target(config)
         checkpoints.load_target(given.path, config.target.precision.value)
         log.info("target %s at %s can be run", config.target.name, given.path)
-        tracker.log_json("contract.json", given.contract.to_json())
+        tracker.log_json(artifacts.CONTRACT, given.contract.to_json())
         return
     if config.target.pretrain is None:
         raise artifacts.PipelineError("target has neither path nor pretrain; choose target=tiny or give target.path")
@@ -45,7 +45,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     else:
         with artifacts.disk_errors(path):
             _train(path, config, tracker)
-    tracker.log_json("contract.json", lineage.target(config).contract.to_json())
+    tracker.log_json(artifacts.CONTRACT, lineage.target(config).contract.to_json())
     tracker.set_tag("artifact", str(path))
 
 
@@ -77,8 +77,7 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
     values, seed = config.target.pretrain, config.seed
     scratch = artifacts.open_scratch(path, resume=True)
     conversations = [corpus.conversation(CORPUS_SEED + seed, index) for index in range(values.num_conversations)]
-    texts = (text for one in conversations[:TOKENIZER_CONVERSATIONS] for text in (one.prompt, one.analysis, one.final))
-    words = tokenizer.train_tokenizer(texts, values.vocab_size)
+    words = tokenizer.train_tokenizer(corpus.texts(conversations[:TOKENIZER_CONVERSATIONS]), values.vocab_size)
     examples = batches.tokenize(words, conversations)
     lengths = (values.sequence_length // 2, values.sequence_length)
     held_out = _held_out(words, HELD_OUT_SEED + seed, values.sequence_length)

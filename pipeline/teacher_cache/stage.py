@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -147,15 +146,14 @@ def _require_space(
     rows = [row for one in missing for row in one.rows]
     num_tokens = sum(len(row.token_ids) + max_new_tokens for row in rows)
     needed = store.estimated_bytes(num_tokens, len(rows), len(missing), feature_size)
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
     log.info(
         "teacher_cache: at most %d tokens of %d bytes, %.1f MiB; %.0f MiB are free",
         num_tokens,
         4 + 2 * feature_size,
         needed / MIB,
-        shutil.disk_usage(existing).free / MIB,
+        artifacts.free_bytes(path) / MIB,
     )
-    artifacts.require_free_space(path.absolute(), needed, "the teacher cache")
+    artifacts.require_free_space(path, needed, "the teacher cache")
 
 
 def _teacher(

@@ -28,7 +28,6 @@ from pipeline.train.journal import Journal, log_acceptance
 
 log = logging.getLogger("pipeline")
 
-DRAFT_CONFIG, EVALUATION = "draft_config.json", "evaluation.json"
 EVALUATED_SEQUENCES = 256  # of a split, at most
 MEMORISED = 1.3  # accept_length on train texts over that on held-out ones, from which on we warn
 SAVED_BYTES_PER_WEIGHT = 3 * 4  # the weight and Adam's two moments, float32
@@ -54,8 +53,8 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         weights = _fit(scratch, draft, config.train, config.seed, dtype, frozen, splits, tracker)
         evaluation = _evaluated(weights, draft, dtype, frozen, splits)
         _keep_only(scratch, runs.path_of(scratch, config.train.steps))
-        artifacts.write_json(scratch / DRAFT_CONFIG, checkpoints.draft_config_to_hf(draft, "float32", {}))
-        artifacts.write_json(scratch / EVALUATION, evaluation)
+        artifacts.write_json(scratch / lineage.DRAFT_CONFIG, checkpoints.draft_config_to_hf(draft, "float32", {}))
+        artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
         made = artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
     _report(tracker, made, "is made")
 
@@ -163,13 +162,13 @@ def _keep_only(scratch: Path, kept: Path) -> None:
 
 
 def _report(tracker: Run, made: Artifact, verb: str) -> None:
-    evaluation = json.loads((made.path / EVALUATION).read_text())
+    evaluation = json.loads((made.path / lineage.EVALUATION).read_text())
     steps = made.settings["train"]["steps"]
     heldout, trained = (Acceptance(tuple(evaluation[split]["histogram"])) for split in ("heldout", "train"))
     log_acceptance(tracker, "eval", heldout, steps)
     log_acceptance(tracker, "eval_train", trained, steps)
-    tracker.log_json("contract.json", made.contract)
-    tracker.log_artifact(made.path / EVALUATION)
+    tracker.log_json(artifacts.CONTRACT, made.contract)
+    tracker.log_artifact(made.path / lineage.EVALUATION)
     log.info(
         "train: the draft %s at %s; accept_length %.3f of %d on held-out texts, %.3f on train texts",
         verb,

@@ -70,7 +70,9 @@ def test_plain_gives_json_values_for_enums_dataclasses_and_lists():
         "name": "tiny",
         "path": "models/tiny",
         "precision": Precision.float32.value,
+        "revision": None,
         "weights": None,
+        "architecture": None,
         "pretrain": None,
     }
     assert values["draft"] == dataclasses.asdict(DraftConfig()) | {"tapped_layers": [1, 3]}

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pipeline.artifacts import PipelineError, git_commit
-from pipeline.config import PipelineConfig, Stage, plain, validate
-from pipeline.tracking import Run, open_run, ui_command
+from pipeline.config import MeshConfig, PipelineConfig, Stage, plain, uses_hosts, validate
+from pipeline.tracking import Run, SilentRun, open_run, ui_command
 
 log = logging.getLogger("pipeline")
 
@@ -69,6 +69,16 @@ ROOMS = {
         needs="nothing; the tpu extra",
         makes="what the programs need and cost on a TPU slice, without one",
     ),
+    Stage.roofline: Room(
+        module="pipeline.bench.roofline_stage",
+        needs="nothing",
+        makes="the target's own speed at its sizes, against the machine's bandwidth",
+    ),
+    Stage.peer: Room(
+        module="pipeline.bench.peer_stage",
+        needs="target",
+        makes="plain decoding against another program's, on the same prompts",
+    ),
     Stage.smoke: Room(
         module="pipeline.bench.smoke",
         needs="nothing",
@@ -106,6 +116,11 @@ def _run(composed: DictConfig) -> None:
             return
         validate(config)
         _export_hf_token()
+        if uses_hosts(config.mesh) and not _is_first_host(config.mesh):
+            logging.getLogger().setLevel(logging.WARNING)
+            with contextlib.redirect_stdout(None):  # the first host speaks for all
+                _run_stage(config, SilentRun())
+            return
         parent = os.environ.get(PARENT_RUN_ID)
         with open_run(
             config.stage.value,
@@ -123,6 +138,13 @@ def _run(composed: DictConfig) -> None:
         if parent is None:
             tell = print if config.stage is Stage.all else log.info
             tell(f"runs side by side in MLflow: {ui_command(config.tracking.uri, Path(config.output_dir))}")
+
+
+def _is_first_host(config: MeshConfig) -> bool:
+    from pipeline import hosts  # imports JAX, which most commands do later
+
+    hosts.join(config.coordinator, config.num_processes, config.process_id)
+    return hosts.is_first()
 
 
 def _run_stage(config: PipelineConfig, tracker: Run) -> None:

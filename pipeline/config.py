@@ -19,6 +19,8 @@ class Stage(enum.Enum):
     serve = "serve"
     bench = "bench"
     compile = "compile"
+    roofline = "roofline"
+    peer = "peer"
     smoke = "smoke"
     all = "all"
 
@@ -236,6 +238,32 @@ class CompileConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class RooflineConfig:
+    """The target's own speed at random weights of `target.architecture`, against the bandwidth of a copy.
+
+    Prefill of `prefill_tokens`, one token and `verify_tokens` for each of `batches`, behind `context` cached tokens.
+    Experts are timed for numbers of tokens up to `expert_tokens`.
+    """
+
+    batches: list[int] = dataclasses.field(default_factory=lambda: [1, 32])
+    prefill_tokens: int = 512
+    verify_tokens: int = 8
+    context: int = 1024
+    repeats: int = 20
+    expert_tokens: int = 512
+
+
+@dataclasses.dataclass(kw_only=True)
+class PeerConfig:
+    """Another program that decodes the same prompts greedily: `command` reads and writes JSON (README, "Peers")."""
+
+    command: list[str] = dataclasses.field(default_factory=list)
+    num_prompts: int = 4
+    max_new_tokens: int = 64
+    repeats: int = 3
+
+
+@dataclasses.dataclass(kw_only=True)
 class TrackingConfig:
     """MLflow. `uri` null: a SQLite file under `output_dir`."""
 
@@ -258,6 +286,8 @@ class PipelineConfig:
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
+    roofline: RooflineConfig = dataclasses.field(default_factory=RooflineConfig)
+    peer: PeerConfig = dataclasses.field(default_factory=PeerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     topology: str = "v6e:2x4"
     compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
@@ -327,10 +357,18 @@ def validate(config: PipelineConfig) -> None:
         broken.append(f"train.weight_decay is {config.train.weight_decay}; it must not be negative")
     if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
         broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
+    if uses_hosts(config.mesh) and config.stage not in (Stage.serve, Stage.bench):
+        stage = config.stage and config.stage.value
+        broken.append(f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run stage=serve and stage=bench")
     if not 0 <= config.serve.port < 65536:
         broken.append(f"serve.port is {config.serve.port}; it must be 0 to 65535")
     if broken:
         raise PipelineError("configuration: " + "\n  ".join(broken))
+
+
+def uses_hosts(config: MeshConfig) -> bool:
+    """Whether this command is one of several, on as many hosts."""
+    return config.hosts or config.coordinator is not None
 
 
 _POSITIVE = frozenset(
@@ -339,7 +377,7 @@ _POSITIVE = frozenset(
     "batch_tokens sequence_length learning_rate checkpoint_steps eval_steps log_steps count max_prompt_tokens "
     "max_new_tokens batch_size shard_sequences num_tapped_layers rope_theta batch_sequences anchors_per_sequence "
     "clip_grad loss_decay slots max_length prefill_chunk num_prompts prompt_tokens repeats data expert tensor "
-    "num_processes rope_positions context".split()
+    "num_processes rope_positions context prefill_tokens verify_tokens expert_tokens".split()
 )
 
 

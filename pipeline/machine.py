@@ -1,7 +1,6 @@
 """What a stage runs on: devices, mesh and kernels; and the target and the draft, read to where they run."""
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from pipeline.artifacts import PipelineError
 from pipeline.config import ExpertWeights, MeshConfig, PipelineConfig, TargetConfig
 from pipeline.model import checkpoints, draft, gpt_oss_weights, placement
 from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.execution import Execution, Kernels
+from pipeline.model.execution import PLAIN, Execution, Kernels
 from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
 from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
 from pipeline.model.sharding import Shards
@@ -26,8 +24,11 @@ FEW_TOKENS = {Kernels.xla: 64, Kernels.cudnn: 64, Kernels.pallas_tpu: 256}  # me
 class Machine:
     """How programs run here: `mesh` None is one device."""
 
-    run: Execution
-    mesh: Mesh | None
+    run: Execution = PLAIN
+    mesh: Mesh | None = None
+
+
+ONE_DEVICE = Machine()
 
 
 def machine(config: MeshConfig, directory: Path, *, draft: Path | None = None) -> Machine:
@@ -35,11 +36,12 @@ def machine(config: MeshConfig, directory: Path, *, draft: Path | None = None) -
 
     Raises PipelineError when the mesh does not fit the devices there are.
     """
-    if config.hosts or config.coordinator is not None:
-        _join_hosts(config.coordinator, config.num_processes, config.process_id)
-    heads = [
-        checkpoints.read_config(one).get("num_key_value_heads", 1) for one in (directory, draft) if one is not None
-    ]
+    configs = [checkpoints.read_config(one) for one in (directory, draft) if one is not None]
+    return machine_for(config, [one.get("num_key_value_heads", 1) for one in configs])
+
+
+def machine_for(config: MeshConfig, heads: list[int]) -> Machine:
+    """The machine for networks with these numbers of key/value heads."""
     is_cpu = jax.default_backend() == "cpu"
     shards = choose_shards(config, 1 if is_cpu else jax.device_count(), heads)
     kernels = KERNELS[jax.default_backend()]
@@ -66,17 +68,6 @@ def choose_shards(config: MeshConfig, num_devices: int, heads: list[int]) -> Sha
     return Shards(num_devices // tensor, 1, tensor)
 
 
-@functools.cache  # JAX joins once
-def _join_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        raise PipelineError(
-            f"the hosts did not find each other ({error}); start the same command on every host, with "
-            "mesh.coordinator, mesh.num_processes and mesh.process_id where the machine does not know them"
-        ) from error
-
-
 def weights_form(config: PipelineConfig, directory: Path, shards: Shards) -> WeightsForm:
     """How the target's weights are held here."""
     packed = is_held_packed(config.target, is_packed(checkpoints.read_config(directory)))
@@ -94,7 +85,7 @@ def read_target(config: PipelineConfig, directory: Path, here: Machine) -> tuple
     if here.mesh is None:
         return checkpoints.load_target(directory, form)
     model = GptOssConfig.from_hf(checkpoints.read_config(directory))
-    placement.require_divisible(model, None, here.run.shards)
+    placement.require_divisible(model, None, form)
     shapes = jax.eval_shape(lambda: gpt_oss_weights.random_weights(model, jax.random.key(0), form))
     return checkpoints.load_target(directory, form, placement.places(shapes, placement.target_specs(shapes), here.mesh))
 
@@ -105,5 +96,6 @@ def read_draft(config: PipelineConfig, directory: Path, here: Machine) -> tuple[
     if here.mesh is None:
         return checkpoints.load_draft(directory, dtype)
     sizes = checkpoints.read_draft_config(directory)
+    placement.require_divisible_draft(sizes, here.run.shards)
     shapes = jax.eval_shape(lambda: draft.random_weights(sizes, jax.random.key(0), dtype))
     return checkpoints.load_draft(directory, dtype, placement.places(shapes, placement.draft_specs(shapes), here.mesh))

@@ -115,6 +115,28 @@ class Run:
             self._client.set_terminated(self.run_id, status=status)
 
 
+class SilentRun(Run):
+    """Takes what a `Run` takes and keeps nothing: of several hosts that run a stage, one keeps it."""
+
+    def __init__(self) -> None:
+        self.run_id = ""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_artifact(self, path: Path) -> None:
+        """Nothing."""
+
+    def log_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Nothing."""
+
+
 @contextlib.contextmanager
 def open_run(
     name: str,

@@ -29,7 +29,7 @@ def test_defaults_are_valid():
     ("changes", "told"),
     [
         pytest.param({"train__learning_rate": -1.0}, "train.learning_rate is -1.0; it must be positive", id="negative"),
-        pytest.param({"target__path": None}, "target.path is null; give the directory", id="no target"),
+        pytest.param({"target__path": None}, "target.path is null; give a GPT-OSS model", id="no target"),
         pytest.param({"draft__head_dim": 7}, "draft.head_dim is 7; rotary embedding", id="odd head"),
         pytest.param({"train__warmup_ratio": 1.0}, "train.warmup_ratio is 1.0", id="nothing but warm-up"),
         pytest.param({"train__weight_decay": -0.1}, "train.weight_decay is -0.1", id="negative decay"),

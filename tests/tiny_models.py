@@ -12,7 +12,7 @@ YARN = {
 TARGET = {
     "architectures": ["GptOssForCausalLM"],
     "model_type": "gpt_oss",
-    "vocab_size": 97,
+    "vocab_size": 98,
     "hidden_size": 48,
     "intermediate_size": 40,
     "num_hidden_layers": 4,

@@ -5,14 +5,16 @@ can change places. The gap between the two best logits at the first difference t
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from functools import partial
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pipeline.model import gpt_oss
+from pipeline.model import gpt_oss, placement
+from pipeline.model.execution import PLAIN, Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
 from pipeline.serve.engine import Finished
@@ -57,6 +59,8 @@ def compare(
     requests: Sequence[Request],
     weights: GptOssWeights,
     config: GptOssConfig,
+    run: Execution = PLAIN,
+    mesh: Mesh | None = None,
 ) -> Losslessness:
     """Compare the answers of two passes over the same requests."""
     differences = []
@@ -71,24 +75,40 @@ def compare(
                 position=at,
                 plain_token=slow[at] if at < len(slow) else None,
                 dflash_token=fast[at] if at < len(fast) else None,
-                logit_gap=logit_gap(weights, config, [*request.prompt_ids, *slow[:at]]),
+                logit_gap=logit_gap(weights, config, [*request.prompt_ids, *slow[:at]], run, mesh),
             )
         )
     tie_gap = TIE_GAP[jnp.dtype(weights.embedding.dtype).name]
     return Losslessness(num_answers=len(requests), differences=tuple(differences), tie_gap=tie_gap)
 
 
-def logit_gap(weights: GptOssWeights, config: GptOssConfig, token_ids: Sequence[int]) -> float:
+def logit_gap(
+    weights: GptOssWeights,
+    config: GptOssConfig,
+    token_ids: Sequence[int],
+    run: Execution = PLAIN,
+    mesh: Mesh | None = None,
+) -> float:
     """Best minus second-best logit of the token that follows `token_ids`."""
     padded = -len(token_ids) % 64 + len(token_ids)  # few shapes to compile
-    row = jnp.zeros((1, padded), jnp.int32).at[0, : len(token_ids)].set(jnp.asarray(token_ids))
-    return float(_gap_at(weights, row, jnp.asarray(len(token_ids) - 1), config=config))
+    row = np.zeros((1, padded), np.int32)
+    row[0, : len(token_ids)] = token_ids
+    program = _program(config, run, mesh, None if mesh is None else placement.target_specs(weights))
+    return float(program(weights, row, np.int32(len(token_ids) - 1)))
 
 
-@partial(jax.jit, static_argnames="config")
+@functools.cache
+def _program(
+    config: GptOssConfig, run: Execution, mesh: Mesh | None, specs: GptOssWeights | None
+) -> Callable[[GptOssWeights, Int[np.ndarray, "1 T"], np.int32], Float[Array, ""]]:
+    step = functools.partial(_gap_at, config=config, run=run)
+    everywhere = placement.EVERYWHERE
+    return placement.on_devices(step, mesh, (specs, everywhere, everywhere), everywhere)
+
+
 def _gap_at(
-    weights: GptOssWeights, row: Int[Array, "1 T"], at: Int[Array, ""], *, config: GptOssConfig
+    weights: GptOssWeights, row: Int[Array, "1 T"], at: Int[Array, ""], *, config: GptOssConfig, run: Execution
 ) -> Float[Array, ""]:
-    hidden = gpt_oss.forward(weights, config, row, jnp.zeros(1, jnp.int32), None).hidden
-    best, _ = jax.lax.top_k(gpt_oss.logits(weights, hidden[0, at]), 2)
+    hidden = gpt_oss.forward(weights, config, row, jnp.zeros(1, jnp.int32), None, run=run).hidden
+    best = run.shards.two_best(gpt_oss.logits(weights, hidden[0, at]))
     return best[0] - best[1]

@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-from pipeline import artifacts, lineage
+from pipeline import artifacts, hosts, lineage
 from pipeline.artifacts import PipelineError
 from pipeline.bench import arms, losslessness, report, workload
 from pipeline.bench.losslessness import Losslessness
@@ -64,14 +64,15 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
         engine(None), engine(Draft(draft_weights, draft_config)), requests, config.bench.repeats, _tell
     )
     slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
-    lossless = losslessness.compare(slow, fast, requests, weights, model)
+    lossless = losslessness.compare(slow, fast, requests, weights, model, here.run, here.mesh)
     measured = report.results(comparison, lossless, _trained(config, exported.path))
     print(report.table(measured, draft_config.block_size), flush=True)
 
     contract = Contract.from_json(exported.contract)
     provenance = artifacts.provenance("bench", plain(config), {lineage.DRAFT: exported.fingerprint})
     contract = dataclasses.replace(contract, target=target.contract.target, provenance=provenance)
-    _write(config, exported.fingerprint, measured, lossless, contract)
+    if hosts.is_first():
+        _write(config, exported.fingerprint, measured, lossless, contract)
     tracker.log_metrics({name: value for name, value in measured.items() if isinstance(value, (int, float))})
     tracker.log_json(artifacts.CONTRACT, contract.to_json())
     tracker.log_json(RESULTS, measured)

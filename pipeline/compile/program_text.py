@@ -19,6 +19,7 @@ ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
+NEAR = "S(1)"  # a TPU's vector memory, in a layout
 # they pass on what they are given
 PASSING = ("bitcast", "get-tuple-element", "opt-barrier", "tuple")
 
@@ -47,13 +48,17 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: the arrays it makes, what it does, to what, and the rest of the line."""
+    """One line: the arrays it makes, what it does, to what, and the rest of the line.
+
+    `is_near` tells that what it makes (first) lies in the memory beside the cores instead of in HBM.
+    """
 
     name: str
     shapes: tuple[Shape, ...]
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    is_near: bool = False
 
     @property
     def op_name(self) -> str:
@@ -170,7 +175,8 @@ def _instruction(name: str, rest: str) -> Instruction:
     shapes = tuple(
         Shape(found[1], tuple(int(size) for size in found[2].split(",") if size)) for found in _ARRAY.finditer(kind)
     )
-    return Instruction(name, shapes, opcode, tuple(_OPERAND.findall(inside)), attributes)
+    first = kind.split(", ")[0]
+    return Instruction(name, shapes, opcode, tuple(_OPERAND.findall(inside)), attributes, NEAR in first)
 
 
 def _split_type(text: str) -> tuple[str, str]:

@@ -69,12 +69,12 @@ def experts_read_whole(program: Program) -> list[str]:
 
 
 def copied_bytes(program: Program) -> int:
-    """Bytes of all copies and transpositions of at least COPIED_BYTES."""
+    """Bytes of all copies and transpositions within HBM of at least COPIED_BYTES; fetching ahead is none."""
     copies = [
         one.shapes[0].num_bytes
         for instructions in program.computations.values()
         for one in instructions
-        if one.opcode in ("copy", "copy-start", "transpose")
+        if one.opcode in ("copy", "copy-start", "transpose") and not one.is_near
     ]
     return sum(size for size in copies if size >= COPIED_BYTES)
 

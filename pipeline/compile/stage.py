@@ -76,12 +76,14 @@ def _model(config: PipelineConfig) -> tuple[GptOssConfig, bool]:
 
 def _serving(config: PipelineConfig, found: Slice, model: GptOssConfig, draft: DraftConfig, packed: bool) -> Serving:
     shards = choose_shards(config.mesh, len(found.devices), [model.num_key_value_heads, draft.num_key_value_heads])
-    placement.require_divisible(model, draft, shards)
+    form = WeightsForm(programs.DTYPE, packed, shards)
+    placement.require_divisible(model, form)
+    placement.require_divisible_draft(draft, shards)
     here = on_slice(shards, found.devices)
     slots = -(-config.serve.slots // shards.data) * shards.data
     return Serving(
         model=model,
-        form=WeightsForm(programs.DTYPE, packed, shards),
+        form=form,
         run=here.run,
         mesh=here.mesh,
         slots=slots,

@@ -1,6 +1,7 @@
 """Which part of every array lies on which device of a mesh."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -12,7 +13,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.experts import ExpertsWeights, WideWeights
 from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights
+from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights, WeightsForm, is_wide
 from pipeline.model.linear import Transposed
 from pipeline.model.mxfp4 import Packed
 from pipeline.model.sharding import DATA, EXPERT, MODEL, TENSOR, Shards
@@ -49,24 +50,48 @@ def make_mesh(shards: Shards, devices: list[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(shards.data, shards.expert, shards.tensor), (DATA, EXPERT, TENSOR))
 
 
-def require_divisible(config: GptOssConfig, draft: DraftConfig | None, shards: Shards) -> None:
-    """Raise one PipelineError that lists every size that a mesh does not divide."""
+def require_divisible(config: GptOssConfig, form: WeightsForm) -> None:
+    """Raise one PipelineError that lists every size of a target that the mesh of `form` does not divide."""
+    shards = form.shards
     model, expert = (shards.model, "mesh.expert x mesh.tensor"), (shards.expert, "mesh.expert")
     sizes = [
         ("key/value heads", config.num_key_value_heads, *model),
         ("words of the vocabulary", config.vocab_size, *model),
-        ("experts", config.num_local_experts, *expert),
-        ("rows of an expert", config.intermediate_size, shards.tensor, "mesh.tensor"),
     ]
-    if draft is not None:
-        sizes += [
-            ("key/value heads of the draft", draft.num_key_value_heads, *model),
-            ("rows of the draft's feed-forward", draft.intermediate_size, *model),
-            ("features of the draft", draft.feature_size, *model),
-        ]
-    uneven = [f"{what}: {size}, {name} is {count}" for what, size, count, name in sizes if size % count]
+    if is_wide(config, form):
+        sizes.append(("rows of all experts", config.num_local_experts * config.intermediate_size, *model))
+    else:
+        sizes.append(("experts", config.num_local_experts, *expert))
+    if not is_wide(config, form) and not form.packed:  # packed ones are padded
+        sizes.append(("rows of an expert", config.intermediate_size, shards.tensor, "mesh.tensor"))
+    _require_even("target", sizes)
+
+
+def require_divisible_draft(config: DraftConfig, shards: Shards) -> None:
+    """As `require_divisible` for a draft."""
+    names = {"key/value heads": config.num_key_value_heads, "rows": config.intermediate_size,
+             "features": config.feature_size}  # fmt: skip
+    model = (shards.model, "mesh.expert x mesh.tensor")
+    _require_even("draft", [(name, size, *model) for name, size in names.items()])
+
+
+def _require_even(what: str, sizes: list[tuple[str, int, int, str]]) -> None:
+    uneven = [f"{part}: {size}, {name} is {count}" for part, size, count, name in sizes if size % count]
     if uneven:
-        raise PipelineError("the mesh does not divide the model evenly\n  " + "\n  ".join(uneven))
+        raise PipelineError(f"the mesh does not divide the {what} evenly\n  " + "\n  ".join(uneven))
+
+
+def on_devices(
+    step: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any, *, donated: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """A step that is written for one shard as one program: on every shard of a mesh, or on one device.
+
+    What `out_specs` calls the same on all shards must be so: JAX cannot see it of gathered arrays.
+    """
+    if mesh is None:
+        return jax.jit(step, donate_argnums=donated)
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.jit(sharded, donate_argnums=donated)
 
 
 def target_specs(weights: GptOssWeights) -> GptOssWeights:

@@ -54,6 +54,26 @@ class Shards:
         largest, places = jax.lax.all_gather((largest, local + self.first(MODEL, values.shape[-1])), MODEL)
         return jnp.take_along_axis(places, jnp.argmax(largest, axis=0)[None], axis=0)[0]
 
+    def max(self, values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The largest over the shards of the model."""
+        return jax.lax.pmax(values, MODEL) if self.split else values
+
+    def two_best(self, values: Float[Array, "*batch local"]) -> Float[Array, "*batch two"]:
+        """The two largest values when the last axis is split over the shards of the model."""
+        best, _ = jax.lax.top_k(values, 2)
+        if not self.split:
+            return best
+        everyones = jax.lax.all_gather(best, MODEL, axis=best.ndim - 1, tiled=True)
+        return jax.lax.top_k(everyones, 2)[0]
+
+    def at(self, values: Float[Array, "*batch local"], places: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """The values at places of the last axis, which is split over the shards of the model."""
+        num_local = values.shape[-1]
+        local = places - self.first(MODEL, num_local)
+        here = (local >= 0) & (local < num_local)
+        found = jnp.take_along_axis(values, jnp.where(here, local, 0)[..., None], axis=-1)[..., 0]
+        return self.sum(jnp.where(here, found, 0))
+
     def all_rows(self, rows: Array) -> Array:
         """Rows split over `data`, whole on every shard."""
         return jax.lax.all_gather(rows, DATA, tiled=True) if self.split else rows

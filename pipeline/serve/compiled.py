@@ -29,7 +29,8 @@ class Compiled:
 @functools.cache  # engines of equal models share what was compiled
 def on_one_device(config: GptOssConfig, draft_config: DraftConfig | None, run: Execution) -> Compiled:
     """The programs on the device that holds the weights."""
-    return Compiled(*(jax.jit(step, donate_argnums=place) for step, place in _steps(config, draft_config, run)))
+    steps = _steps(config, draft_config, run)
+    return Compiled(*(placement.on_devices(step, None, None, None, donated=(place,)) for step, place in steps))
 
 
 def on_mesh(
@@ -51,12 +52,11 @@ def on_mesh(
         (target, states, everywhere),
         (target, draft, states, everywhere),
     ]
-    made = []
-    for (step, place), specs in zip(_steps(config, draft_config, run), given, strict=True):
-        # what is told to the host is the same on all shards, which JAX cannot see of gathered arrays
-        sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(states, everywhere), check_vma=False)
-        made.append(jax.jit(sharded, donate_argnums=place))
-    return Compiled(*made)
+    steps = zip(_steps(config, draft_config, run), given, strict=True)
+    told = (states, everywhere)
+    return Compiled(
+        *(placement.on_devices(step, mesh, specs, told, donated=(place,)) for (step, place), specs in steps)
+    )
 
 
 def state_specs(state: State) -> State:

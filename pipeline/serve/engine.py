@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from pipeline.artifacts import PipelineError
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.model import placement
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.execution import PLAIN, Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
@@ -125,7 +124,6 @@ class Engine:
         if mesh is None:
             self._programs = compiled.on_one_device(target_config, self._draft_config, run)
         else:
-            placement.require_divisible(target_config, self._draft_config, run.shards)
             self._programs = compiled.on_mesh(
                 target_config, self._draft_config, run, mesh, target_weights, self._draft_weights, self._state
             )

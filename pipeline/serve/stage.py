@@ -5,7 +5,7 @@ import json
 import logging
 import time
 
-from pipeline import lineage
+from pipeline import hosts, lineage
 from pipeline.artifacts import PipelineError
 from pipeline.config import PipelineConfig, ServeMode
 from pipeline.machine import machine, read_draft, read_target
@@ -15,6 +15,7 @@ from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine import Draft, Engine
+from pipeline.serve.leading import LeadingEngine, follow
 from pipeline.serve.worker import Worker
 from pipeline.tracking import Run
 
@@ -22,8 +23,17 @@ log = logging.getLogger("pipeline")
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Serve until SIGINT or SIGTERM, then log the acceptance of all that was served."""
+    """Serve until SIGINT or SIGTERM, then log the acceptance of all that was served.
+
+    Of several hosts the first one serves and the others compute with it.
+    """
     wanted = config.serve
+    if not hosts.is_first():
+        target = lineage.target(config)
+        engine = _engine(config, target, stop_token_ids(load_tokenizer(target.path)))
+        engine.warm_up()
+        follow(engine)
+        return
     with contextlib.closing(server.bind(wanted.host, wanted.port)) as listener:  # first: a port is soon refused
         target = lineage.target(config)
         tokenizer = load_tokenizer(target.path)
@@ -31,8 +41,11 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         started = time.monotonic()
         engine.warm_up()
         log.info("compiled and warmed up in %.1f s", time.monotonic() - started)
+        leads = isinstance(engine, LeadingEngine)
+        if leads:
+            engine.lead()
 
-        worker = Worker(engine)
+        worker = Worker(engine, engine.keep_waiting if leads else None)
         api = Api(worker, engine, tokenizer, model=config.target.name, effort=config.prompts.effort.value)
         serving = server.create_server(create_app(api), listener, cut=worker.end)
         worker.start()
@@ -42,6 +55,8 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         finally:
             if not worker.stop():
                 log.warning("the engine did not end its last step in time")
+            elif leads:
+                engine.end()
     seen = engine.acceptance
     tracker.log_metrics({f"serve/{name}": count for name, count in _counts(api).items()})
     if engine.block_size is not None and seen.num_rounds:
@@ -69,7 +84,8 @@ def _engine(config: PipelineConfig, target: lineage.Target, stop_ids: list[int])
     if drafted is not None:
         draft_config, draft_weights = read_draft(config, drafted.path, here)
         draft = Draft(draft_weights, draft_config)
-    return Engine(
+    kind = LeadingEngine if hosts.are_several() and hosts.is_first() else Engine
+    return kind(
         weights,
         target_config,
         stop_token_ids=stop_ids,

@@ -15,6 +15,8 @@ from pipeline.serve.scheduler import Request
 
 log = logging.getLogger("pipeline")
 
+IDLE_SECONDS = 5.0  # between two calls of `while_idle`
+
 
 class Unavailable(Exception):
     """The engine has failed or is shutting down: this answer cannot be finished here. `status` is HTTP's."""
@@ -104,11 +106,13 @@ class Worker:
     """Steps the engine while it has work; takes orders from any thread between steps.
 
     When a step raises, every request that is open or comes later gets Unavailable, and `failure` tells why:
-    the engine's buffers were donated to the step that failed.
+    the engine's buffers were donated to the step that failed. `while_idle` is called now and then while there is
+    nothing to do.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, while_idle: Callable[[], None] | None = None) -> None:
         self.failure: str | None = None
+        self._while_idle = while_idle
         self._engine = engine
         self._orders: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}  # of open requests; the thread's own
@@ -166,7 +170,7 @@ class Worker:
     def _take_orders(self) -> bool:
         """Carry out all orders, waiting for one when the engine is idle; False to stop."""
         while not self._orders.empty() or not self._engine.has_work:
-            order = self._orders.get()
+            order = self._next_order()
             if isinstance(order, _Stop):
                 return False
             if isinstance(order, _Submit):
@@ -176,6 +180,14 @@ class Worker:
                     if self._streams.pop(request_id, None) is not None:
                         self._engine.cancel(request_id)
         return True
+
+    def _next_order(self) -> "_Submit | _Cancel | _Stop":
+        while self._while_idle is not None:
+            try:
+                return self._orders.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                self._while_idle()
+        return self._orders.get()
 
     def _submit(self, order: _Submit) -> None:
         self._streams |= dict.fromkeys(order.stream.request_ids, order.stream)

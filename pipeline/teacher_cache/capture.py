@@ -2,15 +2,18 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
-from functools import partial
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pipeline.model import gpt_oss
+from pipeline.model import gpt_oss, placement
+from pipeline.model.execution import PLAIN, Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
 
@@ -46,17 +49,22 @@ def capture(
     config: GptOssConfig,
     tapped_layers: tuple[int, ...],
     texts: Sequence[Sequence[int]],
+    *,
+    run: Execution = PLAIN,
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, Captured]]:
     """Run texts through the target in a few fixed shapes; yields each one's index and result, once.
 
-    Texts are grouped by padded length; the order and every batch follow from the lengths alone.
+    Texts are grouped by padded length; the order and every batch follow from the lengths alone. With a `mesh`,
+    weights lie where `placement.places` says.
     """
+    program = _program(config, tapped_layers, run, mesh, None if mesh is None else placement.target_specs(weights))
     running: tuple[list[int], tuple[Array, Array, Array]] | None = None
     for indices, length in _batches([len(text) for text in texts]):
         token_ids = np.zeros((BATCH_SEQUENCES, length), np.int32)
         for place, index in enumerate(indices):
             token_ids[place, : len(texts[index])] = texts[index]
-        started = _pass(weights, token_ids, config=config, tapped_layers=tapped_layers)
+        started = program(weights, token_ids)
         if running is not None:  # the device works on the next batch while the host takes this one
             yield from _unpack(*running, texts)
         running = (indices, started)
@@ -98,20 +106,33 @@ def _unpack(
         yield index, Captured(features[place, :count], next_ids[place, :count], shortfall[place, :count])
 
 
-@partial(jax.jit, static_argnames=("config", "tapped_layers"))
+@functools.cache
+def _program(
+    config: GptOssConfig, tapped_layers: tuple[int, ...], run: Execution, mesh: Mesh | None, specs: GptOssWeights | None
+) -> Callable[[GptOssWeights, Int[np.ndarray, "B T"]], tuple[Array, Array, Array]]:
+    step = functools.partial(_pass, config=config, tapped_layers=tapped_layers, run=run)
+    return placement.on_devices(step, mesh, (specs, placement.ROWS), placement.ROWS)
+
+
 def _pass(
-    weights: GptOssWeights, token_ids: Int[Array, "B T"], *, config: GptOssConfig, tapped_layers: tuple[int, ...]
+    weights: GptOssWeights,
+    token_ids: Int[Array, "B T"],
+    *,
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    run: Execution,
 ) -> tuple[Float[Array, "B T LD"], Int[Array, "B T"], Float[Array, "B T"]]:
     start = jnp.zeros(token_ids.shape[0], jnp.int32)
-    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers)
+    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers, run=run)
 
     def choose(part: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, following = part
         logits = gpt_oss.logits(weights, hidden)
-        given = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits.max(axis=-1) - given
+        best = run.shards.max(logits.max(axis=-1))
+        return run.shards.argmax(logits), best - run.shards.at(logits, following)
 
-    following = jnp.roll(token_ids, -1, axis=1).reshape(-1, LOGITS_TOKENS)
+    size = math.gcd(LOGITS_TOKENS, token_ids.size)
+    following = jnp.roll(token_ids, -1, axis=1).reshape(-1, size)
     hidden = out.hidden.reshape(*following.shape, config.hidden_size)
     next_ids, shortfall = jax.lax.map(choose, (hidden, following))
     features = out.features.astype(jnp.bfloat16)  # what the draft is trained on and served with

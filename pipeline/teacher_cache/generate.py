@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import PipelineError
+from pipeline.machine import ONE_DEVICE, Machine
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
 from pipeline.prompts.harmony import render_prompt
@@ -74,6 +75,7 @@ def answer(
     max_prompt_tokens: int,
     max_new_tokens: int,
     on_finished: Callable[[Finished], None],
+    here: Machine = ONE_DEVICE,
 ) -> list[Answered]:
     """The target's greedy answers, in the order of `rows`.
 
@@ -86,6 +88,8 @@ def answer(
         slots=slots,
         max_length=max_prompt_tokens + max_new_tokens,
         prefill_chunk=min(PREFILL_CHUNK, max_prompt_tokens),
+        run=here.run,
+        mesh=here.mesh,
     )
     requests = [
         Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens)

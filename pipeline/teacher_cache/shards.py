@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 
 from pipeline.artifacts import PipelineError, fingerprint_of
+from pipeline.machine import ONE_DEVICE, Machine
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
 from pipeline.serve.engine import Finished
 from pipeline.teacher_cache import store
-from pipeline.teacher_cache.capture import Disagreement, capture, disagreements
+from pipeline.teacher_cache.capture import Captured, Disagreement, capture, disagreements
 from pipeline.teacher_cache.generate import Answered, Rendered, answer
 
 log = logging.getLogger("pipeline")
@@ -46,6 +47,12 @@ class Teacher:
     slots: int
     max_prompt_tokens: int
     max_new_tokens: int
+    here: Machine = ONE_DEVICE
+
+    def capture(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Captured]]:
+        """The features of texts, and what the target says itself (`capture.capture`)."""
+        run, mesh = self.here.run, self.here.mesh
+        return capture(self.weights, self.config, self.tapped_layers, texts, run=run, mesh=mesh)
 
     @property
     def precision(self) -> str:
@@ -101,6 +108,7 @@ def make(one: Plan, teacher: Teacher, on_finished: Callable[[Finished], None]) -
         max_prompt_tokens=teacher.max_prompt_tokens,
         max_new_tokens=teacher.max_new_tokens,
         on_finished=on_finished,
+        here=teacher.here,
     )
     lengths = [len(row.token_ids) for row in answers]
     offsets = np.cumsum([0, *lengths])
@@ -109,7 +117,7 @@ def make(one: Plan, teacher: Teacher, on_finished: Callable[[Finished], None]) -
     features = np.empty((len(token_ids), width), ml_dtypes.bfloat16)
     differing: dict[int, list[Disagreement]] = {}
     texts = [row.token_ids for row in answers]
-    for index, captured in capture(teacher.weights, teacher.config, teacher.tapped_layers, texts):
+    for index, captured in teacher.capture(texts):
         _require_finite(captured.features, answers[index])
         features[offsets[index] : offsets[index + 1]] = captured.features
         found = disagreements(captured, texts[index], answers[index].prompt_tokens)

@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Finished
 from pipeline.teacher_cache import shards, store
-from pipeline.teacher_cache.capture import capture
 from pipeline.teacher_cache.check import Checked, check
 from pipeline.teacher_cache.generate import Rendered, render
 from pipeline.teacher_cache.shards import Plan, Teacher
@@ -168,6 +166,7 @@ def _teacher(
         slots=config.teacher_cache.batch_size,
         max_prompt_tokens=config.teacher_cache.max_prompt_tokens,
         max_new_tokens=config.teacher_cache.max_new_tokens,
+        here=here,
     )
 
 
@@ -197,7 +196,7 @@ def _check(
     return check(
         store.open_split(scratch, "heldout"),
         [row.token_ids for row in rows if row.skipped is None],
-        partial(capture, teacher.weights, teacher.config, teacher.tapped_layers),
+        teacher.capture,
         block_size=draft.block_size,
         vocab_size=draft.vocab_size,
         tie_gap=shards.TIE_GAP[config.target.precision.value],

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.artifacts import PipelineError
 from pipeline.model import placement
 from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.model.sharding import Shards
 
 TOLERANCE = 1e-5
@@ -60,14 +61,18 @@ def test_prefill_decode_verify_and_draft_equal_one_devices(differences, size, fo
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_with_every_reason():
     config = GptOssConfig.from_hf(tiny_models.TARGET)
+    shards = Shards(1, 3, 4)
     with pytest.raises(PipelineError) as error:
-        placement.require_divisible(config, None, Shards(1, 3, 4))
+        placement.require_divisible(config, WeightsForm(shards=shards))
     for part in (
+        "the mesh does not divide the target evenly",
         "key/value heads: 2, mesh.expert x mesh.tensor is 12",
-        "words of the vocabulary: 97, mesh.expert x mesh.tensor is 12",
-        "experts: 5, mesh.expert is 3",
+        "words of the vocabulary: 98, mesh.expert x mesh.tensor is 12",
+        "rows of all experts: 200, mesh.expert x mesh.tensor is 12",
     ):
         assert part in str(error.value)
+    with pytest.raises(PipelineError, match=r"experts: 33, mesh.expert is 2\n"):
+        placement.require_divisible(GptOssConfig.from_hf(tiny_models.WIDE_TARGET), WeightsForm(shards=Shards(1, 2, 3)))
 
 
 def test_a_mesh_of_another_size_than_the_machine_is_refused():

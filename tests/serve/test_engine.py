@@ -276,7 +276,7 @@ REFUSED = {
     "empty prompt": ((), 3, "prompt has 0 tokens and max_new_tokens is 3; both must be at least 1"),
     "nothing wanted": ((1, 2), 0, "prompt has 2 tokens and max_new_tokens is 0"),
     "too long": ((1,) * 80, 11, "prompt has 80 tokens and 11 more are wanted, 91 in all; the engine holds 90"),
-    "unknown token": ((1, 97, -1), 2, r"prompt has token ids \[97, -1\]; the target knows 0..96"),
+    "unknown token": ((1, 98, -1), 2, r"prompt has token ids \[98, -1\]; the target knows 0..97"),
     "name in use": ((1, 2), 2, "request id 'used' is already in use"),
 }
 

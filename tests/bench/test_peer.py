@@ -1,0 +1,52 @@
+"""Another program beside ours: what it is given, what is made of its answer, and how it may fail."""
+
+import sys
+
+import jax
+import pytest
+import tiny_models
+
+from pipeline.artifacts import PipelineError
+from pipeline.bench import peer
+from pipeline.bench.peer import Against
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import random_weights
+from pipeline.serve.engine import Engine
+from pipeline.serve.scheduler import Request
+
+ECHO = """
+import json, sys
+given = json.load(open(sys.argv[1]))
+answers = json.load(open(given["model"]))
+outputs = [{"tokens": tokens, "decode_seconds": 0.5} for tokens in answers]
+json.dump({"outputs": outputs}, open(sys.argv[2], "w"))
+"""
+
+
+def test_both_decode_the_same_prompts_and_equal_answers_are_counted(tmp_path):
+    config = GptOssConfig.from_hf(tiny_models.TARGET)
+    weights = random_weights(config, jax.random.key(0))
+    engine = Engine(weights, config, stop_token_ids=(), slots=1, max_length=24, prefill_chunk=8)
+    requests = [Request(request_id=str(i), prompt_ids=(1, 2, 3 + i), max_new_tokens=6) for i in range(2)]
+    answers = [list(one.token_ids) for one in sorted(engine.generate(requests), key=lambda one: one.request_id)]
+    answers[1] = [(answers[1][0] + 1) % config.vocab_size, *answers[1][1:]]
+    file = tmp_path / "answers.json"
+    file.write_text(str(answers))
+    found = peer.compare(engine, requests, [sys.executable, "-c", ECHO], file, "float32", 2)
+    assert found.theirs == (10.0, 10.0)  # five tokens of each behind the first, half a second each
+    assert (found.num_equal, found.num_answers) == (1, 2)
+    assert all(speed > 0 for speed in found.ours)
+
+
+def test_the_ratio_is_the_median_of_neighbouring_passes():
+    found = Against(ours=(10.0, 30.0, 20.0), theirs=(5.0, 10.0, 2.0), num_equal=3, num_answers=4)
+    measured = found.metrics()
+    assert [measured[f"peer/ratio{name}"] for name in ("", "_min", "_max")] == [3.0, 2.0, 10.0]
+    assert measured["peer/equal_answers"] == 3
+
+
+def test_a_peer_that_fails_is_told_with_its_last_words():
+    with pytest.raises(PipelineError, match=r"peer\.command .* ended with 3:\n  no such model"):
+        peer.run_peer([sys.executable, "-c", "import sys; print('no such model', file=sys.stderr); sys.exit(3)"], {})
+    with pytest.raises(PipelineError, match=r"peer\.command cannot be run"):
+        peer.run_peer(["/no/such/program"], {})

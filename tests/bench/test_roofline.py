@@ -1,0 +1,76 @@
+"""stage=roofline on sizes small enough for a test: every pass is timed and told."""
+
+import math
+
+import pytest
+
+from pipeline.artifacts import PipelineError
+from pipeline.bench import roofline, roofline_stage
+from pipeline.config import ArchitectureConfig, ExpertWeights, PipelineConfig, RooflineConfig, TargetConfig
+from pipeline.machine import ONE_DEVICE
+from pipeline.tracking import Run
+
+
+class Recorder(Run):
+    def __init__(self):
+        self.metrics, self.documents = {}, {}
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics |= metrics
+
+    def log_json(self, name, value):
+        self.documents[name] = value
+
+
+def configuration(**changes):
+    sizes = {
+        "vocab_size": 90,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "num_local_experts": 20,
+        "num_experts_per_tok": 4,
+        "sliding_window": 16,
+        "max_position_embeddings": 256,
+        "rope_positions": 64,
+    }
+    target = TargetConfig(name="small", architecture=ArchitectureConfig(**sizes), **changes)
+    wanted = RooflineConfig(batches=[1, 3], prefill_tokens=12, verify_tokens=4, context=20, repeats=2, expert_tokens=4)
+    return PipelineConfig(target=target, roofline=wanted)
+
+
+@pytest.mark.parametrize("weights", [None, ExpertWeights.mxfp4], ids=["floats", "packed"])
+def test_every_pass_and_the_experts_are_timed(capsys, monkeypatch, weights):
+    monkeypatch.setattr(roofline, "COPY_BYTES", 2**20)
+    tracker = Recorder()
+    results = roofline_stage.run(configuration(weights=weights), tracker)
+    passes = [
+        (one["timed"]["name"], one["timed"]["num_rows"], one["timed"]["tokens_per_row"]) for one in results["passes"]
+    ]
+    assert passes == [("prefill", 1, 12), ("decode", 1, 1), ("decode", 3, 1), ("verify", 1, 4), ("verify", 3, 4)]
+    assert all(one["seconds"] > 0 and math.isfinite(one["share"]) for one in results["passes"])
+    assert [count for count, *_ in results["experts"]] == [1, 4]
+    assert tracker.metrics["roofline/decode_1_seconds"] > 0
+    out = capsys.readouterr().out
+    assert "share of copy" in out
+    assert "hit by hit" in out
+
+
+def test_a_packed_target_reads_about_a_quarter_of_a_bfloat16_ones_experts():
+    floats, packed = (
+        roofline_stage.run(configuration(weights=weights), Recorder())["passes"][0]["read_bytes"]
+        for weights in (None, ExpertWeights.mxfp4)
+    )
+    assert packed < floats
+
+
+def test_a_copy_has_a_bandwidth():
+    assert roofline.copy_bandwidth(ONE_DEVICE) > 1e8
+
+
+def test_without_sizes_there_is_nothing_to_time():
+    with pytest.raises(PipelineError, match="choose target=gpt_oss_20b"):
+        roofline_stage.run(PipelineConfig(target=TargetConfig(name="given", path="somewhere")), Recorder())

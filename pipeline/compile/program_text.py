@@ -151,21 +151,38 @@ def parse(text: str) -> Program:
     """Read what `Compiled.as_text()` gives."""
     computations: dict[str, tuple[Instruction, ...]] = {}
     entry, name, lines = "", "", []
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         begins = _COMPUTATION.match(line)
         if begins:
             name, lines = begins[2], []
             entry = name if begins[1] else entry
-        elif line.startswith("}") and name:
+        elif line == "}" and name:
             computations[name] = tuple(lines)
             name = ""
         elif name:
             found = _INSTRUCTION.match(line)
-            if found:
-                lines.append(_instruction(found[1], found[2]))
+            if not found:
+                raise ValueError(f"this line of a program's text is not understood: {line[:80]!r}")
+            lines.append(_instruction(found[1], found[2]))
     if not entry:
         raise ValueError("the text of a program has no ENTRY computation")
     return Program(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """The text's lines, an instruction whose attributes have line breaks in them as one.
+
+    Splash attention notes its block sizes so, and what follows them begins with "}" in the first column.
+    """
+    whole, is_inside = "", False
+    for line in text.splitlines():
+        is_whole = line == "}" or line.startswith("  ") or not is_inside
+        if is_whole and whole:
+            yield whole
+        whole = line if is_whole else whole + line
+        is_inside = line != "}" and (is_inside or bool(_COMPUTATION.match(line)))
+    if whole:
+        yield whole
 
 
 def _instruction(name: str, rest: str) -> Instruction:

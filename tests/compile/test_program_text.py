@@ -57,6 +57,24 @@ def test_what_is_exchanged_in_a_loop_counts_as_often_as_it_runs():
     assert Shape("s4", (3,)).num_bytes == 2
 
 
+def test_a_kernel_whose_notes_have_line_breaks_ends_no_computation():
+    notes = """frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/shard_map/hit_experts/pallas_call"}"""
+    broken = TEXT.replace('metadata={op_name="jit(step)/shard_map/hit_experts/pallas_call"}', notes)
+    assert broken != TEXT
+    whole, read = parse(TEXT), parse(broken)
+    assert [one.name for one in read.computations["main"]] == [one.name for one in whole.computations["main"]]
+    assert read.collectives() == whole.collectives()
+    hit = next(one for one in read.computations["main"] if one.name == "hit")
+    assert hit.op_name == "jit(step)/shard_map/hit_experts/pallas_call"
+
+
+def test_a_line_that_is_not_understood_is_not_passed_over():
+    with pytest.raises(ValueError, match="not understood"):
+        parse(TEXT.replace("  %zero = ", "  zero := "))
+
+
 def test_only_the_kernel_may_read_experts():
     wrong = report.experts_read_whole(parse(TEXT))
     assert wrong == ["experts that are not hit are read: weights.layers[0].experts.down by copy moved"]

@@ -20,7 +20,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 CONTRACT = "contract.json"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "easydel", "transformers", "tensorstore", "safetensors", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "easydel", "transformers", "tensorstore", "safetensors", "numpy", "gguf")
 
 
 class PipelineError(Exception):

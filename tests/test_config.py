@@ -71,6 +71,8 @@ def test_plain_gives_json_values_for_enums_dataclasses_and_lists():
         "path": "models/tiny",
         "precision": Precision.float32.value,
         "pretrain": None,
+        "pretrained": None,
+        "gguf": None,
     }
     assert values["draft"] == dataclasses.asdict(DraftConfig()) | {"tapped_layers": [1, 3]}
 

@@ -24,7 +24,7 @@ from pipeline.config import PipelineConfig
 from pipeline.export.write import write_draft
 from pipeline.model import checkpoints, draft, gpt_oss
 from pipeline.prompts import corpus, tokenizer
-from pipeline.prompts.harmony import stop_token_ids
+from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine import Draft, Engine

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import PipelineError
 from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
-from pipeline.prompts.harmony import render_prompt
+from pipeline.prompts.chat_format import render_prompt
 from pipeline.prompts.sources import Prompt
 from pipeline.serve.engine import Engine, Finished
 from pipeline.serve.scheduler import Request

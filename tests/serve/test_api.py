@@ -12,7 +12,8 @@ import pytest
 from serve.fake_engine import FakeEngine
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.harmony import render_completion, render_prompt, stop_token_ids
+from pipeline.prompts.chat_format import render_prompt, stop_token_ids
+from pipeline.prompts.harmony import render_completion
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.worker import Worker

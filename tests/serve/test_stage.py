@@ -19,7 +19,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.config import DraftConfig, PipelineConfig, ServeConfig, TargetConfig
 from pipeline.model import checkpoints, draft, gpt_oss
 from pipeline.model.gpt_oss import GptOssConfig
-from pipeline.prompts.harmony import render_prompt, stop_token_ids
+from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.serve import server, stage
 from pipeline.serve.engine import Engine
 from pipeline.serve.scheduler import Request

@@ -3,7 +3,8 @@ import copy
 import pytest
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.harmony import render_completion, render_prompt, stop_token_ids
+from pipeline.prompts.chat_format import render_prompt, stop_token_ids
+from pipeline.prompts.harmony import render_completion
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 

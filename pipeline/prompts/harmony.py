@@ -7,7 +7,7 @@ from pipeline.prompts.tokenizer import control_token_problem
 
 STOP_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
 HEADER_TOKENS = ("<|start|>", "<|channel|>")  # what follows them, up to <|message|>, is not text
-CHANNEL_TOKENS = ("<|channel|>", "<|message|>", "<|return|>")  # a tokenizer with one of them is meant to be Harmony's
+CHANNEL_TOKENS = ("<|channel|>", "<|return|>")  # a tokenizer with one of them is meant to be Harmony's
 
 
 def render_completion(tokenizer: PreTrainedTokenizerBase, analysis: str, final: str) -> list[int]:

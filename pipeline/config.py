@@ -30,6 +30,13 @@ class Precision(enum.Enum):
     bfloat16 = "bfloat16"
 
 
+class ExpertWeights(enum.Enum):
+    """How the experts are held: packed as published, or expanded to floats of `target.precision` when read."""
+
+    mxfp4 = "mxfp4"
+    bf16 = "bf16"
+
+
 class Effort(enum.Enum):
     """Harmony reasoning effort."""
 
@@ -90,12 +97,14 @@ class PretrainedConfig:
 class TargetConfig:
     """The frozen model. With `path` it is read from an HF directory; without, `pretrain` or `pretrained` makes it.
 
-    `gguf` is the file of `pretrained` where it is on disk already; nothing is downloaded then.
+    `weights` null: the experts stay packed when the files are. `gguf` is the file of `pretrained` where it is on disk
+    already; nothing is downloaded then.
     """
 
     name: str = MISSING
     path: str | None = None
     precision: Precision = Precision.float32
+    weights: ExpertWeights | None = None
     pretrain: PretrainConfig | None = None
     pretrained: PretrainedConfig | None = None
     gguf: str | None = None
@@ -191,6 +200,24 @@ class BenchConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class MeshConfig:
+    """The devices that a target and its draft are split over, and the hosts that have them.
+
+    `data` copies of the model share out the slots; `expert` splits the experts, `tensor` the rows of each; heads and
+    vocabulary are split over both. `coordinator` (host:port of the first process), `num_processes` and
+    `process_id` are needed where JAX cannot find them itself; on a TPU slice `hosts=true` is enough.
+    """
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+    hosts: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
 class TrackingConfig:
     """MLflow. `uri` null: a SQLite file under `output_dir`."""
 
@@ -213,6 +240,7 @@ class PipelineConfig:
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
 
@@ -291,7 +319,8 @@ _POSITIVE = frozenset(
     "num_local_experts num_experts_per_tok sliding_window max_position_embeddings num_conversations steps "
     "batch_tokens sequence_length learning_rate checkpoint_steps eval_steps log_steps count max_prompt_tokens "
     "max_new_tokens batch_size shard_sequences num_tapped_layers rope_theta batch_sequences anchors_per_sequence "
-    "clip_grad loss_decay slots max_length prefill_chunk num_prompts prompt_tokens repeats".split()
+    "clip_grad loss_decay slots max_length prefill_chunk num_prompts prompt_tokens repeats data expert tensor "
+    "num_processes".split()
 )
 
 

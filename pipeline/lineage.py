@@ -26,7 +26,7 @@ from pipeline.dflash.contract import (
 )
 from pipeline.model import checkpoints
 from pipeline.model.draft import DraftConfig
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
 from pipeline.prompts import sources
 from pipeline.prompts import tokenizer as tokenizers_of_ours

@@ -10,30 +10,35 @@ import tqdm
 log = logging.getLogger("pipeline")
 
 LINE_INTERVAL_SECONDS = 10.0
+BYTES = "B"
 
 
 class Progress:
     """Counts `total` units of work: one rewritten line on a terminal, else a log line every ten seconds.
 
-    `done` units were made by an earlier run that was interrupted; they do not count in the rate.
+    `done` units were made by an earlier run that was interrupted; they do not count in the rate. The unit "B" is
+    told in KiB, MiB and so on. Without `is_shown` nothing is told.
     """
 
-    def __init__(self, description: str, total: int, unit: str, *, done: int = 0) -> None:
+    def __init__(self, description: str, total: int, unit: str, *, done: int = 0, is_shown: bool = True) -> None:
         self._description = description
         self._total = total
         self._unit = unit
         self._initial = self._done = done
         self._note = ""
+        self._is_shown = is_shown
         self._bar: tqdm.tqdm | None = None
         self._started = self._told = time.monotonic()
 
     def __enter__(self) -> "Progress":
         self._started = self._told = time.monotonic()
-        if sys.stderr.isatty():
+        if self._is_shown and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 desc=self._description,
                 total=self._total,
                 unit=self._unit,
+                unit_scale=self._unit == BYTES,
+                unit_divisor=1024 if self._unit == BYTES else 1000,
                 initial=self._initial,
                 dynamic_ncols=True,
             )
@@ -60,6 +65,8 @@ class Progress:
             self._tell(now)
 
     def _tell(self, now: float) -> None:
+        if not self._is_shown:
+            return
         self._told = now
         elapsed = now - self._started
         made = self._done - self._initial
@@ -69,14 +76,19 @@ class Progress:
         else:
             when = f"in {tqdm.tqdm.format_interval(elapsed)}"
         note = f", {self._note}" if self._note else ""
+        unit = "iB" if self._unit == BYTES else f" {self._unit}"
         log.info(
-            "%s: %d/%d %s, %.3g %s/s, %s%s",
+            "%s: %s/%s%s, %s%s/s, %s%s",
             self._description,
-            self._done,
-            self._total,
-            self._unit,
-            rate,
-            self._unit,
+            *(self._amount(count) for count in (self._done, self._total)),
+            unit,
+            self._amount(rate),
+            unit,
             when,
             note,
         )
+
+    def _amount(self, count: int | float) -> str:
+        if self._unit == BYTES:
+            return tqdm.tqdm.format_sizeof(count, divisor=1024)
+        return f"{count}" if isinstance(count, int) else f"{count:.3g}"

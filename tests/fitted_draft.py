@@ -18,7 +18,8 @@ import tiny_models
 from oracle_environment import run_oracle
 
 from pipeline.model import checkpoints
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
 from pipeline.serve.engine import Draft
 
 BLOCK_SIZE, MASK_TOKEN_ID = 6, 96
@@ -91,7 +92,7 @@ def fitted() -> Fitted:
         steps=FIT_STEPS,
         out=root / "draft",
     )
-    config, weights = checkpoints.load_target(root / "target", jnp.float32)
+    config, weights = checkpoints.load_target(root / "target", WeightsForm())
     sizes, draft_weights = checkpoints.load_draft(root / "draft", jnp.float32)
     return Fitted(root / "target", root / "draft", config, weights, Draft(draft_weights, sizes), prompts())
 

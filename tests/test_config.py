@@ -85,6 +85,7 @@ def test_plain_gives_json_values_for_enums_dataclasses_and_lists():
         "name": "tiny",
         "path": "models/tiny",
         "precision": Precision.float32.value,
+        "weights": None,
         "pretrain": None,
         "pretrained": None,
         "gguf": None,

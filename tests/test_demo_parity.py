@@ -24,6 +24,7 @@ from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.model import checkpoints, gpt_oss
 from pipeline.model import draft as draft_model
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.prompts import chat_format
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
@@ -52,7 +53,7 @@ class Demo:
             self.exported = lineage.exported_draft(self.config, self.target)
         except MissingArtifact as error:
             pytest.fail(f"run `make demo` first: {error}", pytrace=False)
-        self.model, self.weights = checkpoints.load_target(self.target.path, jnp.float32)
+        self.model, self.weights = checkpoints.load_target(self.target.path, WeightsForm())
         self.draft_config, self.draft_weights = checkpoints.load_draft(self.exported.path, jnp.float32)
         tokenizer = load_tokenizer(self.target.path)
         self.stop_token_ids = [int(token) for token in chat_format.stop_token_ids(tokenizer)]
@@ -162,7 +163,7 @@ def block_at(demo, sequence, features, anchor):
     context = jax.jit(draft_model.context, static_argnums=1)(
         demo.draft_weights, sizes, features, jnp.arange(num_positions)[None]
     )
-    hidden = jax.jit(draft_model.denoise, static_argnums=1)(
+    hidden = jax.jit(draft_model.denoise_blocks, static_argnums=1)(
         demo.draft_weights,
         sizes,
         embeddings[:, None],

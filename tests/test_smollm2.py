@@ -20,6 +20,7 @@ from pipeline import lineage
 from pipeline.config import PipelineConfig
 from pipeline.model import checkpoints, gpt_oss
 from pipeline.model import draft as draft_model
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
@@ -61,7 +62,7 @@ class Smollm2:
         self.config.target.gguf = str(self.gguf)
         stage.run(self.config, Quiet())
         self.path = lineage.target(self.config).path
-        self.model, self.weights = checkpoints.load_target(self.path, jnp.float32)
+        self.model, self.weights = checkpoints.load_target(self.path, WeightsForm())
         self.tokenizer = load_tokenizer(self.path)
 
     def prompts(self):

@@ -54,3 +54,26 @@ LEGACY_TARGET = {  # the published spelling: rope_theta beside rope_scaling
     "layer_types": ["sliding_attention", "full_attention"],
 }
 PLAIN_ROPE_TARGET = {**TARGET, "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}
+PACKED_TARGET = {**TARGET, "hidden_size": 128, "intermediate_size": 96}  # MXFP4 packs 32 of either
+WIDE_PACKED_TARGET = {
+    **WIDE_TARGET,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+SPLIT_TARGET = {  # every mesh of eight devices divides its heads, experts, rows and vocabulary
+    **TARGET,
+    "vocab_size": 120,
+    "hidden_size": 56,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 10,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 3,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+SPLIT_WIDE_TARGET = {**SPLIT_TARGET, "num_local_experts": 8}
+SPLIT_PACKED_TARGET = {**SPLIT_TARGET, "hidden_size": 64, "intermediate_size": 96}

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models
 
 from pipeline import artifacts, lineage
 from pipeline.config import DraftConfig, PipelineConfig, TargetConfig, TeacherCacheConfig, TrainConfig
-from pipeline.model import checkpoints, draft, gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model import checkpoints, draft, gpt_oss_weights
+from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
 from pipeline.teacher_cache import store
 from pipeline.tracking import Run
@@ -71,7 +71,7 @@ def weights_of(seed: int, config: draft.DraftConfig = DRAFT) -> draft.DraftWeigh
 def make_target(directory: Path) -> Path:
     """An HF directory: random weights, a tokenizer with a mask token, a template."""
     directory.mkdir()
-    weights = gpt_oss.random_weights(TARGET, jax.random.key(3))
+    weights = gpt_oss_weights.random_weights(TARGET, jax.random.key(3))
     token_ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     checkpoints.save_target(directory, TARGET, weights, token_ids)
     words = {MASK_TOKEN: VOCAB_SIZE - 1, **{str(number): number for number in range(VOCAB_SIZE - 1)}}

@@ -22,7 +22,9 @@ from pipeline.artifacts import PipelineError
 from pipeline.bench import stage as bench
 from pipeline.config import PipelineConfig
 from pipeline.export.write import write_draft
-from pipeline.model import checkpoints, draft, gpt_oss
+from pipeline.model import checkpoints, draft
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm, random_weights
 from pipeline.prompts import corpus, tokenizer
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.serve import server
@@ -58,7 +60,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         _random_target(config)
         _random_draft(config)
     target = lineage.target(config)
-    model, weights = checkpoints.load_target(target.path, jnp.float32)
+    model, weights = checkpoints.load_target(target.path, WeightsForm())
     sizes, draft_weights = checkpoints.load_draft(lineage.exported_draft(config, target).path, jnp.float32)
     measured = bench.run(config, tracker)
     infinite = [name for name, value in measured.items() if not math.isfinite(value)]
@@ -78,7 +80,7 @@ def _random_target(config: PipelineConfig) -> None:
     words = tokenizer.train_tokenizer(corpus.texts(conversations), config.target.pretrain.vocab_size)
     words.save_pretrained(directory)
     model = model_config(config.target.pretrain)
-    weights = gpt_oss.random_weights(model, jax.random.key(config.seed))
+    weights = random_weights(model, jax.random.key(config.seed))
     checkpoints.save_target(directory, model, weights, tokenizer.config_token_ids(words))
 
 
@@ -94,9 +96,7 @@ def _random_draft(config: PipelineConfig) -> None:
     artifacts.seal(path, kind=lineage.DRAFT, settings=settings, contract=contract.to_json())
 
 
-def _serve(
-    config: PipelineConfig, weights: gpt_oss.GptOssWeights, model: gpt_oss.GptOssConfig, drafting: Draft
-) -> None:
+def _serve(config: PipelineConfig, weights: GptOssWeights, model: GptOssConfig, drafting: Draft) -> None:
     """One request through HTTP, its tokens compared with the plain engine's."""
     words = tokenizer.load_tokenizer(Path(config.target.path))
 

@@ -6,15 +6,13 @@ import logging
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from pipeline import artifacts, lineage
 from pipeline.artifacts import PipelineError
 from pipeline.bench import arms, losslessness, report, workload
 from pipeline.bench.losslessness import Losslessness
 from pipeline.config import PipelineConfig, plain
 from pipeline.dflash.contract import Contract
-from pipeline.model import checkpoints
+from pipeline.machine import machine, read_draft, read_target
 from pipeline.prompts import chat_format
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
@@ -31,9 +29,9 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     """Measure, print the table, log it, keep results.json and return it; wrong tokens raise after all that."""
     target = lineage.target(config)
     exported = lineage.exported_draft(config, target)
-    dtype = jnp.dtype(config.target.precision.value)
-    model, weights = checkpoints.load_target(target.path, dtype)
-    draft_config, draft_weights = checkpoints.load_draft(exported.path, dtype)
+    here = machine(config.mesh)
+    model, weights = read_target(config, target.path, here)
+    draft_config, draft_weights = read_draft(config, exported.path, here)
     tokenizer = load_tokenizer(target.path)
     _, held_out = split_by_hash(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction)
     rendered = [
@@ -58,6 +56,8 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
             max_length=_longest(requests),
             prefill_chunk=config.serve.prefill_chunk,
             draft=draft,
+            run=here.run,
+            mesh=here.mesh,
         )
 
     comparison = arms.compare(

@@ -65,4 +65,4 @@ def _outputs(weights: DraftWeights, config: DraftConfig) -> Float[Array, "1 A K 
     embeddings = jax.random.normal(keys[1], (*slots.shape, config.hidden_size))
     context = draft.context(weights, config, features, positions)
     visible = blocks.context_visible(anchors, NUM_POSITIONS)
-    return draft.denoise(weights, config, embeddings, slots, context, visible)
+    return draft.denoise_blocks(weights, config, embeddings, slots, context, visible)

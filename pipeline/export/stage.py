@@ -12,7 +12,7 @@ from pipeline.dflash.contract import Contract
 from pipeline.export.card import model_card
 from pipeline.export.run_directory import read_checkpoint
 from pipeline.export.write import write_draft
-from pipeline.model import checkpoints
+from pipeline.model import checkpoints, hf_draft
 from pipeline.tracking import Run
 
 log = logging.getLogger("pipeline")
@@ -29,7 +29,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         _report(tracker, lineage.exported_draft(config, target), "stands")
         return
     trained = lineage.checkpoint(config, target)
-    draft = checkpoints.draft_config_from_hf(json.loads((trained.path / lineage.DRAFT_CONFIG).read_text()))
+    draft = hf_draft.config_from_hf(json.loads((trained.path / lineage.DRAFT_CONFIG).read_text()))
     evaluation = json.loads((trained.path / lineage.EVALUATION).read_text())
     weights = read_checkpoint(_run_directory(trained), draft)
     settings = lineage.export_settings(trained.fingerprint)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pipeline.export.layout import require_layout
 from pipeline.export.parity import Parity, require_parity
-from pipeline.model import checkpoints
+from pipeline.model import checkpoints, tensor_files
 from pipeline.model.draft import DraftConfig, DraftWeights
 
 
@@ -19,5 +19,5 @@ def write_draft(directory: Path, config: DraftConfig, weights: DraftWeights, tok
     """
     rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16), weights)  # what drafts are published in
     checkpoints.save_draft(directory, config, rounded, token_ids)
-    require_layout(directory / checkpoints.WEIGHTS_FILE, config, "BF16")
+    require_layout(directory / tensor_files.WEIGHTS_FILE, config, "BF16")
     return require_parity(directory, config, weights)

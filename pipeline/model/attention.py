@@ -1,48 +1,169 @@
-"""Grouped-query attention: the target's, with learned sinks, and the draft's, over context and block."""
+"""Grouped-query attention in parts: over the cache, over a call's own tokens, and their exact union.
+
+A softmax over a union of keys follows from the softmaxes over its parts and the logarithms of their sums
+(log-sum-exp). GPT-OSS's learned sink is one more, valueless part. So each part is computed where its keys lie,
+by whatever kernel suits it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pipeline.model.execution import PLAIN, Execution
+from pipeline.model.kv_cache import LayerCache, slot_positions, take_rows
 from pipeline.model.linear import einsum
 
-MASKED = -1e30  # finite: a row that sees nothing becomes uniform garbage that nobody reads, never nan
+MASKED = -1e30  # finite: a row that sees nothing becomes garbage of weight zero, never nan
+CACHE_CHUNK = 1024  # positions of a long cache read at a time, as far as any row is filled
+MAX_SCORES = 2**27  # elements held at once
 
 
-def causal_visible(positions: Int[Array, "B T"], num_keys: int, window: int | None) -> Bool[Array, "B T S"]:
-    """Which cached positions 0..S-1 each query sees: itself and before, at most `window` of them.
+class Part(NamedTuple):
+    """Attention over some of the keys: softmaxed values, and the logarithm of the softmax's sum."""
 
-    Position p sees p - window + 1 .. p (transformers keeps W keys, its own included).
-    """
-    keys = jnp.arange(num_keys)
-    visible = keys <= positions[..., None]
-    if window is not None:
-        visible &= keys > positions[..., None] - window
-    return visible
+    values: Float[Array, "B T N H"]
+    log_sum: Float[Array, "B T N"]
 
 
-def sink_attention(
-    queries: Float[Array, "B T N H"],
-    keys: Float[Array, "B S G H"],
-    values: Float[Array, "B S G H"],
-    visible: Bool[Array, "B T S"],
-    sinks: Float[Array, " N"],
-) -> Float[Array, "B T N H"]:
-    """Attention whose softmax has one more, valueless logit per query head, the learned sink.
+def cache_positions(num_positions: int) -> int:
+    """Slots of a cache for `num_positions` positions: whole chunks when it is long."""
+    return num_positions if num_positions <= CACHE_CHUNK else -(-num_positions // CACHE_CHUNK) * CACHE_CHUNK
+
+
+def union(parts: Sequence[Part], sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N H"]:
+    """Attention over the keys of all parts together, and over a sink per query head, in float32.
 
     Source: transformers GptOssAttention (the sink joins the softmax and is dropped before the values).
     """
+    peak = jnp.stack([part.log_sum for part in parts]).max(axis=0)
+    if sinks is not None:
+        peak = jnp.maximum(peak, sinks.astype(jnp.float32))  # joins a float32 softmax
+    peak = jax.lax.stop_gradient(peak)
+    weights = [jnp.exp(part.log_sum - peak) for part in parts]
+    total = sum(weights)
+    if sinks is not None:
+        total += jnp.exp(sinks.astype(jnp.float32) - peak)
+    return sum(part.values * (weight / total)[..., None] for part, weight in zip(parts, weights, strict=True))
+
+
+def over_cache(
+    queries: Float[Array, "B T N H"],
+    cache: LayerCache,
+    start: Int[Array, " B"],
+    rows: Int[Array, " B"] | None,
+    window: int | None,
+) -> Part:
+    """The part of T tokens per row, the first at position `start`, over the cached positions before `start`.
+
+    With a `window`, position p sees p - window + 1 .. p. Rows of the cache as in `kv_cache.write`. A long cache is
+    read in chunks, and no further than the longest row is filled.
+    """
+    num_slots = cache.keys.shape[1]
+    chunk = CACHE_CHUNK
+    while math.prod(queries.shape[:3]) * chunk > MAX_SCORES and chunk > 128:
+        chunk //= 2
+    if window is not None or num_slots <= chunk:
+        positions = slot_positions(start, num_slots)
+        visible = (positions >= 0)[:, None]
+        if window is not None:
+            visible &= positions[:, None] > _own_positions(queries, start)[..., None] - window
+        return _part(queries, take_rows(cache.keys, rows), take_rows(cache.values, rows), visible)
+    assert num_slots % chunk == 0, (num_slots, chunk)
+
+    def add(index: Int[Array, ""], so_far: Part) -> Part:
+        keys, values = (
+            take_rows(jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1), rows)
+            for array in (cache.keys, cache.values)
+        )
+        visible = index * chunk + jnp.arange(chunk) < start[:, None, None]
+        return _joined(so_far, _part(queries, keys, values, visible))
+
+    nothing = Part(jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:3], MASKED, jnp.float32))
+    return jax.lax.fori_loop(0, (start.max() + chunk - 1) // chunk, add, nothing)
+
+
+def over_own(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T G H"],
+    values: Float[Array, "B T G H"],
+    window: int | None = None,
+    *,
+    causal: bool = True,
+    run: Execution = PLAIN,
+) -> Part:
+    """The part of T tokens per row over each other: themselves and what is before them, or all when not `causal`.
+
+    Long rows are cut into runs of queries, so that no more than MAX_SCORES scores are held; with a `window` a run
+    reads its own keys and those of a window before it.
+    """
+    batch, length, num_heads, _ = queries.shape
+    if batch * num_heads * length * length <= MAX_SCORES or not causal:
+        return _part(queries, keys, values, _visible(jnp.arange(length), jnp.arange(length), window, causal))
+    size = max(64, MAX_SCORES // (batch * num_heads * length))
+    num_runs = -(-length // size)
+    before = 0 if window is None else window - 1
+    padded = [(0, 0), (before, num_runs * size - length), (0, 0), (0, 0)]
+    keys, values = jnp.pad(keys, padded), jnp.pad(values, padded)
+    queries = jnp.pad(queries, [(0, 0), (0, num_runs * size - length), (0, 0), (0, 0)])
+
+    def one(index: Int[Array, ""]) -> Part:
+        part = jax.lax.dynamic_slice_in_dim(queries, index * size, size, axis=1)
+        at = index * size + jnp.arange(size)
+        if window is None:
+            return _part(part, keys, values, _visible(at, jnp.arange(keys.shape[1]), None, True))
+        near = [jax.lax.dynamic_slice_in_dim(array, index * size, before + size, axis=1) for array in (keys, values)]
+        seen = _visible(at, index * size - before + jnp.arange(before + size), window, True)
+        return _part(part, *near, seen)
+
+    made = jax.lax.map(one, jnp.arange(num_runs))
+    return Part(*(jnp.moveaxis(array, 0, 1).reshape(batch, -1, *array.shape[3:])[:, :length] for array in made))
+
+
+def _own_positions(queries: Float[Array, "B T N H"], start: Int[Array, " B"]) -> Int[Array, "B T"]:
+    return start[:, None] + jnp.arange(queries.shape[1])
+
+
+def _visible(
+    queries: Int[Array, " T"], keys: Int[Array, " S"], window: int | None, causal: bool
+) -> Bool[Array, "1 T S"]:
+    """Which of the positions `keys` the positions `queries` see; negative ones are no keys."""
+    if not causal:
+        return jnp.ones((1, len(queries), len(keys)), bool)
+    visible = (keys <= queries[:, None]) & (keys >= 0)
+    if window is not None:
+        visible &= keys > queries[:, None] - window
+    return visible[None]
+
+
+def _part(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B S G H"],
+    values: Float[Array, "B S G H"],
+    visible: Bool[Array, "#B #T S"],
+) -> Part:
     batch, num_queries, num_heads, width = queries.shape
     groups = keys.shape[2]
-    grouped = queries.reshape(batch, num_queries, groups, num_heads // groups, width)
-    scores = einsum("btgrh,bsgh->bgrts", grouped * width**-0.5, keys).astype(jnp.float32)  # softmax range
+    grouped = (queries * width**-0.5).reshape(batch, num_queries, groups, num_heads // groups, width)
+    scores = einsum("btgrh,bsgh->bgrts", grouped, keys)
     scores = jnp.where(visible[:, None, None], scores, MASKED)
-    sink = sinks.astype(jnp.float32).reshape(groups, -1)[None, :, :, None, None]  # joins a float32 softmax
-    peak = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sink))
+    peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - peak)
-    weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - peak))
-    outputs = einsum("bgrts,bsgh->btgrh", weights.astype(values.dtype), values)
-    return outputs.reshape(queries.shape)
+    total = weights.sum(axis=-1, keepdims=True)
+    outputs = einsum("bgrts,bsgh->btgrh", (weights / total).astype(values.dtype), values)
+    log_sum = jnp.moveaxis((peak + jnp.log(total))[..., 0], 3, 1)
+    return Part(outputs.reshape(queries.shape), log_sum.reshape(queries.shape[:3]))
+
+
+def _joined(left: Part, right: Part) -> Part:
+    peak = jnp.maximum(left.log_sum, right.log_sum)
+    shares = [jnp.exp(part.log_sum - peak) for part in (left, right)]
+    total = shares[0] + shares[1]
+    values = sum(part.values * (share / total)[..., None] for part, share in zip((left, right), shares, strict=True))
+    return Part(values, peak + jnp.log(total))
 
 
 def block_attention(
@@ -60,12 +181,12 @@ def block_attention(
     *lead, num_heads, width = queries.shape
     groups = context_keys.shape[2]
     grouped = (queries * width**-0.5).reshape(*lead, groups, num_heads // groups, width)
-    context_scores = einsum("bakgrh,btgh->bgrakt", grouped, context_keys).astype(jnp.float32)  # softmax range
-    block_scores = einsum("bakgrh,bajgh->bgrakj", grouped, block_keys).astype(jnp.float32)
+    context_scores = einsum("bakgrh,btgh->bgrakt", grouped, context_keys)
+    block_scores = einsum("bakgrh,bajgh->bgrakj", grouped, block_keys)
     context_scores = jnp.where(visible[:, None, None, :, None], context_scores, MASKED)
     weights = jax.nn.softmax(jnp.concatenate([context_scores, block_scores], axis=-1), axis=-1)
     weights = weights.astype(block_values.dtype)
     num_context = context_keys.shape[1]
     outputs = einsum("bgrakt,btgh->bakgrh", weights[..., :num_context], context_values)
     outputs += einsum("bgrakj,bajgh->bakgrh", weights[..., num_context:], block_values)
-    return outputs.reshape(queries.shape)
+    return outputs.reshape(queries.shape).astype(queries.dtype)

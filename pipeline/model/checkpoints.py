@@ -1,118 +1,39 @@
-"""HF directories of the target and the draft: which tensor is which weight, reading and writing.
-
-Kernels are [in, out] here and [out, in] in the files; the experts' gate and up columns are interleaved in
-the files and apart here. Layouts: transformers GptOssForCausalLM; ../shared/reference/dflash.md section 2.1.
-"""
+"""HF directories of the target and the draft: read into the devices that need each part, and written."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jaxtyping import Array, Float
 
 from pipeline.artifacts import PipelineError, file_sha256, fingerprint_of, write_json
-from pipeline.model import draft, gpt_oss
+from pipeline.model import draft, gpt_oss_weights, hf_draft, hf_target, tensor_files
 from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
-from pipeline.model.rope import Rope
+from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
+from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
+from pipeline.model.linear import Kernel, lies_transposed
+from pipeline.model.mxfp4 import NOT_A_NUMBER
+from pipeline.model.source import Source
+from pipeline.model.tensor_files import Index, TensorFiles
+from pipeline.progress import Progress
 
-Weights = TypeVar("Weights", GptOssWeights, DraftWeights)
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-_TARGET_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "input_norm": "input_layernorm.weight",
-    "query": "self_attn.q_proj.weight",
-    "query_bias": "self_attn.q_proj.bias",
-    "key": "self_attn.k_proj.weight",
-    "key_bias": "self_attn.k_proj.bias",
-    "value": "self_attn.v_proj.weight",
-    "value_bias": "self_attn.v_proj.bias",
-    "output": "self_attn.o_proj.weight",
-    "output_bias": "self_attn.o_proj.bias",
-    "sinks": "self_attn.sinks",
-    "experts_norm": "post_attention_layernorm.weight",
-    "experts.router": "mlp.router.weight",
-    "experts.router_bias": "mlp.router.bias",
-    "experts.gate_up": "mlp.experts.gate_up_proj",
-    "experts.gate_up_bias": "mlp.experts.gate_up_proj_bias",
-    "experts.down": "mlp.experts.down_proj",
-    "experts.down_bias": "mlp.experts.down_proj_bias",
-}
-_DRAFT_NAMES = {
-    "fuse": "fc.weight",
-    "context_norm": "hidden_norm.weight",
-    "norm": "norm.weight",
-    "input_norm": "input_layernorm.weight",
-    "query": "self_attn.q_proj.weight",
-    "query_bias": "self_attn.q_proj.bias",
-    "key": "self_attn.k_proj.weight",
-    "key_bias": "self_attn.k_proj.bias",
-    "value": "self_attn.v_proj.weight",
-    "value_bias": "self_attn.v_proj.bias",
-    "output": "self_attn.o_proj.weight",
-    "output_bias": "self_attn.o_proj.bias",
-    "query_norm": "self_attn.q_norm.weight",
-    "key_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-}
-_TRANSPOSED = {"head", "query", "key", "value", "output", "experts.router", "fuse", "gate", "up", "down"}
-_INTERLEAVED = {"experts.gate_up", "experts.gate_up_bias"}
+Weights = TypeVar("Weights")
+Place = Sharding | Format
+CHECKED_ELEMENTS = 2**22  # at a time: NumPy tells finite bfloat16 numbers by way of float32
+_TRANSPOSED = ".array"  # how the path of a Transposed kernel's array goes on
+SHOWN_BYTES = 2**28  # from here on reading takes long enough to show how far it is
 
 
 def weight_paths(weights: Any) -> list[tuple[str, Any]]:
     """Every leaf of a weights tree with its dotted path, such as `layers.0.experts.router`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(weights)
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
-
-
-def target_tensor_name(path: str) -> str:
-    """The name in an HF GPT-OSS file of the weight at `path`."""
-    return _tensor_name(path, _TARGET_NAMES, "model.layers")
-
-
-def draft_tensor_name(path: str) -> str:
-    """The name in an exported draft's file of the weight at `path`; no prefix, every runtime reads it so."""
-    return _tensor_name(path, _DRAFT_NAMES, "layers")
-
-
-def _tensor_name(path: str, names: Mapping[str, str], layers: str) -> str:
-    if not path.startswith("layers."):
-        return names[path]
-    _, index, field = path.split(".", 2)
-    return f"{layers}.{index}.{names[field]}"
-
-
-def _field(path: str) -> str:
-    return path.split(".", 2)[2] if path.startswith("layers.") else path
-
-
-def _from_file(field: str, array: np.ndarray) -> np.ndarray:
-    if field in _TRANSPOSED:
-        return array.T
-    if field in _INTERLEAVED:
-        return np.moveaxis(array.reshape(*array.shape[:-1], -1, 2), -1, -2)
-    return array
-
-
-def _to_file(field: str, array: np.ndarray) -> np.ndarray:
-    if field in _TRANSPOSED:
-        array = array.T
-    elif field in _INTERLEAVED:
-        array = np.moveaxis(array, -2, -1).reshape(*array.shape[:-2], -1)
-    return np.ascontiguousarray(array)  # safetensors writes a transposed view's bytes in the wrong order
+    return [(path.removesuffix(_TRANSPOSED), leaf) for path, leaf in _raw_paths(weights)]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -126,114 +47,80 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise PipelineError(f"{file} is not JSON: {error}") from error
 
 
-def load_target(directory: Path, dtype: DTypeLike) -> tuple[GptOssConfig, GptOssWeights]:
-    """Read a GPT-OSS model from bf16 or f32 safetensors, in one file or many."""
-    config = GptOssConfig.from_hf(read_config(directory))
-    shapes = jax.eval_shape(lambda: gpt_oss.random_weights(config, jax.random.key(0)))
-    return config, _load(directory, shapes, target_tensor_name, dtype)
+def load_target(
+    directory: Path, form: WeightsForm, places: GptOssWeights | None = None
+) -> tuple[GptOssConfig, GptOssWeights]:
+    """Read a GPT-OSS model, float or MXFP4, in one file or many, into weights of this form.
+
+    `places` says of each array on which devices its parts are (a tree like the weights' of shardings or formats);
+    None: all on the first device. Each device's parts are read for it alone.
+    """
+    found = read_config(directory)
+    config, packed_files = GptOssConfig.from_hf(found), is_packed(found)
+    shapes = jax.eval_shape(lambda: gpt_oss_weights.random_weights(config, jax.random.key(0), form))
+    files = TensorFiles(directory)
+    wrong = files.differences(hf_target.expected_tensors(config, packed=packed_files))
+
+    def source_of(path: str) -> Source:
+        return hf_target.source_of(path, config, form, packed_files=packed_files)
+
+    return config, _load(files, wrong, shapes, source_of, places)
 
 
-def save_target(directory: Path, config: GptOssConfig, weights: GptOssWeights, token_ids: Mapping[str, int]) -> None:
-    """Write a GPT-OSS model that transformers opens unmodified; `token_ids` holds bos, eos and pad."""
-    _save(directory, weights, target_tensor_name)
-    dtype = jnp.dtype(weights.embedding.dtype).name
-    write_json(directory / "config.json", {**config.to_hf(), **token_ids, "dtype": dtype})
+def load_ends(directory: Path, dtype: DTypeLike) -> tuple[Float[Array, "V D"], Kernel]:
+    """The embedding and the head of a GPT-OSS model alone, which a draft borrows."""
+    found = read_config(directory)
+    config, form = GptOssConfig.from_hf(found), WeightsForm(dtype=jnp.dtype(dtype).name)
+    files = TensorFiles(directory)
+    wrong = files.differences(hf_target.expected_tensors(config, packed=is_packed(found)))
+    shapes = jax.eval_shape(lambda: gpt_oss_weights.random_weights(config, jax.random.key(0), form))
+    ends = {"embedding": shapes.embedding, "head": shapes.head}
+
+    def source_of(path: str) -> Source:
+        return hf_target.source_of(path, config, form, packed_files=is_packed(found))
+
+    read = _load(files, wrong, ends, source_of, None)
+    return read["embedding"], read["head"]
 
 
-def load_draft(directory: Path, dtype: DTypeLike) -> tuple[DraftConfig, DraftWeights]:
-    """Read a draft in z-lab's HF layout."""
-    config = draft_config_from_hf(read_config(directory))
-    shapes = jax.eval_shape(lambda: draft.random_weights(config, jax.random.key(0)))
-    return config, _load(directory, shapes, draft_tensor_name, dtype)
+def save_target(directory: Path, config: GptOssConfig, weights: GptOssWeights, token_ids: dict[str, int]) -> None:
+    """Write unpacked weights that transformers opens unmodified; `token_ids` holds bos, eos and pad."""
+    tensor_files.write(directory, hf_target.to_files(_on_host(weights), config))
+    write_json(directory / "config.json", {**config.to_hf(), **token_ids, "dtype": weights.embedding.dtype.name})
 
 
-def save_draft(directory: Path, config: DraftConfig, weights: DraftWeights, token_ids: Mapping[str, int]) -> None:
+def read_draft_config(directory: Path) -> DraftConfig:
+    """The draft's `config.json`."""
+    return hf_draft.config_from_hf(read_config(directory))
+
+
+def load_draft(
+    directory: Path, dtype: DTypeLike, places: DraftWeights | None = None
+) -> tuple[DraftConfig, DraftWeights]:
+    """Read a draft in z-lab's HF layout; `places` as for the target."""
+    config = read_draft_config(directory)
+    shapes = jax.eval_shape(lambda: draft.random_weights(config, jax.random.key(0), dtype))
+    is_transposed = lies_transposed(dtype)
+    files = TensorFiles(directory)
+    by_path = {path: leaf.shape for path, leaf in weight_paths(shapes)}
+    wrong = files.differences(hf_draft.expected_tensors(by_path, lies_transposed=is_transposed))
+
+    def source_of(path: str) -> Source:
+        return hf_draft.source_of(path, lies_transposed=is_transposed)
+
+    return config, _load(files, wrong, shapes, source_of, places)
+
+
+def save_draft(directory: Path, config: DraftConfig, weights: DraftWeights, token_ids: dict[str, int]) -> None:
     """Write a draft in z-lab's HF layout, in the precision of `weights`."""
-    _save(directory, weights, draft_tensor_name)
-    dtype = jnp.dtype(weights.fuse.dtype).name
-    write_json(directory / "config.json", draft_config_to_hf(config, dtype, token_ids))
-
-
-def draft_config_to_hf(config: DraftConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[str, Any]:
-    """The draft's `config.json`: all keys any runtime reads, both spellings of RoPE (dflash.md section 2.5)."""
-    rope = config.rope.to_hf()
-    legacy = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "target_hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": config.attention_bias,
-        "attention_dropout": 0.0,
-        "rms_norm_eps": config.rms_norm_eps,
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "is_causal": False,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": config.num_hidden_layers,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": None if config.rope.factor is None else legacy,
-        "rope_parameters": rope,
-        "num_target_layers": config.num_target_layers,
-        "block_size": config.block_size,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "initializer_range": 0.02,
-        **token_ids,
-        "dflash_config": {
-            "block_size": config.block_size,
-            "mask_token_id": config.mask_token_id,
-            "target_layer_ids": list(config.tapped_layers),
-            "causal": False,
-        },
-    }
-
-
-def draft_config_from_hf(config: dict[str, Any]) -> DraftConfig:
-    """Read a draft's `config.json`. Raises PipelineError naming every key that is missing or not supported."""
-    inner = config.get("dflash_config") or {}
-    found = {
-        "tapped_layers": inner.get("target_layer_ids", config.get("target_layer_ids")),
-        "mask_token_id": inner.get("mask_token_id", config.get("mask_token_id")),
-        "block_size": inner.get("block_size", config.get("block_size")),
-    }
-    sizes = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "head_dim num_target_layers rms_norm_eps"
-    ).split()
-    found |= {key: config.get(key) for key in sizes}
-    wrong = [f"{key}: missing" for key, value in found.items() if value is None]
-    if "DFlashDraftModel" not in config.get("architectures", []):
-        wrong.append(f"architectures: found {config.get('architectures')}, wanted ['DFlashDraftModel']")
-    if config.get("is_causal") or inner.get("causal"):
-        wrong.append("is_causal: found true, wanted false (only non-causal drafts are run)")
-    kinds = set(config.get("layer_types") or ["full_attention"])
-    if kinds != {"full_attention"}:
-        wrong.append(f"layer_types: found {sorted(kinds)}, wanted full_attention alone")
-    if wrong:
-        raise PipelineError("config.json is not a draft that can be run:\n  " + "\n  ".join(wrong))
-    found["tapped_layers"] = tuple(found["tapped_layers"])
-    return DraftConfig(
-        **found,
-        rope=Rope.from_hf(config),
-        attention_bias=bool(config.get("attention_bias", False)),
-        max_position_embeddings=config.get("max_position_embeddings", 131072),
-    )
+    dtype = weights.norm.dtype.name
+    tensor_files.write(directory, hf_draft.to_files(_on_host(weights)))
+    write_json(directory / "config.json", hf_draft.config_to_hf(config, dtype, token_ids))
 
 
 def weights_fingerprint(directory: Path) -> str:
     """sha256 over the names and bytes of a directory's safetensors files."""
-    return fingerprint_of({file.name: file_sha256(file) for file in _weight_files(directory)})
+    return fingerprint_of({file.name: file_sha256(file) for file in tensor_files.weight_files(directory)})
 
 
 def config_fingerprint(directory: Path) -> str:
@@ -241,44 +128,98 @@ def config_fingerprint(directory: Path) -> str:
     return fingerprint_of(read_config(directory))
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX_FILE
-    weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {"": WEIGHTS_FILE}
-    names = sorted(set(weight_map.values()))
-    absent = [name for name in names if not (directory / name).is_file()]
-    if absent:
-        raise PipelineError(f"{directory} lacks {', '.join(absent)}; copy the whole HF checkpoint")
-    return [directory / name for name in names]
+def _raw_paths(weights: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(weights)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
-def _load(directory: Path, shapes: Weights, name_of: Callable[[str], str], dtype: DTypeLike) -> Weights:
-    """Read every tensor of a weights tree, naming all that are missing, unexpected, misshapen or not finite."""
-    try:
-        files = [safe_open(file, framework="flax") for file in _weight_files(directory)]
-    except SafetensorError as error:
-        raise PipelineError(f"{directory}: damaged safetensors file ({error}); copy it again") from error
-    where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    paths = weight_paths(shapes)
-    wanted = {name_of(path) for path, _ in paths}
-    problems = [f"{name}: unexpected" for name in sorted(where.keys() - wanted)]
-    leaves = []
-    for path, shape in paths:
-        name, field = name_of(path), _field(path)
-        if name not in where:
-            problems.append(f"{name}: missing")
-            continue
-        array = _from_file(field, np.asarray(where[name].get_tensor(name)))
-        if array.shape != shape.shape:
-            problems.append(f"{name}: shape {array.shape} as read, wanted {shape.shape} ([in, out])")
-        elif not np.isfinite(array.astype(np.float32)).all():
-            problems.append(f"{name}: not finite")
-        else:
-            leaves.append(jnp.asarray(array, dtype=dtype))
-    if problems:
-        raise PipelineError(f"{directory}: {len(problems)} tensor(s) wrong\n  " + "\n  ".join(problems))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+def _on_host(weights: Any) -> dict[str, np.ndarray]:
+    """Every array by path, kernels [in, out]."""
+    found = {}
+    for path, leaf in _raw_paths(weights):
+        array = np.asarray(leaf)
+        found[path.removesuffix(_TRANSPOSED)] = array.T if path.endswith(_TRANSPOSED) else array
+    return found
 
 
-def _save(directory: Path, weights: Any, name_of: Callable[[str], str]) -> None:
-    tensors = {name_of(path): _to_file(_field(path), np.asarray(leaf)) for path, leaf in weight_paths(weights)}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+def _load(
+    files: TensorFiles,
+    wrong: dict[str, str],
+    shapes: Weights,
+    source_of: Callable[[str], Source],
+    places: Weights | None,
+) -> Weights:
+    """Read every array of a weights tree, one after the other.
+
+    Raises one PipelineError naming every tensor that is missing, unexpected, misshapen or not finite.
+    """
+    wanted = weight_paths(shapes)
+    placed = [None] * len(wanted) if places is None else jax.tree.leaves(places, is_leaf=_is_place)
+    reader = _Reader(files, wrong)
+    arrays: dict[str, Array] = {}
+    order = sorted(range(len(wanted)), key=lambda number: source_of(wanted[number][0]).names)
+    total = sum(leaf.size * leaf.dtype.itemsize for _, leaf in wanted)
+    with Progress(f"reading {files.directory.name}", total, "B", is_shown=total >= SHOWN_BYTES) as progress:
+        for number in order:  # arrays made of the same tensor one behind the other
+            path, shape = wanted[number]
+            arrays[path] = reader.array(shape, source_of(path), placed[number] or _first_device())
+            progress.advance(shape.size * shape.dtype.itemsize)
+    if wrong:
+        listed = "\n  ".join(f"{name}: {problem}" for name, problem in wrong.items())
+        raise PipelineError(f"{files.directory}: {len(wrong)} tensor(s) wrong\n  {listed}")
+    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path, _ in wanted])
+
+
+class _Reader:
+    """Makes arrays of a directory's tensors, adding to `wrong` those that are not finite."""
+
+    def __init__(self, files: TensorFiles, wrong: dict[str, str]) -> None:
+        self._files = files
+        self._wrong = wrong
+        self._last: tuple[Any, list[np.ndarray]] | None = None  # gate and up come from the same tensor
+
+    def array(self, shape: jax.ShapeDtypeStruct, source: Source, place: Place) -> Array | None:
+        """The array, each device's part read for it alone; None when a tensor it needs is wrong."""
+        if any(name in self._wrong for name in source.names):
+            return None
+        made: dict[Any, np.ndarray] = {}  # parts that several devices hold
+
+        def part(index: Index) -> np.ndarray:
+            whole = tuple(slice(*one.indices(size)) for one, size in zip(index, shape.shape, strict=True))
+            key = tuple((one.start, one.stop) for one in whole)
+            if key not in made:
+                found = self._read(source, whole)
+                assert found.shape == tuple(one.stop - one.start for one in whole), (source.names, found.shape, whole)
+                made[key] = np.ascontiguousarray(found.astype(shape.dtype, copy=False))
+            return made[key]
+
+        array = jax.make_array_from_callback(shape.shape, place, part)
+        return None if any(name in self._wrong for name in source.names) else array
+
+    def _read(self, source: Source, index: Index) -> np.ndarray:
+        picked = None if source.pick is None else source.pick(index)
+        key = source.names, None if picked is None else tuple((one.start, one.stop) for one in picked)
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            self._last = key, [self._files.read(name, picked) for name in source.names]
+            for name, tensor in zip(source.names, self._last[1], strict=True):
+                if not _is_finite(tensor, name):
+                    self._wrong[name] = "not finite"
+        arranged = source.arrange(*self._last[1], index)
+        return arranged if source.pick is not None else arranged[index]
+
+
+def _is_finite(tensor: np.ndarray, name: str) -> bool:
+    if tensor.dtype == np.uint8:
+        return not (name.endswith("_scales") and (tensor == NOT_A_NUMBER).any())
+    flat = tensor.reshape(-1)
+    parts = (flat[start : start + CHECKED_ELEMENTS] for start in range(0, flat.size, CHECKED_ELEMENTS))
+    return all(np.isfinite(part.astype(np.float32)).all() for part in parts)
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, (Sharding, Format))
+
+
+def _first_device() -> Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

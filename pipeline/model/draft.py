@@ -5,6 +5,7 @@ DFlashDraftModel and ../shared/reference/dflash.md section 1; every layer is non
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, no_type_check
 
 import jax
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from pipeline.model import kv_cache
-from pipeline.model.attention import block_attention
+from pipeline.model import attention, kv_cache
+from pipeline.model.execution import PLAIN, Execution
 from pipeline.model.kv_cache import KVCache, LayerCache
-from pipeline.model.linear import linear, rms_norm
+from pipeline.model.linear import Kernel, linear, linear_over_shards, random_kernel, rms_norm
 from pipeline.model.rope import Rope, angles, rotate
+from pipeline.model.sharding import ALONE, MODEL, Shards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,16 +64,16 @@ class DraftLayerWeights:
     """One draft layer; the biases are None unless the config has `attention_bias`."""
 
     input_norm: Float[Array, " D"]
-    query: Float[Array, "D NH"]
-    key: Float[Array, "D GH"]
-    value: Float[Array, "D GH"]
-    output: Float[Array, "NH D"]
+    query: Kernel
+    key: Kernel
+    value: Kernel
+    output: Kernel
     query_norm: Float[Array, " H"]
     key_norm: Float[Array, " H"]
     mlp_norm: Float[Array, " D"]
-    gate: Float[Array, "D F"]
-    up: Float[Array, "D F"]
-    down: Float[Array, "F D"]
+    gate: Kernel
+    up: Kernel
+    down: Kernel
     query_bias: Float[Array, " NH"] | None = None
     key_bias: Float[Array, " GH"] | None = None
     value_bias: Float[Array, " GH"] | None = None
@@ -84,18 +86,26 @@ class DraftLayerWeights:
 class DraftWeights:
     """The whole draft. `fuse` maps a token's L tapped features to the width of the draft."""
 
-    fuse: Float[Array, "LD D"]
+    fuse: Kernel
     context_norm: Float[Array, " D"]
     layers: tuple[DraftLayerWeights, ...]
     norm: Float[Array, " D"]
 
 
 def context(
-    weights: DraftWeights, config: DraftConfig, features: Float[Array, "B T LD"], positions: Int[Array, "B T"]
+    weights: DraftWeights,
+    config: DraftConfig,
+    features: Float[Array, "B T LD"],
+    positions: Int[Array, "B T"],
+    shards: Shards = ALONE,
 ) -> KVCache:
     """Keys and values of every layer for the features of T tokens at their absolute positions."""
+    features = features.astype(weights.norm.dtype)
+    if shards.split:  # a shard holds a part of the kernel's inputs
+        local = config.feature_size // shards.model
+        features = jax.lax.dynamic_slice_in_dim(features, shards.first(MODEL, local), local, axis=-1)
     fused = rms_norm(
-        linear(features.astype(weights.fuse.dtype), weights.fuse), weights.context_norm, config.rms_norm_eps
+        linear_over_shards(features, weights.fuse, shards=shards), weights.context_norm, config.rms_norm_eps
     )
     cos_sin = angles(config.rope, config.head_dim, positions)
     return KVCache(tuple(LayerCache(*_keys_values(fused, layer, config, cos_sin)) for layer in weights.layers))
@@ -104,44 +114,78 @@ def context(
 def denoise(
     weights: DraftWeights,
     config: DraftConfig,
+    embeddings: Float[Array, "B K D"],
+    start: Int[Array, " B"],
+    context: KVCache,
+    run: Execution = PLAIN,
+) -> Float[Array, "B K D"]:
+    """Final hidden states of one block per row, its first slot at position `start`, over the context before it.
+
+    `embeddings` are the target's rows for [anchor, mask, ...]; the target's head turns the result into
+    logits, slot k predicting the token at its own position.
+    """
+
+    def attend(index: int, queries: Array, keys: Array, values: Array) -> Array:
+        before = attention.over_cache(queries, context.layers[index], start, None, None)
+        return attention.union([before, attention.over_own(queries, keys, values, causal=False)])
+
+    positions = start[:, None] + jnp.arange(embeddings.shape[1])
+    return _layers(weights, config, embeddings, positions, attend, run.shards)
+
+
+def denoise_blocks(
+    weights: DraftWeights,
+    config: DraftConfig,
     embeddings: Float[Array, "B A K D"],
     positions: Int[Array, "B A K"],
     context: KVCache,
     visible: Bool[Array, "B A T"],
 ) -> Float[Array, "B A K D"]:
-    """Final hidden states of A blocks per sequence, each over the part of the context visible to it.
+    """As `denoise` for A blocks per sequence, as in training, each over the part of the context visible to it."""
 
-    `embeddings` are the target's rows for [anchor, mask, ...]; the target's head turns the result into
-    logits, slot k predicting the token at its own position. Training has many blocks per sequence, serving
-    one; the arithmetic is the same.
-    """
+    def attend(index: int, queries: Array, keys: Array, values: Array) -> Array:
+        cached = context.layers[index]
+        return attention.block_attention(queries, cached.keys, cached.values, visible, keys, values)
+
+    return _layers(weights, config, embeddings, positions, attend, ALONE)
+
+
+def _layers(
+    weights: DraftWeights,
+    config: DraftConfig,
+    embeddings: Float[Array, "*batch K D"],
+    positions: Int[Array, "*batch K"],
+    attend: Callable[[int, Array, Array, Array], Array],
+    shards: Shards,
+) -> Float[Array, "*batch K D"]:
+    """The decoder layers; `attend` takes a layer's number and its queries, keys and values [*batch, K, heads, H]."""
     cos_sin = angles(config.rope, config.head_dim, positions)
-    hidden = embeddings.astype(weights.fuse.dtype)
-    for layer, cached in zip(weights.layers, context.layers, strict=True):
+    hidden = embeddings.astype(weights.norm.dtype)
+    for index, layer in enumerate(weights.layers):
         normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
         queries = linear(normed, layer.query, layer.query_bias)
-        queries = queries.reshape(*normed.shape[:-1], config.num_attention_heads, config.head_dim)
+        queries = queries.reshape(*normed.shape[:-1], -1, config.head_dim)  # on a shard: its heads
         queries = rotate(rms_norm(queries, layer.query_norm, config.rms_norm_eps), *cos_sin)
         keys, values = _keys_values(normed, layer, config, cos_sin)
-        attended = block_attention(queries, cached.keys, cached.values, visible, keys, values)
-        hidden = hidden + linear(attended.reshape(*normed.shape[:-1], -1), layer.output, layer.output_bias)
+        attended = attend(index, queries, keys, values).astype(hidden.dtype).reshape(*normed.shape[:-1], -1)
+        hidden = hidden + linear_over_shards(attended, layer.output, layer.output_bias, shards)
         normed = rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps)
-        hidden = hidden + linear(jax.nn.silu(linear(normed, layer.gate)) * linear(normed, layer.up), layer.down)
+        inner = jax.nn.silu(linear(normed, layer.gate)) * linear(normed, layer.up)
+        hidden = hidden + linear_over_shards(inner, layer.down, shards=shards)
     return rms_norm(hidden, weights.norm, config.rms_norm_eps)
 
 
-def empty_cache(config: DraftConfig, batch: int, num_positions: int, dtype: DTypeLike) -> KVCache:
-    """A context cache for `batch` rows of `num_positions` positions."""
-    return kv_cache.empty(
-        config.num_hidden_layers, batch, num_positions, config.num_key_value_heads, config.head_dim, dtype
-    )
+def empty_cache(config: DraftConfig, num_rows: int, num_positions: int, dtype: DTypeLike) -> KVCache:
+    """A context cache for `num_rows` rows of `num_positions` positions."""
+    slots = [attention.cache_positions(num_positions)] * config.num_hidden_layers
+    return kv_cache.empty(slots, num_rows, config.num_key_value_heads, config.head_dim, dtype)
 
 
-def extend(cache: KVCache, new: KVCache, start: Int[Array, " B"]) -> KVCache:
-    """Append the context of T tokens, the first at position `start` of each row."""
+def extend(cache: KVCache, new: KVCache, start: Int[Array, " B"], rows: Int[Array, " B"] | None = None) -> KVCache:
+    """Append the context of T tokens, the first at position `start` of each row; rows as in `kv_cache.write`."""
     return KVCache(
         tuple(
-            kv_cache.write(layer, part.keys, part.values, start)
+            kv_cache.write(layer, part.keys, part.values, start, rows)
             for layer, part in zip(cache.layers, new.layers, strict=True)
         )
     )
@@ -150,7 +194,7 @@ def extend(cache: KVCache, new: KVCache, start: Int[Array, " B"]) -> KVCache:
 def _keys_values(
     inputs: Float[Array, "*batch D"], layer: DraftLayerWeights, config: DraftConfig, cos_sin: tuple[Array, Array]
 ) -> tuple[Float[Array, "*batch G H"], Float[Array, "*batch G H"]]:
-    split = (*inputs.shape[:-1], config.num_key_value_heads, config.head_dim)
+    split = (*inputs.shape[:-1], -1, config.head_dim)
     keys = rms_norm(linear(inputs, layer.key, layer.key_bias).reshape(split), layer.key_norm, config.rms_norm_eps)
     return rotate(keys, *cos_sin), linear(inputs, layer.value, layer.value_bias).reshape(split)
 
@@ -161,8 +205,8 @@ def random_weights(config: DraftConfig, key: Array, dtype: DTypeLike = jnp.float
     nh, gh = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     depth_scale = (2 * config.num_hidden_layers) ** -0.5  # keeps the residual stream's size flat with depth
 
-    def normal(key: Array, fan_in: int, fan_out: int, scale: float = 1.0) -> Array:
-        return (scale * fan_in**-0.5 * jax.random.normal(key, (fan_in, fan_out))).astype(dtype)
+    def normal(key: Array, fan_in: int, fan_out: int, scale: float = 1.0) -> Kernel:
+        return random_kernel(key, fan_in, fan_out, dtype, scale)
 
     def bias(width: int) -> Array | None:
         return jnp.zeros(width, dtype) if config.attention_bias else None

@@ -1,13 +1,23 @@
-"""GPT-OSS's mixture of experts: router, clamped SwiGLU, and three ways to run the experts."""
+"""GPT-OSS's mixture of experts: router, clamped SwiGLU, and the ways to run the experts.
+
+An expert is three matrices, gate, up and down, of F rows and D columns. A model whose tokens use a quarter of the
+experts or more holds them as one wide network (`WideWeights`) and runs them all; else few tokens read the experts
+that they hit, many are grouped by expert.
+"""
 
 import dataclasses
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pipeline.model.linear import einsum, linear
+from pipeline.model import experts_tpu, mxfp4
+from pipeline.model.execution import PLAIN, Execution, Kernels
+from pipeline.model.linear import Kernel, einsum, product
+from pipeline.model.mxfp4 import Packed
+from pipeline.model.sharding import ALONE, EXPERT, MODEL, TENSOR, Shards
 
 SWIGLU_ALPHA = 1.702
 
@@ -16,23 +26,46 @@ SWIGLU_ALPHA = 1.702
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertsWeights:
-    """Router and experts of one layer. Index 0 of `gate_up`'s pair axis is the gate, 1 is up."""
+    """Router and experts of one layer, apart from each other.
 
-    router: Float[Array, "D E"]
+    Packed, `gate` and `up` have their rows as evens and odds, [E, 2, F/2, D/2] bytes packed along D, and `down` has
+    [E, F/2, D] bytes packed along F, so that a row of bytes of `down` belongs to a pair of rows of the others; the
+    biases [E, 2, F/2] follow. F may be padded with zeros, which yield nothing.
+    """
+
+    router: Kernel
     router_bias: Float[Array, " E"]
-    gate_up: Float[Array, "E D 2 F"]
-    gate_up_bias: Float[Array, "E 2 F"]
-    down: Float[Array, "E F D"]
+    gate: Float[Array, "E F D"] | Packed
+    gate_bias: Float[Array, "E F"]
+    up: Float[Array, "E F D"] | Packed
+    up_bias: Float[Array, "E F"]
+    down: Float[Array, "E F D"] | Packed
+    down_bias: Float[Array, "E D"]
+
+
+@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WideWeights:
+    """Router and experts of one layer, the experts' rows end to end."""
+
+    router: Kernel
+    router_bias: Float[Array, " E"]
+    gate: Kernel  # D -> E F
+    gate_bias: Float[Array, " EF"]
+    up: Kernel  # D -> E F
+    up_bias: Float[Array, " EF"]
+    down: Kernel  # E F -> D
     down_bias: Float[Array, "E D"]
 
 
 def route(
-    inputs: Float[Array, "M D"], weights: ExpertsWeights, experts_per_token: int
+    inputs: Float[Array, "M D"], weights: ExpertsWeights | WideWeights, experts_per_token: int
 ) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
-    """The best experts of each token and their shares: softmax over the chosen logits only."""
-    logits = linear(inputs, weights.router, weights.router_bias)
+    """The best experts of each token and their shares: softmax over the chosen logits only, float32."""
+    logits = product(inputs, weights.router) + weights.router_bias  # rounded to bfloat16, they would tie more often
     best, indices = jax.lax.top_k(logits, experts_per_token)
-    return jax.nn.softmax(best.astype(jnp.float32), axis=-1).astype(inputs.dtype), indices  # exp in float32
+    return jax.nn.softmax(best, axis=-1), indices
 
 
 def clamped_swiglu(
@@ -45,35 +78,112 @@ def clamped_swiglu(
 
 
 def mixture(
-    inputs: Float[Array, "M D"], weights: ExpertsWeights, experts_per_token: int, limit: float
+    inputs: Float[Array, "M D"],
+    weights: ExpertsWeights | WideWeights,
+    experts_per_token: int,
+    limit: float,
+    run: Execution = PLAIN,
 ) -> Float[Array, "M D"]:
-    """Each token through its experts, summed by their shares.
-
-    The three ways give the same sums and differ in what they read and multiply: few tokens gather their
-    experts, many are grouped by expert, and where a token uses a quarter of the experts or more, running
-    them all costs less than either.
-    """
+    """Each token through its experts, summed by their shares."""
     shares, indices = route(inputs, weights, experts_per_token)
-    num_experts = weights.router.shape[1]
-    if num_experts <= 4 * experts_per_token:
-        return dense(inputs, weights, shares, indices, limit)
-    if inputs.shape[0] * experts_per_token <= num_experts // 2:
-        return gathered(inputs, weights, shares, indices, limit)
-    return grouped(inputs, weights, shares, indices, limit)
+    if isinstance(weights, WideWeights):
+        outputs = wide(inputs, weights, shares, indices, limit, run.shards)
+    elif inputs.shape[0] <= run.few_tokens:
+        outputs = few(inputs, weights, shares, indices, limit, run)
+    else:
+        outputs = grouped(inputs, weights, shares, indices, limit, run)
+    return run.shards.sum(outputs).astype(inputs.dtype)
 
 
-def gathered(
+def wide(
+    inputs: Float[Array, "M D"],
+    weights: WideWeights,
+    shares: Float[Array, "M k"],
+    indices: Int[Array, "M k"],
+    limit: float,
+    shards: Shards = ALONE,
+) -> Float[Array, "M D"]:
+    """Every token through every expert, those not chosen with share zero. Returns this shard's part of the sum."""
+    num_experts, local = weights.router_bias.shape[0], weights.gate_bias.shape[0]
+    share = share_of_experts(shares, indices, 0, num_experts)
+    each = jnp.repeat(share, local * shards.model // num_experts, axis=1)  # of every row of every expert
+    if shards.split:
+        each = jax.lax.dynamic_slice_in_dim(each, shards.first(MODEL, local), local, axis=1)
+    hidden = clamped_swiglu(
+        product(inputs, weights.gate) + weights.gate_bias, product(inputs, weights.up) + weights.up_bias, limit
+    )
+    outputs = product((hidden * each).astype(inputs.dtype), weights.down)
+    return outputs + shards.once(MODEL, einsum("me,ed->md", share.astype(inputs.dtype), weights.down_bias))
+
+
+def share_of_experts(
+    shares: Float[Array, "M k"], indices: Int[Array, "M k"], first: Int[Array, ""] | int, num_experts: int
+) -> Float[Array, "M e"]:
+    """What each token takes of the experts first .. first + num_experts - 1; 0 of those it did not choose."""
+    chosen = indices[..., None] == first + jnp.arange(num_experts)
+    return jnp.where(chosen, shares[..., None], 0).sum(axis=1)
+
+
+class Hits(NamedTuple):
+    """The experts of this shard that some token chose: the first `count` of `experts`, and what each token takes."""
+
+    experts: Int[Array, " slots"]
+    count: Int[Array, ""]
+    shares: Float[Array, "slots M"]
+
+
+def hits(
+    shares: Float[Array, "M k"], indices: Int[Array, "M k"], first: Int[Array, ""] | int, num_experts: int
+) -> Hits:
+    """Each expert that is hit once, in ascending order; places behind the last one repeat it with shares of zero."""
+    share = share_of_experts(shares, indices, first, num_experts)
+    is_hit = (indices[..., None] == first + jnp.arange(num_experts)).any(axis=(0, 1))
+    slots = min(num_experts, indices.size)
+    order = jnp.argsort(~is_hit, stable=True)[:slots].astype(jnp.int32)
+    count = is_hit.sum().astype(jnp.int32)
+    taken = jnp.arange(slots) < count
+    return Hits(
+        experts=jnp.where(taken, order, order[jnp.maximum(count - 1, 0)]),
+        count=count,
+        shares=jnp.where(taken[:, None], share.T[order], 0),
+    )
+
+
+def few(
     inputs: Float[Array, "M D"],
     weights: ExpertsWeights,
     shares: Float[Array, "M k"],
     indices: Int[Array, "M k"],
     limit: float,
+    run: Execution = PLAIN,
 ) -> Float[Array, "M D"]:
-    """Few tokens: read the experts that are hit and no others."""
-    hidden = einsum("md,mkdpf->mkpf", inputs, weights.gate_up[indices]) + weights.gate_up_bias[indices]
-    hidden = clamped_swiglu(hidden[:, :, 0], hidden[:, :, 1], limit)
-    outputs = einsum("mkf,mkfd->mkd", hidden, weights.down[indices]) + weights.down_bias[indices]
-    return einsum("mkd,mk->md", outputs, shares)
+    """Few tokens: all of them through each expert that is hit, which is read once; no other expert is read.
+
+    Returns this shard's part of the sum, in float32.
+    """
+    num_experts = weights.down_bias.shape[0]
+    found = hits(shares, indices, run.shards.first(EXPERT, num_experts), num_experts)
+    down_bias = run.shards.once(TENSOR, weights.down_bias)
+    packed = isinstance(weights.gate, Packed)
+    if run.kernels is not Kernels.xla:
+        kernel = experts_tpu.packed_experts if packed else experts_tpu.experts
+        matrices = (weights.gate, weights.gate_bias, weights.up, weights.up_bias, weights.down, down_bias)
+        interpret = run.kernels is Kernels.pallas_interpreted
+        return kernel(inputs, *found, *matrices, limit=limit, interpret=interpret)
+    rows = mxfp4.even_odd(inputs) if packed else inputs
+
+    def add(slot: Int[Array, ""], so_far: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        one = jax.tree.map(lambda array: array[found.experts[slot]][None], _matrices(weights))
+        gate, up, down = (matrix[0] for matrix in _unpacked(*one, inputs.dtype))
+        gate_bias, up_bias = (bias[found.experts[slot]].reshape(-1) for bias in (weights.gate_bias, weights.up_bias))
+        share = found.shares[slot][:, None]
+        hidden = clamped_swiglu(
+            einsum("md,fd->mf", rows, gate) + gate_bias, einsum("md,fd->mf", rows, up) + up_bias, limit
+        )
+        outputs = einsum("mf,fd->md", (hidden * share).astype(inputs.dtype), down)
+        return so_far + outputs + share * down_bias[found.experts[slot]]
+
+    return jax.lax.fori_loop(0, found.count, add, jnp.zeros(inputs.shape, jnp.float32))
 
 
 def grouped(
@@ -82,38 +192,69 @@ def grouped(
     shares: Float[Array, "M k"],
     indices: Int[Array, "M k"],
     limit: float,
+    run: Execution = PLAIN,
 ) -> Float[Array, "M D"]:
-    """Many tokens: sort them by expert and multiply group by group (`jax.lax.ragged_dot`)."""
+    """Many tokens: sort them by expert and multiply group by group.
+
+    A shard's own experts come first, and what is behind them is zero. Returns this shard's part of the sum.
+    """
     num_tokens, per_token = indices.shape
-    num_experts, width = weights.router.shape[1], inputs.shape[1]
-    flat = indices.reshape(-1)
+    num_local, num_experts = weights.down_bias.shape[0], weights.router_bias.shape[0]
+    flat = (indices.reshape(-1) - run.shards.first(EXPERT, num_local)) % num_experts
     order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+    sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)[:num_local]
     expert = flat[order]
-    exact = inputs.dtype == jnp.float32
-    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    rows = inputs[order // per_token]
-    gate_up = weights.gate_up.reshape(num_experts, width, -1)
-    hidden = jax.lax.ragged_dot(rows, gate_up, sizes, precision=precision).reshape(len(flat), 2, -1)
-    hidden += weights.gate_up_bias[expert]
-    hidden = clamped_swiglu(hidden[:, 0], hidden[:, 1], limit)
-    outputs = jax.lax.ragged_dot(hidden, weights.down, sizes, precision=precision) + weights.down_bias[expert]
-    restored = outputs[jnp.argsort(order, stable=True)].reshape(num_tokens, per_token, width)
+    is_local = (expert < num_local)[:, None]
+    expert = jnp.minimum(expert, num_local - 1)
+    gate, up, down = _unpacked(*_matrices(weights), inputs.dtype)
+    rows = mxfp4.even_odd(inputs) if isinstance(weights.gate, Packed) else inputs
+    rows = rows[order // per_token]
+    gate_bias, up_bias = (bias.reshape(num_local, -1)[expert] for bias in (weights.gate_bias, weights.up_bias))
+    hidden = clamped_swiglu(
+        ragged_product(rows, gate, sizes, run.kernels, transposed=True) + gate_bias,
+        ragged_product(rows, up, sizes, run.kernels, transposed=True) + up_bias,
+        limit,
+    ).astype(inputs.dtype)
+    outputs = ragged_product(hidden, down, sizes, run.kernels) + run.shards.once(TENSOR, weights.down_bias)[expert]
+    outputs = jnp.where(is_local, outputs, 0)
+    restored = outputs[jnp.argsort(order, stable=True)].reshape(num_tokens, per_token, -1)
     return einsum("mkd,mk->md", restored, shares)
 
 
-def dense(
-    inputs: Float[Array, "M D"],
-    weights: ExpertsWeights,
-    shares: Float[Array, "M k"],
-    indices: Int[Array, "M k"],
-    limit: float,
-) -> Float[Array, "M D"]:
-    """Every token through every expert, those not chosen with share zero."""
-    num_tokens, num_experts = inputs.shape[0], weights.router.shape[1]
-    share = jnp.zeros((num_tokens, num_experts), shares.dtype).at[jnp.arange(num_tokens)[:, None], indices].set(shares)
-    # one product per expert, batched: leaving the experts to a free axis makes XLA:CPU move all weights first
-    rows = jnp.broadcast_to(inputs, (num_experts, *inputs.shape))
-    hidden = einsum("emd,edpf->empf", rows, weights.gate_up) + weights.gate_up_bias[:, None]
-    hidden = clamped_swiglu(hidden[:, :, 0], hidden[:, :, 1], limit) * share.T[..., None]
-    return einsum("emf,efd->emd", hidden, weights.down).sum(0) + einsum("me,ed->md", share, weights.down_bias)
+def ragged_product(
+    rows: Float[Array, "M in"],
+    matrices: Float[Array, "E in out"] | Float[Array, "E out in"],
+    sizes: Int[Array, " E"],
+    kernels: Kernels,
+    *,
+    transposed: bool = False,
+) -> Float[Array, "M out"]:
+    """The first sizes[0] rows times the first matrix, and so on, in float32; rows past all groups give anything."""
+    if kernels is not Kernels.xla:
+        interpret = kernels is Kernels.pallas_interpreted
+        return experts_tpu.ragged_product(rows, matrices, sizes, transposed=transposed, interpret=interpret)
+    contracted = ((1,), (2 if transposed else 1,))
+    numbers = jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), [0], [0])
+    exact = rows.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jax.lax.ragged_dot_general(
+        rows, matrices, sizes, numbers, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _matrices(weights: ExpertsWeights) -> tuple[Array | Packed, Array | Packed, Array | Packed]:
+    return weights.gate, weights.up, weights.down
+
+
+def _unpacked(
+    gate: Array | Packed, up: Array | Packed, down: Array | Packed, dtype: DTypeLike
+) -> tuple[Float[Array, "E F D"], Float[Array, "E F D"], Float[Array, "E F D"]]:
+    """The matrices as floats; packed ones have the columns of gate and up, and all rows, as evens and odds."""
+    if not isinstance(gate, Packed):
+        return gate, up, down
+
+    def flat(rows: Float[Array, "E 2 half D"]) -> Float[Array, "E F D"]:
+        return rows.reshape(rows.shape[0], -1, rows.shape[-1])
+
+    gate, up = (flat(jnp.concatenate(mxfp4.unpack(one, -1, dtype), axis=-1)) for one in (gate, up))
+    return gate, up, flat(jnp.stack(mxfp4.unpack(down, -2, dtype), axis=1))

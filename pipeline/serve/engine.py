@@ -6,15 +6,19 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pipeline.artifacts import PipelineError
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
+from pipeline.model import placement
 from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
-from pipeline.serve import programs
+from pipeline.model.execution import PLAIN, Execution
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights
+from pipeline.serve import compiled, programs
+from pipeline.serve.programs import Chunk
 from pipeline.serve.scheduler import Request, Scheduler
 
 PREFILL_ROWS = 8  # prompts a prefill program runs side by side, at most
@@ -63,7 +67,8 @@ class Engine:
 
     `max_length` bounds prompt plus generated tokens of a request; prompts run in chunks of `prefill_chunk`.
     A generation ends with a token of `stop_token_ids` (included in the answer) or at its length. With a
-    draft, each step is one DFLASH round; without one, one token.
+    draft, each step is one DFLASH round; without one, one token. With a `mesh`, weights lie where
+    `placement.places` says, and every process of a mesh over several hosts drives an engine alike.
     """
 
     def __init__(
@@ -76,18 +81,24 @@ class Engine:
         max_length: int,
         prefill_chunk: int,
         draft: Draft | None = None,
+        run: Execution = PLAIN,
+        mesh: Mesh | None = None,
     ) -> None:
         if max_length > target_config.max_position_embeddings:
             raise PipelineError(
                 f"max_length is {max_length}; the target has {target_config.max_position_embeddings} positions"
             )
+        if slots % run.shards.data:
+            raise PipelineError(f"the engine has {slots} slots for mesh.data={run.shards.data}; make it a multiple")
         self._weights, self._config, self._draft = target_weights, target_config, draft
         self._draft_weights = None if draft is None else draft.weights
         self._draft_config = None if draft is None else draft.config
         self._stops = frozenset(stop_token_ids)
-        self._stop_ids = jnp.asarray(sorted(self._stops), dtype=jnp.int32)
+        self._stop_ids = np.asarray(sorted(self._stops), dtype=np.int32)
         self._chunk = prefill_chunk
-        self._rows = min(slots, PREFILL_ROWS)
+        self._slots_of_shard = slots // run.shards.data
+        self._rows_of_shard = min(self._slots_of_shard, PREFILL_ROWS)
+        self._num_shards = run.shards.data
         self._scheduler = Scheduler(slots)
         self.slots = slots
         self.max_length = max_length
@@ -95,9 +106,19 @@ class Engine:
         self.acceptance = acceptance.empty(self.block_size or 1)
         self.clock = Clock()
         slack = max(prefill_chunk, self.block_size or 1)  # a write never passes the end of a row
-        self._state = programs.empty_state(
-            target_config, self._draft_config, slots, max_length + slack, target_weights.embedding.dtype
+        dtype = target_weights.embedding.dtype
+        self._state = compiled.new_state(
+            lambda: programs.empty_state(target_config, self._draft_config, slots, max_length + slack, dtype),
+            mesh,
+            target_weights,
         )
+        if mesh is None:
+            self._programs = compiled.on_one_device(target_config, self._draft_config, run)
+        else:
+            placement.require_divisible(target_config, self._draft_config, run.shards)
+            self._programs = compiled.on_mesh(
+                target_config, self._draft_config, run, mesh, target_weights, self._draft_weights, self._state
+            )
 
     @property
     def has_work(self) -> bool:
@@ -146,10 +167,11 @@ class Engine:
     def step(self) -> list[Update]:
         """Prefill what has just found a slot, then run one round; returns what every request got."""
         updates = []
-        admitted = self._scheduler.admit()
+        waiting = admitted = self._scheduler.admit()
         started = time.perf_counter()
-        for at in range(0, len(admitted), self._rows):
-            updates += self._prefill(admitted[at : at + self._rows])
+        while waiting:
+            group, waiting = self._next_group(waiting)
+            updates += self._prefill(group)
         prefilled = time.perf_counter()
         rounds = self._decode() if self._scheduler.running else []
         clock = self.clock
@@ -192,49 +214,62 @@ class Engine:
                         kept=tuple(kept.pop(update.request_id)),
                     )
 
-    def _prefill(self, admitted: Sequence[tuple[int, Request]]) -> list[Update]:
+    def _next_group(
+        self, admitted: Sequence[tuple[int, Request]]
+    ) -> tuple[dict[int, tuple[int, Request]], list[tuple[int, Request]]]:
+        """Requests that are prefilled together, by their place in the program, and those left over.
+
+        Each shard has places for its own slots.
+        """
+        group: dict[int, tuple[int, Request]] = {}
+        left = []
+        for slot, request in admitted:
+            first = slot // self._slots_of_shard * self._rows_of_shard
+            free = next((place for place in range(first, first + self._rows_of_shard) if place not in group), None)
+            if free is None:
+                left.append((slot, request))
+            else:
+                group[free] = (slot, request)
+        return group, left
+
+    def _prefill(self, group: dict[int, tuple[int, Request]]) -> list[Update]:
         updates = []
-        longest = max(len(request.prompt_ids) for _, request in admitted)
+        longest = max(len(request.prompt_ids) for _, request in group.values())
         for start in range(0, longest, self._chunk):
-            rows = np.full(self._rows, self.slots, np.int32)  # past the last slot: dropped
-            ids = np.zeros((self._rows, self._chunk), np.int32)
-            counts, budget = np.ones(self._rows, np.int32), np.zeros(self._rows, np.int32)
-            is_last = np.zeros(self._rows, bool)
-            for place, (slot, request) in enumerate(admitted):
-                part = request.prompt_ids[start : start + self._chunk]
-                if part:
-                    rows[place], ids[place, : len(part)], counts[place] = slot, part, len(part)
-                    budget[place] = request.max_new_tokens
-                    is_last[place] = start + self._chunk >= len(request.prompt_ids)
-            self._state, given = programs.prefill(
-                self._weights,
-                self._draft_weights,
-                self._state,
-                rows,
-                ids,
-                np.full(self._rows, start, np.int32),
-                counts,
-                budget,
-                is_last,
-                self._stop_ids,
-                config=self._config,
-                draft_config=self._draft_config,
+            chunk = self._chunk_of(group, start)
+            self._state, given = self._programs.prefill(
+                self._weights, self._draft_weights, self._state, chunk, self._stop_ids
             )
-            if is_last.any():
-                updates += self._collect(given, {place: slot for place, (slot, _) in enumerate(admitted)}, False)
+            if chunk.is_last.any():
+                updates += self._collect(given, {place: slot for place, (slot, _) in group.items()}, False)
         return updates
+
+    def _chunk_of(self, group: dict[int, tuple[int, Request]], start: int) -> Chunk:
+        places = self._num_shards * self._rows_of_shard
+        chunk = Chunk(
+            rows=np.full(places, self._slots_of_shard, np.int32),  # past the last slot: dropped
+            token_ids=np.zeros((places, self._chunk), np.int32),
+            start=np.full(places, start, np.int32),
+            num_tokens=np.ones(places, np.int32),
+            budget=np.zeros(places, np.int32),
+            is_last=np.zeros(places, bool),
+        )
+        for place, (slot, request) in group.items():
+            part = request.prompt_ids[start : start + self._chunk]
+            if part:
+                chunk.rows[place] = slot % self._slots_of_shard
+                chunk.token_ids[place, : len(part)] = part
+                chunk.num_tokens[place] = len(part)
+                chunk.budget[place] = request.max_new_tokens
+                chunk.is_last[place] = start + self._chunk >= len(request.prompt_ids)
+        return chunk
 
     def _decode(self) -> list[Update]:
         if self._draft is None:
-            self._state, given = programs.plain_step(self._weights, self._state, self._stop_ids, config=self._config)
+            self._state, given = self._programs.plain_step(self._weights, self._state, self._stop_ids)
         else:
-            self._state, given = programs.dflash_round(
-                self._weights,
-                self._draft_weights,
-                self._state,
-                self._stop_ids,
-                config=self._config,
-                draft_config=self._draft_config,
+            self._state, given = self._programs.dflash_round(
+                self._weights, self._draft_weights, self._state, self._stop_ids
             )
         return self._collect(given, {slot: slot for slot in self._scheduler.running}, self._draft is not None)
 

@@ -1,11 +1,11 @@
-"""The runtime's compiled steps: prefill, plain decode and the DFLASH round, over a state of fixed shape.
+"""The runtime's steps: prefill, plain decode and the DFLASH round, over a state of fixed shape.
 
 Every array has one row per slot, whatever requests come and go, so nothing compiles twice. A slot without
-a running request computes along and its results are ignored. Loop: ../shared/reference/dflash.md 3.1.
+a running request computes along and its results are ignored. Each function is written for one shard of a mesh
+(`compiled.py` runs it on all), whose slots it has. Loop: ../shared/reference/dflash.md 3.1.
 """
 
 import dataclasses
-from functools import partial
 from typing import no_type_check
 
 import jax
@@ -15,10 +15,13 @@ from jaxtyping import Array, Bool, Int
 
 from pipeline.dflash import acceptance, blocks
 from pipeline.model import draft as draft_model
-from pipeline.model import gpt_oss, kv_cache
+from pipeline.model import gpt_oss
 from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.model.execution import Execution
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights
 from pipeline.model.kv_cache import KVCache
+from pipeline.model.sharding import Shards
 
 
 @no_type_check  # JAX rebuilds it around shapes, masks and gradients too
@@ -42,6 +45,24 @@ class State:
 @no_type_check  # JAX rebuilds it around shapes, masks and gradients too
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A chunk of R prompts, the first `num_tokens` of its C columns real, for the slots `rows`.
+
+    `is_last` marks prompts that end here: they yield their first token and start decoding with `budget`
+    tokens to give. Places not needed carry a row number past the shard's last slot.
+    """
+
+    rows: Int[Array, " R"]
+    token_ids: Int[Array, "R C"]
+    start: Int[Array, " R"]
+    num_tokens: Int[Array, " R"]
+    budget: Int[Array, " R"]
+    is_last: Bool[Array, " R"]
+
+
+@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Yield:
     """What a step gives the host: tokens [B, K], how many of each row count, and which rows are done."""
 
@@ -55,8 +76,9 @@ def empty_state(
 ) -> State:
     """All slots free. `num_positions` must leave room for one chunk or block past the longest sequence."""
     zeros = [jnp.zeros(slots, jnp.int32) for _ in range(3)]  # one array each: donated buffers must differ
+    block = 1 if draft is None else draft.block_size
     return State(
-        cache=gpt_oss.empty_cache(config, slots, num_positions, dtype),
+        cache=gpt_oss.empty_cache(config, slots, num_positions, dtype, rollback=block),
         draft_cache=None if draft is None else draft_model.empty_cache(draft, slots, num_positions, dtype),
         anchor=zeros[0],
         length=zeros[1],
@@ -65,63 +87,52 @@ def empty_state(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "draft_config"), donate_argnames=("state",))
 def prefill(
     weights: GptOssWeights,
     draft_weights: DraftWeights | None,
     state: State,
-    rows: Int[Array, " R"],
-    token_ids: Int[Array, "R C"],
-    start: Int[Array, " R"],
-    num_tokens: Int[Array, " R"],
-    budget: Int[Array, " R"],
-    is_last: Bool[Array, " R"],
+    chunk: Chunk,
     stop_ids: Int[Array, " stops"],
     *,
     config: GptOssConfig,
     draft_config: DraftConfig | None,
+    run: Execution,
 ) -> tuple[State, Yield]:
-    """Run one chunk of R prompts, the first `num_tokens` of its C columns real, into the slots `rows`.
-
-    `is_last` marks prompts that end here: they yield their first token and start decoding with `budget`
-    tokens to give. Places not needed carry a row number past the last slot.
-    """
+    """Run one chunk of prompts into their slots."""
+    rows, start = chunk.rows, chunk.start
     tapped = () if draft_config is None else draft_config.tapped_layers
-    part = kv_cache.take_rows(state.cache, rows)
-    out = gpt_oss.forward(weights, config, token_ids, start, part, tapped)
-    cache = kv_cache.put_rows(state.cache, rows, out.cache)
+    out = gpt_oss.forward(
+        weights, config, chunk.token_ids, start, state.cache, tapped, rows=rows, num_tokens=chunk.num_tokens, run=run
+    )
     draft_cache = state.draft_cache
     if draft_config is not None:
-        new = draft_model.context(
-            draft_weights, draft_config, out.features, blocks.block_positions(start, token_ids.shape[1])
-        )
-        part = draft_model.extend(kv_cache.take_rows(draft_cache, rows), new, start)
-        draft_cache = kv_cache.put_rows(draft_cache, rows, part)
-    last = jnp.take_along_axis(out.hidden, (num_tokens - 1)[:, None, None], axis=1)[:, 0]
-    first = jnp.argmax(gpt_oss.logits(weights, last), axis=-1).astype(jnp.int32)
-    finished = is_last & ((first[:, None] == stop_ids).any(-1) | (budget <= 1))
+        positions = blocks.block_positions(start, chunk.token_ids.shape[1])
+        new = draft_model.context(draft_weights, draft_config, out.features, positions, run.shards)
+        draft_cache = draft_model.extend(draft_cache, new, start, rows)
+    last = jnp.take_along_axis(out.hidden, (chunk.num_tokens - 1)[:, None, None], axis=1)[:, 0]
+    first = gpt_oss.next_tokens(weights, last, run.shards)
+    finished = chunk.is_last & ((first[:, None] == stop_ids).any(-1) | (chunk.budget <= 1))
     state = State(
-        cache=cache,
+        cache=out.cache,
         draft_cache=draft_cache,
         anchor=state.anchor.at[rows].set(first, mode="drop"),
-        length=state.length.at[rows].set(start + num_tokens, mode="drop"),
-        remaining=state.remaining.at[rows].set(budget - 1, mode="drop"),
-        active=state.active.at[rows].set(is_last & ~finished, mode="drop"),
+        length=state.length.at[rows].set(start + chunk.num_tokens, mode="drop"),
+        remaining=state.remaining.at[rows].set(chunk.budget - 1, mode="drop"),
+        active=state.active.at[rows].set(chunk.is_last & ~finished, mode="drop"),
     )
-    return state, Yield(first[:, None], is_last.astype(jnp.int32), finished)
+    return state, _told(Yield(first[:, None], chunk.is_last.astype(jnp.int32), finished), run.shards)
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def plain_step(
-    weights: GptOssWeights, state: State, stop_ids: Int[Array, " stops"], *, config: GptOssConfig
+    weights: GptOssWeights, state: State, stop_ids: Int[Array, " stops"], *, config: GptOssConfig, run: Execution
 ) -> tuple[State, Yield]:
     """One token for every active slot."""
-    out = gpt_oss.forward(weights, config, state.anchor[:, None], state.length, state.cache)
-    tokens = jnp.argmax(gpt_oss.logits(weights, out.hidden), axis=-1).astype(jnp.int32)
-    return _commit(state, tokens, jnp.ones_like(state.length), stop_ids, out.cache, state.draft_cache)
+    out = gpt_oss.forward(weights, config, state.anchor[:, None], state.length, state.cache, run=run)
+    tokens = gpt_oss.next_tokens(weights, out.hidden, run.shards)
+    num_tokens = jnp.ones_like(state.length)
+    return _commit(state, tokens, num_tokens, stop_ids, out.cache, state.draft_cache, run.shards)
 
 
-@partial(jax.jit, static_argnames=("config", "draft_config"), donate_argnames=("state",))
 def dflash_round(
     weights: GptOssWeights,
     draft_weights: DraftWeights,
@@ -130,6 +141,7 @@ def dflash_round(
     *,
     config: GptOssConfig,
     draft_config: DraftConfig,
+    run: Execution,
 ) -> tuple[State, Yield]:
     """Draft a block, verify it with the target, keep the longest agreeing prefix, commit it: 1..K tokens.
 
@@ -137,14 +149,14 @@ def dflash_round(
     rest: their slots are written again before anything sees them.
     """
     positions = blocks.block_positions(state.length, draft_config.block_size)
-    proposed = propose(weights, draft_weights, draft_config, state.anchor, state.length, state.draft_cache)
+    proposed = propose(weights, draft_weights, draft_config, state.anchor, state.length, state.draft_cache, run)
     block = jnp.concatenate([state.anchor[:, None], proposed], axis=1)
-    out = gpt_oss.forward(weights, config, block, state.length, state.cache, draft_config.tapped_layers)
-    verified = jnp.argmax(gpt_oss.logits(weights, out.hidden), axis=-1).astype(jnp.int32)
+    out = gpt_oss.forward(weights, config, block, state.length, state.cache, draft_config.tapped_layers, run=run)
+    verified = gpt_oss.next_tokens(weights, out.hidden, run.shards)
     kept = acceptance.count_kept(proposed, verified[:, :-1])
-    new = draft_model.context(draft_weights, draft_config, out.features, positions)
+    new = draft_model.context(draft_weights, draft_config, out.features, positions, run.shards)
     draft_cache = draft_model.extend(state.draft_cache, new, state.length)
-    return _commit(state, verified, kept + 1, stop_ids, out.cache, draft_cache)
+    return _commit(state, verified, kept + 1, stop_ids, out.cache, draft_cache, run.shards)
 
 
 def propose(
@@ -154,18 +166,13 @@ def propose(
     anchor: Int[Array, " B"],
     length: Int[Array, " B"],
     draft_cache: KVCache,
+    run: Execution,
 ) -> Int[Array, "B drafted"]:
     """The draft's K-1 tokens behind each anchor, from the context committed before it."""
     ids = blocks.block_token_ids(anchor, config.mask_token_id, config.block_size)
-    hidden = draft_model.denoise(
-        draft_weights,
-        config,
-        weights.embedding[ids][:, None],
-        blocks.block_positions(length, config.block_size)[:, None],
-        draft_cache,
-        blocks.context_visible(length[:, None], draft_cache.num_positions),
-    )
-    return jnp.argmax(gpt_oss.logits(weights, hidden[:, 0, 1:]), axis=-1).astype(jnp.int32)
+    embeddings = gpt_oss.embed(weights, ids, run.shards)
+    hidden = draft_model.denoise(draft_weights, config, embeddings, length, draft_cache, run)
+    return gpt_oss.next_tokens(weights, hidden[:, 1:], run.shards)
 
 
 def _commit(
@@ -175,6 +182,7 @@ def _commit(
     stop_ids: Int[Array, " stops"],
     cache: KVCache,
     draft_cache: KVCache | None,
+    shards: Shards,
 ) -> tuple[State, Yield]:
     """Take the first `num_tokens` of each active row, ended at a stop token or at the row's budget."""
     allowed = jnp.minimum(num_tokens, state.remaining)
@@ -191,4 +199,9 @@ def _commit(
         remaining=remaining,
         active=state.active & ~finished,
     )
-    return new, Yield(tokens, counted, finished)
+    return new, _told(Yield(tokens, counted, finished), shards)
+
+
+def _told(given: Yield, shards: Shards) -> Yield:
+    """The rows of all shards, which every host reads."""
+    return jax.tree.map(shards.all_rows, given)

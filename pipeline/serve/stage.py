@@ -5,11 +5,10 @@ import json
 import logging
 import time
 
-import jax.numpy as jnp
-
 from pipeline import lineage
 from pipeline.artifacts import PipelineError
 from pipeline.config import PipelineConfig, ServeMode
+from pipeline.machine import machine, read_draft, read_target
 from pipeline.model import checkpoints
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.tokenizer import load_tokenizer
@@ -55,7 +54,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
 
 
 def _engine(config: PipelineConfig, target: lineage.Target, stop_ids: list[int]) -> Engine:
-    wanted, dtype = config.serve, jnp.dtype(config.target.precision.value)
+    wanted = config.serve
     model = checkpoints.read_config(target.path)
     limit = model.get("max_position_embeddings")
     if limit is not None and wanted.max_length > limit:  # before the weights are read
@@ -64,10 +63,11 @@ def _engine(config: PipelineConfig, target: lineage.Target, stop_ids: list[int])
             f"(max_position_embeddings); set serve.max_length to {limit} or less"
         )
     drafted = lineage.exported_draft(config, target) if wanted.mode is ServeMode.dflash else None
-    target_config, weights = checkpoints.load_target(target.path, dtype)
+    here = machine(config.mesh)
+    target_config, weights = read_target(config, target.path, here)
     draft = None
     if drafted is not None:
-        draft_config, draft_weights = checkpoints.load_draft(drafted.path, dtype)
+        draft_config, draft_weights = read_draft(config, drafted.path, here)
         draft = Draft(draft_weights, draft_config)
     return Engine(
         weights,
@@ -77,6 +77,8 @@ def _engine(config: PipelineConfig, target: lineage.Target, stop_ids: list[int])
         max_length=wanted.max_length,
         prefill_chunk=wanted.prefill_chunk,
         draft=draft,
+        run=here.run,
+        mesh=here.mesh,
     )
 
 

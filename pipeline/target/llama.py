@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from pipeline.artifacts import PipelineError
-from pipeline.model.experts import SWIGLU_ALPHA, ExpertsWeights
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights, LayerWeights
+from pipeline.model.experts import SWIGLU_ALPHA, WideWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights
 from pipeline.model.rope import Rope
 from pipeline.target.gguf_file import GgufFile
 
@@ -135,18 +136,16 @@ def halves_apart(kernel: Float[np.ndarray, "NH D"], num_heads: int) -> Float[np.
 
 def _experts(
     gate: Float[np.ndarray, "EF D"], up: Float[np.ndarray, "EF D"], down: Float[np.ndarray, "D EF"]
-) -> ExpertsWeights:
-    """Llama's MLP cut into experts, each chosen with share 1 / E; the one place that knows the experts' layout."""
+) -> WideWeights:
+    """Llama's MLP as experts end to end, each with share 1 / E; the one place that knows the experts' layout."""
     e, (width, d) = NUM_EXPERTS, gate.shape
-    f = width // e
-    gate, up = ((kernel.T.reshape(d, e, f).swapaxes(0, 1)) for kernel in (gate, up))  # E D F
-    gate_up_bias = np.zeros((e, 2, f), np.float32)
-    gate_up_bias[:, 1] = -1
-    return ExpertsWeights(
+    return WideWeights(
         router=np.zeros((d, e), np.float32),
         router_bias=np.zeros(e, np.float32),
-        gate_up=np.stack([gate / np.float32(SWIGLU_ALPHA), up], axis=2),
-        gate_up_bias=gate_up_bias,
-        down=down.T.reshape(e, f, d) * np.float32(SWIGLU_ALPHA * e),
+        gate=gate.T / np.float32(SWIGLU_ALPHA),
+        gate_bias=np.zeros(width, np.float32),
+        up=up.T,
+        up_bias=np.full(width, -1, np.float32),
+        down=down.T * np.float32(SWIGLU_ALPHA * e),
         down_bias=np.zeros((e, d), np.float32),
     )

@@ -11,7 +11,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from pipeline.model import gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights, random_weights
 from pipeline.target.batches import Batch
 
 WARM_UP = 0.05  # share of the steps
@@ -40,7 +41,7 @@ def optimizer_of(learning_rate: float, steps: int) -> optax.GradientTransformati
 
 def start(config: GptOssConfig, optimizer: optax.GradientTransformation, key: Array) -> Training:
     """Random weights at step 0."""
-    weights = gpt_oss.random_weights(config, key)
+    weights = random_weights(config, key)
     return Training(jnp.zeros((), jnp.int32), weights, optimizer.init(weights))
 
 
@@ -50,7 +51,7 @@ def next_token_loss(
     """Mean cross-entropy of the assistant's tokens, and the share that greedy decoding would get right."""
     start = jnp.zeros(token_ids.shape[0], jnp.int32)
     hidden = gpt_oss.forward(weights, config, token_ids, start, None).hidden
-    logits = gpt_oss.logits(weights, hidden[:, :-1]).astype(jnp.float32)  # softmax over the vocabulary
+    logits = gpt_oss.logits(weights, hidden[:, :-1])
     labels, counts = token_ids[:, 1:], generated[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     total = jnp.maximum(counts.sum(), 1)

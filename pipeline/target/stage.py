@@ -12,8 +12,9 @@ import orbax.checkpoint as ocp
 
 from pipeline import artifacts, lineage
 from pipeline.config import PipelineConfig, PretrainConfig
+from pipeline.machine import machine, read_target
 from pipeline.model import checkpoints
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
 from pipeline.progress import Progress
 from pipeline.prompts import corpus, tokenizer
@@ -34,7 +35,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     """Make the target complete on disk; a target given by `target.path` is opened and checked instead."""
     if config.target.path is not None:
         given = lineage.target(config)
-        checkpoints.load_target(given.path, config.target.precision.value)
+        read_target(config, given.path, machine(config.mesh))
         log.info("target %s at %s can be run", config.target.name, given.path)
         tracker.log_json(artifacts.CONTRACT, given.contract.to_json())
         return

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pipeline.model import gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights
 
 BATCH_SEQUENCES = 8
 LOGITS_TOKENS = 512  # logits are made for this many tokens at a time: all at once outgrow the features
@@ -106,7 +107,7 @@ def _pass(
 
     def choose(part: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, following = part
-        logits = gpt_oss.logits(weights, hidden).astype(jnp.float32)  # gaps are told in float32
+        logits = gpt_oss.logits(weights, hidden)
         given = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits.max(axis=-1) - given
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import PipelineError
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights
 from pipeline.prompts.chat_format import render_prompt
 from pipeline.prompts.sources import Prompt
 from pipeline.serve.engine import Engine, Finished

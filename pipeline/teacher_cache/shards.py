@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from pipeline.artifacts import PipelineError, fingerprint_of
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights
 from pipeline.serve.engine import Finished
 from pipeline.teacher_cache import store
 from pipeline.teacher_cache.capture import Disagreement, capture, disagreements

@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifacts, lineage
 from pipeline.artifacts import PipelineError
 from pipeline.config import PipelineConfig, Precision
 from pipeline.dflash.contract import Contract
-from pipeline.model import checkpoints
+from pipeline.machine import machine, read_target
 from pipeline.model.draft import DraftConfig
 from pipeline.progress import Progress
 from pipeline.prompts.chat_format import stop_token_ids
@@ -159,7 +158,8 @@ def _require_space(
 def _teacher(
     config: PipelineConfig, directory: Path, draft: DraftConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Teacher:
-    model, weights = checkpoints.load_target(directory, jnp.dtype(config.target.precision.value))
+    here = machine(config.mesh)
+    model, weights = read_target(config, directory, here)
     return Teacher(
         weights=weights,
         config=model,

@@ -14,8 +14,8 @@ from easydel.infra.factory import TaskType, register_config, register_module
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from pipeline.model import checkpoints
 from pipeline.model import draft as draft_model
+from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig, DraftLayerWeights, DraftWeights
 
 MODEL_TYPE = "dflash_draft"
@@ -24,7 +24,7 @@ AXES = ("fsdp", "sp")
 
 @register_config(MODEL_TYPE)
 class DraftModuleConfig(EasyDeLBaseConfig):
-    """Carries the draft's HF config (`checkpoints.draft_config_to_hf`) and, for EasyDeL, its sizes."""
+    """Carries the draft's HF config (`hf_draft.config_to_hf`) and, for EasyDeL, its sizes."""
 
     model_type = MODEL_TYPE
 
@@ -34,7 +34,7 @@ class DraftModuleConfig(EasyDeLBaseConfig):
 
     def to_draft(self) -> DraftConfig:
         """The config of the draft that the parameters belong to."""
-        return checkpoints.draft_config_from_hf(self.draft)
+        return hf_draft.config_from_hf(self.draft)
 
     def get_partition_rules(self, *args: Any, **kwargs: Any) -> tuple[tuple[str, PartitionSpec], ...]:
         """Kernels split over both of their axes, everything else on every device."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pipeline.dflash import acceptance, blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.model.linear import Kernel
 from pipeline.teacher_cache.store import CachedSequence, CacheSplit
 from pipeline.train.batches import padded_length, stack
 from pipeline.train.loss import block_hidden, over_blocks, predict
@@ -21,7 +22,7 @@ def evaluate(
     weights: DraftWeights,
     config: DraftConfig,
     embedding: Float[Array, "V D"],
-    head: Float[Array, "D V"],
+    head: Kernel,
     split: CacheSplit,
     *,
     num_sequences: int | None = None,
@@ -48,7 +49,7 @@ def _kept_everywhere(
     weights: DraftWeights,
     config: DraftConfig,
     embedding: Float[Array, "V D"],
-    head: Float[Array, "D V"],
+    head: Kernel,
     sequences: Sequence[CachedSequence],
     num_positions: int,
 ) -> Int[np.ndarray, "B T"]:
@@ -72,7 +73,7 @@ def _kept(
     weights: DraftWeights,
     config: DraftConfig,
     embedding: Float[Array, "V D"],
-    head: Float[Array, "D V"],
+    head: Kernel,
     token_ids: Int[Array, "B T"],
     features: Float[Array, "B T LD"],
     anchors: Int[Array, "B A"],
@@ -80,5 +81,5 @@ def _kept(
     hidden = block_hidden(weights, config, embedding, token_ids, features, anchors)
     # past the end of a text the last token is repeated; `walk` counts no token there
     labels = blocks.block_labels(token_ids, token_ids >= 0, anchors, config.block_size)[0][..., 1:]
-    predicted = over_blocks(lambda part, _: predict(head, part), hidden, labels, head.shape[1])
+    predicted = over_blocks(lambda part, _: predict(head, part), hidden, labels, config.vocab_size)
     return acceptance.count_kept(predicted, labels)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from pipeline.dflash import acceptance, blocks
 from pipeline.model import draft
 from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.linear import einsum
+from pipeline.model.linear import Kernel, product
 
 Out = TypeVar("Out")
 MAX_LOGITS = 2**27  # elements held at once; GPT-OSS's vocabulary at 512 anchors would need gigabytes per sequence
@@ -47,14 +47,14 @@ def block_hidden(
     inputs = embedding[blocks.block_token_ids(anchor_ids, config.mask_token_id, config.block_size)]
     visible = blocks.context_visible(anchors, num_positions)
     slots = blocks.block_positions(anchors, config.block_size)
-    return draft.denoise(weights, config, inputs, slots, context, visible)[:, :, 1:]
+    return draft.denoise_blocks(weights, config, inputs, slots, context, visible)[:, :, 1:]
 
 
 def draft_loss(
     weights: DraftWeights,
     config: DraftConfig,
     embedding: Float[Array, "V D"],
-    head: Float[Array, "D V"],
+    head: Kernel,
     batch: Batch,
     slot_weights: Float[np.ndarray, " K"],
 ) -> tuple[Float[Array, ""], dict[str, Num[Array, ""]]]:
@@ -67,7 +67,7 @@ def draft_loss(
     hidden = block_hidden(weights, config, embedding, batch.token_ids, batch.features, batch.anchors)
     labels, counts = blocks.block_labels(batch.token_ids, batch.generated, batch.anchors, config.block_size)
     labels, counts = labels[..., 1:], (counts & batch.anchor_taken[..., None])[..., 1:]
-    losses, predicted = over_blocks(functools.partial(_cross_entropy, head), hidden, labels, head.shape[1])
+    losses, predicted = over_blocks(functools.partial(_cross_entropy, head), hidden, labels, config.vocab_size)
     weight = counts * slot_weights[1:]
     kept = acceptance.count_kept(predicted, jnp.where(counts, labels, -1))
     return (losses * weight).sum() / weight.sum(), {
@@ -77,9 +77,9 @@ def draft_loss(
     }
 
 
-def predict(head: Float[Array, "D V"], hidden: Float[Array, "*batch D"]) -> Int[Array, "*batch"]:
+def predict(head: Kernel, hidden: Float[Array, "*batch D"]) -> Int[Array, "*batch"]:
     """The token that each drafted slot proposes."""
-    return _logits(head, hidden).argmax(axis=-1)
+    return product(hidden, head).argmax(axis=-1)
 
 
 def over_blocks(
@@ -103,13 +103,9 @@ def over_blocks(
     return jax.tree.map(whole, made)
 
 
-def _logits(head: Float[Array, "D V"], hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-    return einsum("...d,dv->...v", hidden, head.astype(hidden.dtype)).astype(jnp.float32)  # softmax range
-
-
 def _cross_entropy(
-    head: Float[Array, "D V"], hidden: Float[Array, "*batch D"], labels: Int[Array, "*batch"]
+    head: Kernel, hidden: Float[Array, "*batch D"], labels: Int[Array, "*batch"]
 ) -> tuple[Float[Array, "*batch"], Int[Array, "*batch"]]:
-    logits = _logits(head, hidden)
+    logits = product(hidden, head)
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked, logits.argmax(axis=-1)

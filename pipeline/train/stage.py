@@ -17,8 +17,9 @@ from pipeline.config import PipelineConfig, TrainConfig
 from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.dflash.contract import Contract
-from pipeline.model import checkpoints
+from pipeline.model import checkpoints, hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights, random_weights
+from pipeline.model.linear import Kernel
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
 from pipeline.train import environment, runs
@@ -53,7 +54,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         weights = _fit(scratch, draft, config.train, config.seed, dtype, frozen, splits, tracker)
         evaluation = _evaluated(weights, draft, dtype, frozen, splits)
         _keep_only(scratch, runs.path_of(scratch, config.train.steps))
-        artifacts.write_json(scratch / lineage.DRAFT_CONFIG, checkpoints.draft_config_to_hf(draft, "float32", {}))
+        artifacts.write_json(scratch / lineage.DRAFT_CONFIG, hf_draft.config_to_hf(draft, "float32", {}))
         artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
         made = artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
     _report(tracker, made, "is made")
@@ -81,10 +82,9 @@ def _decides(contract: dict[str, Any]) -> dict[str, Any]:
     return {**contract, "provenance": made_from}
 
 
-def _frozen(directory: Path, dtype: jnp.dtype) -> tuple[Array, Array]:
+def _frozen(directory: Path, dtype: jnp.dtype) -> tuple[Array, Kernel]:
     """The target's embedding and head; the rest of it is not needed."""
-    _, weights = checkpoints.load_target(directory, dtype)
-    return weights.embedding, weights.head
+    return checkpoints.load_ends(directory, dtype)
 
 
 def _fit(
@@ -93,7 +93,7 @@ def _fit(
     train: TrainConfig,
     seed: int,
     dtype: jnp.dtype,
-    frozen: tuple[Array, Array],
+    frozen: tuple[Array, Kernel],
     splits: dict[str, CacheSplit],
     tracker: Run,
 ) -> DraftWeights:
@@ -129,7 +129,7 @@ def _score(
     weights: DraftWeights,
     draft: DraftConfig,
     dtype: jnp.dtype,
-    frozen: tuple[Array, Array],
+    frozen: tuple[Array, Kernel],
     split: CacheSplit,
     num_sequences: int = EVALUATED_SEQUENCES,
 ) -> Acceptance:
@@ -141,7 +141,7 @@ def _evaluated(
     weights: DraftWeights,
     draft: DraftConfig,
     dtype: jnp.dtype,
-    frozen: tuple[Array, Array],
+    frozen: tuple[Array, Kernel],
     splits: dict[str, CacheSplit],
 ) -> dict[str, Any]:
     """Acceptance on held-out texts and on as many train texts, as evaluation.json has it."""

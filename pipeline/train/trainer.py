@@ -27,8 +27,9 @@ from jaxtyping import Array, Float
 
 from pipeline.artifacts import PipelineError
 from pipeline.dflash import blocks
-from pipeline.model import checkpoints
+from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.model.linear import Kernel
 from pipeline.train import runs
 from pipeline.train.batches import made_ahead
 from pipeline.train.draft_module import DraftModule, DraftModuleConfig
@@ -60,7 +61,7 @@ def fit(
     config: DraftConfig,
     recipe: Recipe,
     embedding: Float[Array, "V D"],
-    head: Float[Array, "D V"],
+    head: Kernel,
     batch_at: Callable[[int], dict[str, np.ndarray]],
     on_start: Callable[[int], None],
     on_step: Callable[[StepReport], None],
@@ -74,7 +75,7 @@ def fit(
     done = runs.latest(directory)
     runs.keep_only(directory, runs.path_of(directory, done) if done else None)
     arguments = _arguments(directory, recipe)
-    module_config = DraftModuleConfig(draft=checkpoints.draft_config_to_hf(config, "float32", {}))
+    module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(config, "float32", {}))
     module = DraftModule(
         config=module_config,
         dtype=recipe.dtype,
@@ -145,7 +146,7 @@ class DraftTrainer(ed.Trainer):
         module: DraftModule,
         config: DraftConfig,
         recipe: Recipe,
-        frozen: tuple[Array, Array],
+        frozen: tuple[Array, Kernel],
         batch_at: Callable[[int], dict[str, np.ndarray]],
         on_step: Callable[[StepReport], None],
     ) -> None:
@@ -257,7 +258,7 @@ def _train_step(
     schedule: Callable[[Array], Array],
     state: EasyDeLState,
     batch: dict[str, Array],
-    frozen: tuple[Array, Array],
+    frozen: tuple[Array, Kernel],
 ) -> tuple[EasyDeLState, LossMetrics]:
     slot_weights = blocks.slot_weights(config.block_size, recipe.loss_decay)
 

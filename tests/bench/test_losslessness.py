@@ -9,8 +9,8 @@ import pytest
 import tiny_models
 
 from pipeline.bench import losslessness
-from pipeline.model import gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model import gpt_oss, gpt_oss_weights
+from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.serve.engine import Finished
 from pipeline.serve.scheduler import Request
 
@@ -22,7 +22,7 @@ forward = jax.jit(gpt_oss.forward, static_argnames="config")
 
 @pytest.fixture(scope="module")
 def weights():
-    return jax.jit(gpt_oss.random_weights, static_argnums=0)(CONFIG, jax.random.key(0))
+    return jax.jit(gpt_oss_weights.random_weights, static_argnums=0)(CONFIG, jax.random.key(0))
 
 
 def logits_after(weights, token_ids):

@@ -10,7 +10,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.bench import smoke
 from pipeline.config import DraftConfig, PipelineConfig, PretrainConfig, TargetConfig
 from pipeline.dflash import acceptance
-from pipeline.serve import programs
+from pipeline.serve import compiled
 from pipeline.tracking import Run
 
 
@@ -72,12 +72,12 @@ def test_a_runtime_that_keeps_one_token_too_many_is_caught(tmp_path, monkeypatch
     count_kept = acceptance.count_kept
     greedy = lambda proposed, verified: jnp.minimum(count_kept(proposed, verified) + 1, proposed.shape[-1])  # noqa: E731
     monkeypatch.setattr(acceptance, "count_kept", greedy)
-    programs.dflash_round.clear_cache()  # neither the sound program of an earlier test ...
+    compiled.on_one_device.cache_clear()  # neither the sound program of an earlier test ...
     try:
         with pytest.raises(PipelineError, match=r"DFLASH changed \d of 8 answers, which is a bug: prompt-"):
             smoke.run(configuration(tmp_path), Recorder())
     finally:
-        programs.dflash_round.clear_cache()  # ... nor this one for a later test
+        compiled.on_one_device.cache_clear()  # ... nor this one for a later test
 
 
 def test_a_target_that_is_given_cannot_be_made_at_random(tmp_path):

@@ -14,7 +14,8 @@ from pipeline import artifacts, lineage
 from pipeline.artifacts import PipelineError
 from pipeline.export import stage
 from pipeline.export.run_directory import read_checkpoint
-from pipeline.model import checkpoints
+from pipeline.model import checkpoints, hf_draft
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.teacher_cache.store import open_split
 from pipeline.train.evaluate import evaluate
 
@@ -27,7 +28,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def draft_config(trained):
-    return checkpoints.draft_config_from_hf(json.loads((trained.path / "draft_config.json").read_text()))
+    return hf_draft.config_from_hf(json.loads((trained.path / "draft_config.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def config(tmp_path):
 def test_weights_read_without_easydel_score_what_the_trainer_scored(trained, draft_config, weights):
     config = tiny_training.trained()
     target = lineage.target(config)
-    _, of_target = checkpoints.load_target(target.path, jnp.float32)
+    _, of_target = checkpoints.load_target(target.path, WeightsForm())
     split = open_split(lineage.teacher_cache(config, target).path, "heldout")
     found = evaluate(weights, draft_config, of_target.embedding, of_target.head, split)
     assert json.loads((trained.path / "evaluation.json").read_text())["heldout"]["histogram"] == list(found.histogram)

@@ -14,7 +14,7 @@ from pipeline.dflash import blocks
 from pipeline.export.layout import require_layout, tensor_shapes
 from pipeline.export.parity import require_parity
 from pipeline.export.write import write_draft
-from pipeline.model import checkpoints, draft
+from pipeline.model import checkpoints, draft, tensor_files
 from pipeline.model.rope import Rope
 
 YARN = Rope(theta=150000.0, factor=8.0, truncate=False, original_max_position_embeddings=32)
@@ -50,7 +50,7 @@ def blocks_of(config, weights, features, embeddings):
     slots = blocks.block_positions(anchors, config.block_size)
     noise = jnp.broadcast_to(embeddings[:, None], (*slots.shape, config.hidden_size))
     visible = blocks.context_visible(anchors, num_context)
-    hidden = draft.denoise(weights, config, noise, slots, context, visible)
+    hidden = draft.denoise_blocks(weights, config, noise, slots, context, visible)
     return np.moveaxis(np.asarray(hidden), 1, 0)
 
 
@@ -85,11 +85,8 @@ def test_many_blocks_in_one_call_are_single_blocks_over_a_cache(config):
         new = draft.context(weights, config, jnp.asarray(features[:, start : start + size]), positions)
         cache = draft.extend(cache, new, jnp.full(NUM_SEQUENCES, start))
         start += size
-        anchors = jnp.full((NUM_SEQUENCES, 1), start)
-        slots = blocks.block_positions(anchors, config.block_size)
-        visible = blocks.context_visible(anchors, 64)
-        alone = draft.denoise(weights, config, jnp.asarray(embeddings[:, None]), slots, cache, visible)
-        np.testing.assert_allclose(together[index], alone[:, 0], atol=2e-5)
+        alone = draft.denoise(weights, config, jnp.asarray(embeddings), jnp.full(NUM_SEQUENCES, start), cache)
+        np.testing.assert_allclose(together[index], alone, atol=2e-5)
 
 
 def test_the_layout_is_that_of_the_published_gpt_oss_drafts():
@@ -117,7 +114,7 @@ def test_the_layout_is_that_of_the_published_gpt_oss_drafts():
 def test_a_file_in_another_layout_is_refused_with_every_fault(tmp_path):
     weights = tiny_training.weights_of(0)
     checkpoints.save_draft(tmp_path, PLAIN, weights, TOKEN_IDS)
-    file = tmp_path / checkpoints.WEIGHTS_FILE
+    file = tmp_path / tensor_files.WEIGHTS_FILE
     require_layout(file, PLAIN, "F32")
     with pytest.raises(PipelineError) as caught:
         require_layout(file, dataclasses.replace(PLAIN, num_hidden_layers=1, intermediate_size=29), "F32")

@@ -10,9 +10,10 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 
 from pipeline.artifacts import PipelineError
-from pipeline.model import checkpoints, draft, gpt_oss
+from pipeline.model import checkpoints, draft, gpt_oss_weights, hf_draft
 from pipeline.model.draft import DraftConfig
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.model.rope import Rope
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -39,17 +40,18 @@ def draft_config(**changes) -> DraftConfig:
 @pytest.fixture
 def target(tmp_path):
     config = GptOssConfig.from_hf(tiny_models.TARGET)
-    weights = gpt_oss.random_weights(config, jax.random.key(0))
+    weights = gpt_oss_weights.random_weights(config, jax.random.key(0))
     checkpoints.save_target(tmp_path, config, weights, TOKENS)
     return tmp_path, config, weights
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_target_read_back_is_the_target_written(tmp_path, dtype):
-    config = GptOssConfig.from_hf(tiny_models.WIDE_TARGET)
-    weights = gpt_oss.random_weights(config, jax.random.key(0), dtype)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("hf", [tiny_models.TARGET, tiny_models.WIDE_TARGET], ids=["experts wide", "experts apart"])
+def test_a_target_read_back_is_the_target_written(tmp_path, hf, dtype):
+    config, form = GptOssConfig.from_hf(hf), WeightsForm(dtype)
+    weights = gpt_oss_weights.random_weights(config, jax.random.key(0), form)
     checkpoints.save_target(tmp_path, config, weights, TOKENS)
-    again, loaded = checkpoints.load_target(tmp_path, dtype)
+    again, loaded = checkpoints.load_target(tmp_path, form)
     assert again == config
     for (path, ours), (_, theirs) in zip(
         checkpoints.weight_paths(weights), checkpoints.weight_paths(loaded), strict=True
@@ -79,11 +81,11 @@ def test_shards_are_read_through_their_index(target):
         save_file({name: tensors[name] for name in part}, directory / file)
         weight_map |= dict.fromkeys(part, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    _, loaded = checkpoints.load_target(directory, jnp.float32)
+    _, loaded = checkpoints.load_target(directory, WeightsForm())
     assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(loaded), strict=True))
     (directory / "model-1.safetensors").unlink()
     with pytest.raises(PipelineError, match=r"lacks model-1\.safetensors"):
-        checkpoints.load_target(directory, jnp.float32)
+        checkpoints.load_target(directory, WeightsForm())
 
 
 def test_all_wrong_tensors_are_named_at_once(target):
@@ -95,12 +97,12 @@ def test_all_wrong_tensors_are_named_at_once(target):
     tensors["lm_head.weight"][3, 4] = np.nan
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(PipelineError) as error:
-        checkpoints.load_target(directory, jnp.float32)
+        checkpoints.load_target(directory, WeightsForm())
     for part in (
         "4 tensor(s) wrong",
         "model.layers.1.self_attn.sinks: missing",
         "model.layers.0.self_attn.q_norm.weight: unexpected",
-        "model.norm.weight: shape (5,)",
+        "model.norm.weight: shape [5], wanted [48]",
         "lm_head.weight: not finite",
     ):
         assert part in str(error.value)
@@ -111,11 +113,11 @@ def test_a_truncated_file_is_named(target):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(PipelineError, match="damaged safetensors file"):
-        checkpoints.load_target(directory, jnp.float32)
+        checkpoints.load_target(directory, WeightsForm())
 
 
 def test_the_exported_config_has_both_spellings_of_rope_and_every_key_a_runtime_reads():
-    written = checkpoints.draft_config_to_hf(draft_config(), "bfloat16", TOKENS)
+    written = hf_draft.config_to_hf(draft_config(), "bfloat16", TOKENS)
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1e6
     assert written["rope_scaling"] is None
     assert written["num_target_layers"] == 4
@@ -126,7 +128,7 @@ def test_the_exported_config_has_both_spellings_of_rope_and_every_key_a_runtime_
 
 
 def test_a_config_without_a_mask_token_is_refused_not_defaulted():
-    written = checkpoints.draft_config_to_hf(draft_config(), "bfloat16", TOKENS)
+    written = hf_draft.config_to_hf(draft_config(), "bfloat16", TOKENS)
     del written["dflash_config"]["mask_token_id"]
     with pytest.raises(PipelineError, match="mask_token_id: missing"):
-        checkpoints.draft_config_from_hf(written)
+        hf_draft.config_from_hf(written)

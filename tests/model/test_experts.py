@@ -1,52 +1,215 @@
-"""The three ways to run the experts, against each other and against a loop in numpy."""
+"""Every way to run the experts, against a loop over tokens and experts in NumPy."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.model import experts
-from pipeline.model.experts import ExpertsWeights
+from pipeline.model import experts, mxfp4
+from pipeline.model.execution import Execution, Kernels
+from pipeline.model.experts import ExpertsWeights, WideWeights
+from pipeline.model.linear import Transposed
+from pipeline.model.mxfp4 import Packed
 
 LIMIT = 2.0  # low, so that both clamps are at work
+WIDTH, ROWS = 128, 64  # the packed axis of a matrix is a multiple of 32, its rows of 64
+CASES = {"7 experts, 2 a token": (7, 2), "9 experts, 4 a token": (9, 4)}
+INTERPRETED = Execution(kernels=Kernels.pallas_interpreted)
 
 
-@pytest.fixture(params=[(7, 2), (9, 4)], ids=["7 experts, 2 a token", "9 experts, 4 a token"])
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer in NumPy: gate, up and down [E, F, D], and what packs to just these values."""
+
+    router: np.ndarray
+    router_bias: np.ndarray
+    gate: np.ndarray
+    gate_bias: np.ndarray
+    up: np.ndarray
+    up_bias: np.ndarray
+    down: np.ndarray
+    down_bias: np.ndarray
+    packed: dict[str, Packed]
+    per_token: int
+
+    def __getitem__(self, name):
+        return getattr(self, name)
+
+
+def codes_and_scales(random, shape, axis):
+    """Random codes, one a value, and scales, one for 32 along `axis`."""
+    groups = list(shape)
+    groups[axis] //= 32
+    return random.integers(0, 16, shape, dtype=np.uint8), random.integers(122, 126, tuple(groups), dtype=np.uint8)
+
+
+def values_of(codes, scales, axis):
+    """The formats' definitions, one sign, exponent and mantissa at a time (OCP Microscaling 1.0, 5.3.3 and 5.4.1)."""
+    sign, exponent, mantissa = 1 - 2.0 * (codes >> 3), (codes >> 1) & 3, codes & 1
+    magnitude = np.where(exponent == 0, mantissa * 0.5, 2.0 ** (exponent - 1.0) * (1 + mantissa / 2))
+    return (sign * magnitude * 2.0 ** (np.repeat(scales, 32, axis=axis) - 127.0)).astype(np.float32)
+
+
+def pairs(rows):
+    """[E, F, ..] as even and odd rows [E, 2, F/2, ..]."""
+    return np.stack([rows[:, 0::2], rows[:, 1::2]], axis=1)
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def layer(request):
     num_experts, per_token = request.param
-    shapes = [(10, num_experts), (num_experts,), (num_experts, 10, 2, 6), (num_experts, 2, 6)]
-    shapes += [(num_experts, 6, 10), (num_experts, 10)]
     random = np.random.default_rng(0)
-    return ExpertsWeights(*[jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]), per_token
+    found, packed = {}, {}
+    for name, axis in (("gate", 2), ("up", 2), ("down", 1)):
+        codes, scales = codes_and_scales(random, (num_experts, ROWS, WIDTH), axis)
+        found[name] = values_of(codes, scales, axis)
+        if name == "down":
+            packed[name] = Packed(jnp.asarray(codes[:, 0::2] | codes[:, 1::2] << 4), jnp.asarray(scales))
+        else:
+            blocks = codes[..., 0::2] | codes[..., 1::2] << 4
+            packed[name] = Packed(jnp.asarray(pairs(blocks)), jnp.asarray(pairs(scales)))
+    shapes = {
+        "router": (WIDTH, num_experts),
+        "router_bias": (num_experts,),
+        "gate_bias": (num_experts, ROWS),
+        "up_bias": (num_experts, ROWS),
+        "down_bias": (num_experts, WIDTH),
+    }
+    # coarse numbers, which bfloat16 holds exactly
+    drawn = {name: (random.integers(-8, 9, shape) / 4).astype(np.float32) for name, shape in shapes.items()}
+    return Layer(**found, **drawn, packed=packed, per_token=per_token)
 
 
-def _loop(inputs, weights, per_token):
+def apart(layer, dtype):
+    names = ("router", "router_bias", "gate", "gate_bias", "up", "up_bias", "down", "down_bias")
+    return ExpertsWeights(**{name: jnp.asarray(layer[name], dtype) for name in names})
+
+
+def packed(layer, dtype):
+    biases = {name: jnp.asarray(pairs(layer[name]), dtype) for name in ("gate_bias", "up_bias")}
+    return dataclasses.replace(apart(layer, dtype), **layer.packed, **biases)
+
+
+def wide(layer, dtype):
+    kernels = {"gate": rows(layer.gate).T, "up": rows(layer.up).T, "down": rows(layer.down), "router": layer.router}
+    lying = {name: jnp.asarray(kernel, dtype) for name, kernel in kernels.items()}
+    if dtype == jnp.bfloat16:
+        lying = {name: Transposed(kernel.T) for name, kernel in lying.items()}
+    flat = {name: layer[name].reshape(-1) for name in ("gate_bias", "up_bias")}
+    biases = {name: layer[name] for name in ("router_bias", "down_bias")} | flat
+    return WideWeights(**lying, **{name: jnp.asarray(bias, dtype) for name, bias in biases.items()})
+
+
+def rows(matrices):
+    return matrices.reshape(-1, matrices.shape[-1])
+
+
+def inputs_of(num_tokens, seed):
+    random = np.random.default_rng(seed)
+    return (random.integers(-16, 17, (num_tokens, WIDTH)) / 8).astype(np.float32)
+
+
+def loop(inputs, layer):
     """One token and one expert at a time, from the formulas of the model card."""
     outputs = np.zeros_like(inputs)
-    for row, token in enumerate(inputs):
-        logits = token @ np.asarray(weights.router) + np.asarray(weights.router_bias)
-        chosen = np.argsort(-logits, kind="stable")[:per_token]
+    for token, output in zip(inputs, outputs, strict=True):
+        logits = token @ layer.router + layer.router_bias
+        chosen = np.argsort(-logits, kind="stable")[: layer.per_token]
         share = np.exp(logits[chosen] - logits[chosen].max())
         for expert, weight in zip(chosen, share / share.sum(), strict=True):
-            gate, up = np.einsum("d,dpf->pf", token, weights.gate_up[expert]) + np.asarray(weights.gate_up_bias[expert])
-            gate, up = np.minimum(gate, LIMIT), np.clip(up, -LIMIT, LIMIT)
+            gate = np.minimum(layer.gate[expert] @ token + layer.gate_bias[expert], LIMIT)
+            up = np.clip(layer.up[expert] @ token + layer.up_bias[expert], -LIMIT, LIMIT)
             hidden = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
-            outputs[row] += weight * (hidden @ np.asarray(weights.down[expert]) + np.asarray(weights.down_bias[expert]))
+            output += weight * (hidden @ layer.down[expert] + layer.down_bias[expert])
     return outputs
 
 
-@pytest.mark.parametrize("run", [experts.gathered, experts.dense, experts.grouped])
-def test_every_way_equals_a_loop_over_tokens_and_experts(layer, run):
-    weights, per_token = layer
-    inputs = np.random.default_rng(1).normal(size=(23, 10)).astype(np.float32)
-    shares, indices = experts.route(jnp.asarray(inputs), weights, per_token)
-    outputs = jax.jit(run, static_argnums=4)(jnp.asarray(inputs), weights, shares, indices, LIMIT)
-    np.testing.assert_allclose(outputs, _loop(inputs, weights, per_token), rtol=0, atol=1e-4)
+WAYS = {
+    "wide": (wide, jnp.float32, Execution()),
+    "wide, transposed": (wide, jnp.bfloat16, Execution()),
+    "apart, few": (apart, jnp.float32, Execution(few_tokens=99)),
+    "apart, grouped": (apart, jnp.float32, Execution(few_tokens=0)),
+    "packed, few": (packed, jnp.float32, Execution(few_tokens=99)),
+    "packed, grouped": (packed, jnp.float32, Execution(few_tokens=0)),
+    "apart, few, Pallas": (apart, jnp.bfloat16, dataclasses.replace(INTERPRETED, few_tokens=99)),
+    "apart, grouped, Pallas": (apart, jnp.bfloat16, dataclasses.replace(INTERPRETED, few_tokens=0)),
+    "packed, few, Pallas": (packed, jnp.bfloat16, dataclasses.replace(INTERPRETED, few_tokens=99)),
+    "packed, grouped, Pallas": (packed, jnp.bfloat16, dataclasses.replace(INTERPRETED, few_tokens=0)),
+}
 
 
-def test_the_mixture_is_the_same_for_few_and_for_many_tokens(layer):
-    weights, per_token = layer
-    inputs = np.random.default_rng(2).normal(size=(40, 10)).astype(np.float32)
-    together = experts.mixture(jnp.asarray(inputs), weights, per_token, LIMIT)
-    alone = [experts.mixture(jnp.asarray(inputs[i : i + 1]), weights, per_token, LIMIT) for i in range(len(inputs))]
-    np.testing.assert_allclose(together, np.concatenate(alone), rtol=0, atol=1e-4)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_way_equals_a_loop_over_tokens_and_experts(layer, way):
+    held, dtype, run = way
+    for num_tokens in (1, 23):
+        inputs = inputs_of(num_tokens, seed=num_tokens)
+        mixture = jax.jit(experts.mixture, static_argnums=(2, 3, 4))
+        outputs = mixture(jnp.asarray(inputs, dtype), held(layer, dtype), layer.per_token, LIMIT, run)
+        expected = loop(inputs, layer)
+        assert outputs.dtype == dtype
+        # bfloat16 keeps 8 bits of the hidden values and of the outputs
+        bound = 1e-4 if dtype == jnp.float32 else 2**-6 * np.abs(expected).max()
+        np.testing.assert_allclose(outputs.astype(jnp.float32), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("held", [apart, packed])
+@pytest.mark.parametrize("run", [Execution(few_tokens=99), INTERPRETED], ids=["XLA", "Pallas"])
+def test_an_expert_that_no_token_chose_is_not_read(layer, held, run):
+    """What is read, even to be multiplied by zero, would carry its nan into the sum."""
+    inputs = jnp.asarray(inputs_of(2, seed=1), jnp.bfloat16)
+    whole = held(layer, jnp.bfloat16)
+    _, indices = experts.route(inputs, whole, layer.per_token)
+    others = np.setdiff1d(np.arange(len(layer.down)), np.asarray(indices))
+    assert len(others)
+
+    def poisoned(array):
+        if array.dtype != jnp.uint8:
+            return array.at[others].set(jnp.nan)
+        return array.at[others].set(255)  # a scale that is no number, or any code
+
+    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    bad = {name: jax.tree.map(poisoned, getattr(whole, name)) for name in names}
+    outputs = [
+        experts.mixture(inputs, weights, layer.per_token, LIMIT, run)
+        for weights in (whole, dataclasses.replace(whole, **bad))
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_hits_are_the_chosen_experts_once_each_and_what_tokens_take_of_them():
+    indices = jnp.asarray([[4, 1], [1, 6], [9, 4]])
+    shares = jnp.asarray([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
+    found = experts.hits(shares, indices, 0, 10)
+    assert found.count == 4
+    assert found.experts.tolist() == [1, 4, 6, 9, 9, 9]
+    np.testing.assert_array_equal(
+        found.shares, [[0.25, 0.5, 0], [0.75, 0, 0.875], [0, 0.5, 0], [0, 0, 0.125], [0, 0, 0], [0, 0, 0]]
+    )
+    of_second_shard = experts.hits(shares, indices, 5, 5)
+    assert of_second_shard.count == 2
+    assert of_second_shard.experts.tolist() == [1, 4, 4, 4, 4]
+
+
+def test_packed_values_are_those_of_the_format():
+    codes = np.arange(16, dtype=np.uint8)
+    np.testing.assert_array_equal(
+        mxfp4.value_of(jnp.asarray(codes)),
+        [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
+    )
+    scales = np.arange(1, 255, dtype=np.uint8)
+    np.testing.assert_array_equal(mxfp4.scale_of(jnp.asarray(scales)), 2.0 ** (scales.astype(np.float32) - 127))
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_unpacked_values_come_as_evens_and_odds_of_the_packed_axis(axis):
+    codes, scales = codes_and_scales(np.random.default_rng(2), (3, 96, 64), axis)
+    even, odd = (
+        np.take(codes, range(0, codes.shape[axis], 2), axis),
+        np.take(codes, range(1, codes.shape[axis], 2), axis),
+    )
+    found = mxfp4.unpack(Packed(jnp.asarray(even | odd << 4), jnp.asarray(scales)), axis, jnp.float32)
+    whole = values_of(codes, scales, axis)
+    for parity in (0, 1):
+        np.testing.assert_array_equal(found[parity], np.take(whole, range(parity, codes.shape[axis], 2), axis))

@@ -11,7 +11,8 @@ from oracle_environment import run_oracle
 
 from pipeline.artifacts import PipelineError
 from pipeline.model import checkpoints, gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import WeightsForm
 
 TOLERANCE = 1e-4
 CASES = {
@@ -20,7 +21,7 @@ CASES = {
     "legacy rope keys": tiny_models.LEGACY_TARGET,
     "plain rope": tiny_models.PLAIN_ROPE_TARGET,
 }
-step = jax.jit(gpt_oss.forward, static_argnames=("config", "tapped_layers"))
+step = jax.jit(gpt_oss.forward, static_argnames=("config", "tapped_layers", "run"))
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
@@ -37,7 +38,7 @@ def published(request, tmp_path_factory):
 
 def test_logits_and_every_layers_features_equal_transformers(published):
     directory, ids, expected = published
-    config, weights = checkpoints.load_target(directory, jnp.float32)
+    config, weights = checkpoints.load_target(directory, WeightsForm())
     everything = tuple(range(config.num_hidden_layers))
     out = step(weights, config, ids, jnp.zeros(len(ids), jnp.int32), None, everything)
     logits = gpt_oss.logits(weights, out.hidden)
@@ -49,7 +50,7 @@ def test_logits_and_every_layers_features_equal_transformers(published):
 
 def test_transformers_opens_what_we_write_and_computes_the_same(published, tmp_path):
     directory, ids, expected = published
-    config, weights = checkpoints.load_target(directory, jnp.float32)
+    config, weights = checkpoints.load_target(directory, WeightsForm())
     checkpoints.save_target(tmp_path, config, weights, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     np.savez(tmp_path / "in.npz", input_ids=ids)
     run_oracle("gpt_oss_forward", model=tmp_path, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
@@ -69,9 +70,9 @@ SPLITS = {
 @pytest.mark.parametrize("chunks", SPLITS.values(), ids=SPLITS.keys())
 def test_any_split_of_a_sequence_gives_the_full_forwards_logits_and_features(published, chunks):
     directory, ids, expected = published
-    config, weights = checkpoints.load_target(directory, jnp.float32)
+    config, weights = checkpoints.load_target(directory, WeightsForm())
     taps = (0, config.num_hidden_layers - 2)
-    cache = gpt_oss.empty_cache(config, len(ids), 64, jnp.float32)
+    cache = gpt_oss.empty_cache(config, len(ids), 64, jnp.float32, rollback=8)
     done, hidden, features = 0, [], []
     for length in chunks:
         start = jnp.full(len(ids), done, jnp.int32)
@@ -87,9 +88,9 @@ def test_any_split_of_a_sequence_gives_the_full_forwards_logits_and_features(pub
 
 def test_rows_roll_back_by_different_amounts_without_a_trace(published):
     directory, ids, expected = published
-    config, weights = checkpoints.load_target(directory, jnp.float32)
+    config, weights = checkpoints.load_target(directory, WeightsForm())
     random = np.random.default_rng(1)
-    cache = gpt_oss.empty_cache(config, len(ids), 64, jnp.float32)
+    cache = gpt_oss.empty_cache(config, len(ids), 64, jnp.float32, rollback=8)
     start = np.zeros(len(ids), np.int32)
     seen = np.zeros(ids.shape, bool)
     while (start < ids.shape[1]).any():

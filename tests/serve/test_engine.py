@@ -13,7 +13,6 @@ from pipeline.dflash.acceptance import Acceptance
 from pipeline.model import draft as draft_model
 from pipeline.model import gpt_oss
 from pipeline.serve import engine as engines
-from pipeline.serve import programs
 from pipeline.serve.engine import Clock, Draft, Engine
 from pipeline.serve.scheduler import Request
 
@@ -194,22 +193,23 @@ def test_counters_are_the_sums_over_answers(models, draft):
     assert clock.prefill_seconds > 0 < clock.decode_seconds
 
 
-def compiled():
-    return [one._cache_size() for one in (programs.prefill, programs.plain_step, programs.dflash_round)]
+def compiled(engine):
+    used = engine._programs
+    return [one._cache_size() for one in (used.prefill, used.plain_step, used.dflash_round)]
 
 
 @pytest.mark.parametrize("draft", [None, "fitted"], ids=["plain", "DFLASH"])
 def test_nothing_compiles_while_requests_come_and_go(models, gold, draft):
     engine = make(models, draft and models.draft, 4)  # a number of slots that no other test has
-    before = compiled()
+    before = compiled(engine)
     engine.warm_up()
-    warm = compiled()
+    warm = compiled(engine)
     assert sum(warm) == sum(before) + 2
     assert engine.clock == Clock()
     assert engine.acceptance.num_rounds == 0
     requests = requests_of(models)
     answers, cancelled = drive(engine, requests, np.random.default_rng(0))
-    assert compiled() == warm
+    assert compiled(engine) == warm
     assert len(cancelled) > 2
     require_gold(answers, [request for request in requests if request.request_id not in cancelled], gold)
 

@@ -9,7 +9,6 @@ import time
 
 import httpx
 import jax
-import jax.numpy as jnp
 import openai
 import pytest
 from tiny_models import TARGET
@@ -17,8 +16,9 @@ from tiny_models import TARGET
 from pipeline import artifacts, lineage
 from pipeline.artifacts import PipelineError
 from pipeline.config import DraftConfig, PipelineConfig, ServeConfig, TargetConfig
-from pipeline.model import checkpoints, draft, gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model import checkpoints, draft, gpt_oss_weights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.serve import server, stage
 from pipeline.serve.engine import Engine
@@ -44,7 +44,7 @@ def config(tmp_path_factory, tokenizer):
     target_path, draft_path = root / "target", root / "draft"
     target_path.mkdir()
     sizes = GptOssConfig.from_hf({**TARGET, "vocab_size": 512})
-    checkpoints.save_target(target_path, sizes, gpt_oss.random_weights(sizes, jax.random.key(0)), {})
+    checkpoints.save_target(target_path, sizes, gpt_oss_weights.random_weights(sizes, jax.random.key(0)), {})
     tokenizer.save_pretrained(target_path)
     config = PipelineConfig(
         output_dir=str(root),
@@ -100,7 +100,7 @@ def test_a_draft_is_served_with_plain_greedys_tokens_until_a_signal(config, toke
 
     notes, (chat, texts, metrics), told = run_with_visitor(config, capsys, visit)
 
-    sizes, weights = checkpoints.load_target(lineage.target(config).path, jnp.dtype("float32"))
+    sizes, weights = checkpoints.load_target(lineage.target(config).path, WeightsForm())
     plain = Engine(weights, sizes, stop_token_ids=stop_token_ids(tokenizer), slots=1, max_length=96, prefill_chunk=16)
     wanted = {
         one.request_id: list(one.token_ids)

@@ -20,6 +20,7 @@ from pipeline import artifacts, lineage
 from pipeline.artifacts import PipelineError
 from pipeline.config import PipelineConfig, PretrainedConfig, TargetConfig
 from pipeline.model import checkpoints, gpt_oss
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.target import llama, stage
 from pipeline.target.gguf_file import GgufFile
@@ -70,7 +71,7 @@ def configuration(root, made_from, **changes):
 
 
 def logits_of(directory, token_ids):
-    config, weights = checkpoints.load_target(directory, jnp.float32)
+    config, weights = checkpoints.load_target(directory, WeightsForm())
     forward = jax.jit(gpt_oss.forward, static_argnames="config")
     hidden = forward(weights, config, token_ids, jnp.zeros(len(token_ids), jnp.int32), None).hidden
     return np.asarray(gpt_oss.logits(weights, hidden))

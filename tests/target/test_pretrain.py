@@ -18,8 +18,9 @@ import tiny_models
 
 from pipeline import artifacts, lineage
 from pipeline.config import PipelineConfig, PretrainConfig, TargetConfig
-from pipeline.model import checkpoints, gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model import checkpoints, gpt_oss, gpt_oss_weights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.target import pretrain, stage
 from pipeline.target.batches import Batch
 from pipeline.tracking import Run
@@ -66,7 +67,7 @@ def batch_of(seed):
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_generated_tokens():
-    weights = gpt_oss.random_weights(CONFIG, jax.random.key(0))
+    weights = gpt_oss_weights.random_weights(CONFIG, jax.random.key(0))
     batch = batch_of(0)
     start = jnp.zeros(len(batch.token_ids), jnp.int32)
     forward = jax.jit(gpt_oss.forward, static_argnames="config")
@@ -130,7 +131,7 @@ def undisturbed(tmp_path_factory):
 def test_the_stage_makes_a_target_that_can_be_run(undisturbed):
     config, tracker = undisturbed
     made = artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
-    model, weights = checkpoints.load_target(made.path, jnp.float32)
+    model, weights = checkpoints.load_target(made.path, WeightsForm())
     assert model == stage.model_config(config.target.pretrain)
     assert model.sliding == (True, False)
     assert weights.embedding.shape == (320, 36)

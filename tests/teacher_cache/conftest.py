@@ -10,8 +10,8 @@ import pytest
 from pipeline import artifacts, lineage
 from pipeline.artifacts import Artifact
 from pipeline.config import DraftConfig, PipelineConfig, PromptsConfig, TargetConfig, TeacherCacheConfig
-from pipeline.model import checkpoints, gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig
+from pipeline.model import checkpoints, gpt_oss_weights
+from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
 from pipeline.prompts import corpus
 from pipeline.prompts.tokenizer import train_tokenizer
@@ -40,7 +40,7 @@ MODEL = GptOssConfig(
 def target_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An HF directory of random weights, large enough that its greedy text does not fall into a loop at once."""
     directory = tmp_path_factory.mktemp("target")
-    weights = jax.jit(lambda key: gpt_oss.random_weights(MODEL, key))(jax.random.key(3))
+    weights = jax.jit(lambda key: gpt_oss_weights.random_weights(MODEL, key))(jax.random.key(3))
     random = np.random.default_rng(4)
     weights = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.3 * random.normal(size=leaf.shape), leaf.dtype), weights)
     checkpoints.save_target(directory, MODEL, weights, {"eos_token_id": 293, "pad_token_id": 291})

@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.artifacts import Artifact
 from pipeline.model import checkpoints, gpt_oss
-from pipeline.model.gpt_oss import GptOssConfig, GptOssWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
 from pipeline.teacher_cache.capture import Captured, capture, disagreements, padded_length
 from pipeline.teacher_cache.store import open_split
 
@@ -41,7 +42,7 @@ def _assert_equal_but_for_rounding(features: np.ndarray, wanted: np.ndarray) -> 
 
 
 def test_features_and_choices_are_those_of_the_plain_forward(target_directory: Path) -> None:
-    config, weights = checkpoints.load_target(target_directory, jnp.dtype("float32"))
+    config, weights = checkpoints.load_target(target_directory, WeightsForm())
     random = np.random.default_rng(0)
     texts = [random.integers(0, config.vocab_size, count).tolist() for count in (70, 3, 64)]
     found = dict(capture(weights, config, TAPPED, texts))
@@ -58,7 +59,7 @@ def test_features_and_choices_are_those_of_the_plain_forward(target_directory: P
 def test_a_cached_answer_is_greedy_and_its_features_are_the_plain_forwards(
     cache: Artifact, target_directory: Path
 ) -> None:
-    config, weights = checkpoints.load_target(target_directory, jnp.dtype("float32"))
+    config, weights = checkpoints.load_target(target_directory, WeightsForm())
     tapped = tuple(cache.contract["features"]["tapped_layers"])
     for sequence in open_split(cache.path, "train").read([1, 9]):
         token_ids, first = sequence.token_ids, sequence.prompt_tokens

@@ -12,6 +12,7 @@ import pytest
 from pipeline.artifacts import Artifact, PipelineError
 from pipeline.dflash import blocks
 from pipeline.model import checkpoints
+from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.teacher_cache.capture import capture
 from pipeline.teacher_cache.check import Checked, check
 from pipeline.teacher_cache.store import CachedSequence, CacheSplit, open_split
@@ -22,7 +23,7 @@ Change = Callable[[CachedSequence], CachedSequence]
 
 @pytest.fixture
 def run_check(cache: Artifact, target_directory: Path) -> Callable[..., Checked]:
-    config, weights = checkpoints.load_target(target_directory, jnp.dtype("float32"))
+    config, weights = checkpoints.load_target(target_directory, WeightsForm())
     retake = partial(capture, weights, config, tuple(cache.contract["features"]["tapped_layers"]))
 
     def run(change: Change | None = None, block_size: int = BLOCK_SIZE) -> Checked:

@@ -27,7 +27,7 @@ def proposed(weights, embedding, head, token_id, features, anchor):
     context = draft.context(weights, DRAFT, features[None], jnp.arange(LONGEST)[None])
     ids = blocks.block_token_ids(token_id[None, None], DRAFT.mask_token_id, DRAFT.block_size)
     slots = (anchor + jnp.arange(DRAFT.block_size))[None, None]
-    hidden = draft.denoise(weights, DRAFT, embedding[ids], slots, context, seen[None, None])
+    hidden = draft.denoise_blocks(weights, DRAFT, embedding[ids], slots, context, seen[None, None])
     return (hidden[0, 0, 1:] @ head).argmax(-1)
 
 

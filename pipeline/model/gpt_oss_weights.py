@@ -1,0 +1,152 @@
+"""The weights of a GPT-OSS model, in the forms in which programs hold them."""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pipeline.model.experts import ExpertsWeights, WideWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.linear import Kernel, lies_transposed, random_kernel
+from pipeline.model.mxfp4 import BLOCK, Packed
+from pipeline.model.sharding import ALONE, Shards
+
+PACKED_ROWS = 64  # rows of a packed expert come in such multiples: 32 pairs fill a tile of bytes on a TPU
+RANDOM_CODE_DEVIATION = 2.93  # of uniformly drawn E2M1 codes
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsForm:
+    """How weights are held: their precision, experts packed as MXFP4 or not, and for how many shards.
+
+    bfloat16 kernels are `Transposed`. Packed experts are padded so that every shard has whole blocks.
+    """
+
+    dtype: str = "float32"
+    packed: bool = False
+    shards: Shards = ALONE
+
+    @property
+    def transposed(self) -> bool:
+        """Whether kernels lie [out, in], as in the files."""
+        return lies_transposed(self.dtype)
+
+    def packed_rows(self, intermediate_size: int) -> int:
+        """F of a packed expert, padding included."""
+        unit = PACKED_ROWS * self.shards.tensor
+        return -(-intermediate_size // unit) * unit
+
+
+@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer."""
+
+    input_norm: Float[Array, " D"]
+    query: Kernel
+    query_bias: Float[Array, " NH"]
+    key: Kernel
+    key_bias: Float[Array, " GH"]
+    value: Kernel
+    value_bias: Float[Array, " GH"]
+    output: Kernel
+    output_bias: Float[Array, " D"]
+    sinks: Float[Array, " N"]
+    experts_norm: Float[Array, " D"]
+    experts: ExpertsWeights | WideWeights
+
+
+@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GptOssWeights:
+    """The whole model. `head` is apart from `embedding`: GPT-OSS does not tie them."""
+
+    embedding: Float[Array, "V D"]
+    layers: tuple[LayerWeights, ...]
+    norm: Float[Array, " D"]
+    head: Kernel
+
+
+def is_wide(config: GptOssConfig, form: WeightsForm) -> bool:
+    """Whether experts are held as one wide network: a token uses a quarter of them or more, and none is packed.
+
+    Running all of them costs less there than telling them apart.
+    """
+    return not form.packed and config.num_local_experts <= 4 * config.num_experts_per_tok
+
+
+def random_weights(config: GptOssConfig, key: Array, form: WeightsForm = WeightsForm()) -> GptOssWeights:
+    """Weights to start training from: normal, 1/sqrt(fan in), norms one, biases and sinks zero."""
+    d, dtype = config.hidden_size, form.dtype
+    nh, gh = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    depth_scale = (2 * config.num_hidden_layers) ** -0.5  # keeps the residual stream's size flat with depth
+
+    def layer(key: Array) -> LayerWeights:
+        keys = jax.random.split(key, 5)
+        return LayerWeights(
+            input_norm=jnp.ones(d, dtype),
+            query=random_kernel(keys[0], d, nh, form.dtype),
+            query_bias=jnp.zeros(nh, dtype),
+            key=random_kernel(keys[1], d, gh, form.dtype),
+            key_bias=jnp.zeros(gh, dtype),
+            value=random_kernel(keys[2], d, gh, form.dtype),
+            value_bias=jnp.zeros(gh, dtype),
+            output=random_kernel(keys[3], nh, d, form.dtype, depth_scale),
+            output_bias=jnp.zeros(d, dtype),
+            sinks=jnp.zeros(config.num_attention_heads, dtype),
+            experts_norm=jnp.ones(d, dtype),
+            experts=_experts(keys[4], config, form, depth_scale),
+        )
+
+    keys = jax.random.split(key, config.num_hidden_layers + 2)
+    return GptOssWeights(
+        embedding=_normal(keys[0], (config.vocab_size, d), d, dtype),
+        layers=tuple(layer(one) for one in keys[2:]),
+        norm=jnp.ones(d, dtype),
+        head=random_kernel(keys[1], d, config.vocab_size, form.dtype),
+    )
+
+
+def _normal(key: Array, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike, scale: float = 1.0) -> Array:
+    return (scale * fan_in**-0.5 * jax.random.normal(key, shape)).astype(dtype)
+
+
+def _experts(key: Array, config: GptOssConfig, form: WeightsForm, depth_scale: float) -> ExpertsWeights | WideWeights:
+    d, f, e = config.hidden_size, config.intermediate_size, config.num_local_experts
+    keys, dtype = jax.random.split(key, 4), form.dtype
+    common = {
+        "router": random_kernel(keys[0], d, e, dtype),
+        "router_bias": jnp.zeros(e, dtype),
+        "down_bias": jnp.zeros((e, d), dtype),
+    }
+
+    def biases(*shape: int) -> dict[str, Array]:  # one array each: donated buffers must differ
+        return {name: jnp.zeros(shape, dtype) for name in ("gate_bias", "up_bias")}
+
+    if form.packed:
+        rows = form.packed_rows(f)
+        gate, up = (_packed(one, (e, 2, rows // 2, d), -1, d) for one in keys[1:3])
+        down = _packed(keys[3], (e, rows, d), -2, f, depth_scale)
+        return ExpertsWeights(**common, **biases(e, 2, rows // 2), gate=gate, up=up, down=down)
+    if is_wide(config, form):
+        gate, up = (random_kernel(one, d, e * f, dtype) for one in keys[1:3])
+        # what a token sums up are the rows of single experts, not of all
+        down = random_kernel(keys[3], e * f, d, dtype, depth_scale * e**0.5)
+        return WideWeights(**common, **biases(e * f), gate=gate, up=up, down=down)
+    gate, up = (_normal(one, (e, f, d), d, dtype) for one in keys[1:3])
+    down = _normal(keys[3], (e, f, d), f, dtype, depth_scale)
+    return ExpertsWeights(**common, **biases(e, f), gate=gate, up=up, down=down)
+
+
+def _packed(key: Array, shape: tuple[int, ...], axis: int, fan_in: int, scale: float = 1.0) -> Packed:
+    """Random codes under one scale: about the deviation that `_normal` has."""
+    exponent = jnp.round(jnp.log2(scale * fan_in**-0.5 / RANDOM_CODE_DEVIATION))
+    halves, groups = list(shape), list(shape)
+    halves[axis], groups[axis] = shape[axis] // 2, shape[axis] // BLOCK
+    blocks = jax.random.bits(key, tuple(halves), jnp.uint8)
+    return Packed(blocks, jnp.full(tuple(groups), exponent + 127).astype(jnp.uint8))

@@ -1,0 +1,150 @@
+"""Which part of every array lies on which device of a mesh."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pipeline.artifacts import PipelineError
+from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.model.experts import ExpertsWeights, WideWeights
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights
+from pipeline.model.linear import Transposed
+from pipeline.model.mxfp4 import Packed
+from pipeline.model.sharding import DATA, EXPERT, MODEL, TENSOR, Shards
+
+Tree = TypeVar("Tree")
+CACHE = PartitionSpec(DATA, None, MODEL, None)  # rows, positions, key/value heads, head width
+ROWS = PartitionSpec(DATA)
+EVERYWHERE = PartitionSpec()
+
+# what of a weight is split over the shards of the model: a kernel's outputs, its inputs, or all of a vector
+_LAYER = {
+    "query": "outputs",
+    "query_bias": "vector",
+    "key": "outputs",
+    "key_bias": "vector",
+    "value": "outputs",
+    "value_bias": "vector",
+    "output": "inputs",
+    "sinks": "vector",
+}
+_WIDE = {"gate": "outputs", "gate_bias": "vector", "up": "outputs", "up_bias": "vector", "down": "inputs"}
+_DRAFT_LAYER = _LAYER | {"gate": "outputs", "up": "outputs", "down": "inputs"}
+
+
+def make_mesh(shards: Shards, devices: list[Any] | None = None) -> Mesh:
+    """The mesh of these sizes; PipelineError when there are more or fewer devices than it has places."""
+    devices = jax.devices() if devices is None else devices
+    wanted = shards.data * shards.model
+    if wanted != len(devices):
+        raise PipelineError(
+            f"mesh.data x mesh.expert x mesh.tensor is {shards.data} x {shards.expert} x {shards.tensor} = {wanted}; "
+            f"there are {len(devices)} devices: change the mesh"
+        )
+    return Mesh(np.array(devices).reshape(shards.data, shards.expert, shards.tensor), (DATA, EXPERT, TENSOR))
+
+
+def require_divisible(config: GptOssConfig, draft: DraftConfig | None, shards: Shards) -> None:
+    """Raise one PipelineError that lists every size that a mesh does not divide."""
+    model, expert = (shards.model, "mesh.expert x mesh.tensor"), (shards.expert, "mesh.expert")
+    sizes = [
+        ("key/value heads", config.num_key_value_heads, *model),
+        ("words of the vocabulary", config.vocab_size, *model),
+        ("experts", config.num_local_experts, *expert),
+        ("rows of an expert", config.intermediate_size, shards.tensor, "mesh.tensor"),
+    ]
+    if draft is not None:
+        sizes += [
+            ("key/value heads of the draft", draft.num_key_value_heads, *model),
+            ("rows of the draft's feed-forward", draft.intermediate_size, *model),
+            ("features of the draft", draft.feature_size, *model),
+        ]
+    uneven = [f"{what}: {size}, {name} is {count}" for what, size, count, name in sizes if size % count]
+    if uneven:
+        raise PipelineError("the mesh does not divide the model evenly\n  " + "\n  ".join(uneven))
+
+
+def target_specs(weights: GptOssWeights) -> GptOssWeights:
+    """The partition of every array of the target's weights (or of their shapes)."""
+
+    def layer(one: LayerWeights) -> LayerWeights:
+        experts = one.experts
+        split = _split(experts, _WIDE) if isinstance(experts, WideWeights) else _experts(experts)
+        return dataclasses.replace(_split(one, _LAYER), experts=split)
+
+    return GptOssWeights(
+        embedding=PartitionSpec(MODEL, None),
+        layers=tuple(map(layer, weights.layers)),
+        norm=EVERYWHERE,
+        head=_kernel(weights.head, "outputs"),
+    )
+
+
+def draft_specs(weights: DraftWeights) -> DraftWeights:
+    """The partition of every array of the draft's weights (or of their shapes)."""
+    return DraftWeights(
+        fuse=_kernel(weights.fuse, "inputs"),
+        context_norm=EVERYWHERE,
+        layers=tuple(_split(layer, _DRAFT_LAYER) for layer in weights.layers),
+        norm=EVERYWHERE,
+    )
+
+
+def places(weights: Tree, specs: Tree, mesh: Mesh) -> Tree:
+    """Where every array of weights lies.
+
+    What is read row by row, experts by kernels and the embedding by tokens, lies row by row; a TPU would choose
+    what pads least, and copy the whole at every step to where it can be read.
+    """
+
+    def place(path: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding | Format:
+        sharding = NamedSharding(mesh, spec)
+        by_rows = leaf.ndim > 2 or "embedding" in jax.tree_util.keystr(path)
+        return Format(Layout(tuple(range(leaf.ndim))), sharding) if by_rows else sharding
+
+    return jax.tree_util.tree_map_with_path(place, weights, specs)
+
+
+def _experts(weights: ExpertsWeights) -> ExpertsWeights:
+    by_expert = PartitionSpec(EXPERT, TENSOR, None)
+    paired = PartitionSpec(EXPERT, None, TENSOR, None)  # even rows and odd rows
+    packed = isinstance(weights.gate, Packed)
+    gate = Packed(paired, paired) if packed else by_expert
+    bias = PartitionSpec(EXPERT, None, TENSOR) if packed else PartitionSpec(EXPERT, TENSOR)
+    return ExpertsWeights(
+        router=_kernel(weights.router, None),
+        router_bias=EVERYWHERE,
+        gate=gate,
+        gate_bias=bias,
+        up=gate,
+        up_bias=bias,
+        down=Packed(by_expert, by_expert) if packed else by_expert,
+        down_bias=PartitionSpec(EXPERT, None),
+    )
+
+
+def _split(node: Any, table: dict[str, str]) -> Any:
+    """A dataclass of partitions in the place of one of weights; nodes inside it are left."""
+    fields = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    made = {}
+    for name, value in fields.items():
+        if value is None or (dataclasses.is_dataclass(value) and not isinstance(value, Transposed)):
+            made[name] = value
+        elif table.get(name) == "vector":
+            made[name] = PartitionSpec(MODEL)
+        else:
+            made[name] = _kernel(value, table.get(name))
+    return type(node)(**made)
+
+
+def _kernel(kernel: Any, split: str | None) -> Any:
+    """The partition of a kernel [in, out], however it lies."""
+    specs = {"outputs": PartitionSpec(None, MODEL), "inputs": PartitionSpec(MODEL, None), None: EVERYWHERE}
+    if isinstance(kernel, Transposed):
+        return Transposed(PartitionSpec(*specs[split][::-1]))
+    return specs[split]

@@ -1,0 +1,129 @@
+"""Runs a tiny target and draft on every mesh of eight forced CPU devices and prints how far each is from one device.
+
+A program of its own, because the number of devices is fixed when JAX starts. Prints one JSON line: for every mesh and
+form of the weights the largest difference of logits of prefill, decode and verify, and of the draft's.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from pipeline.model import checkpoints, draft, gpt_oss, placement
+from pipeline.model.draft import DraftConfig
+from pipeline.model.execution import Execution
+from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.gpt_oss_weights import WeightsForm, random_weights
+from pipeline.model.rope import Rope
+from pipeline.model.sharding import MODEL, Shards
+
+MESHES = [(d, e, t) for d in (1, 2, 4, 8) for e in (1, 2, 4, 8) for t in (1, 2, 4, 8) if d * e * t == 8]
+NUM_ROWS, PROMPT, BLOCK, NUM_POSITIONS = 8, 11, 5, 32
+DRAFT = DraftConfig(
+    vocab_size=0,
+    hidden_size=0,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=12,
+    rope=Rope(theta=1e6),
+    tapped_layers=(0, 1),
+    num_target_layers=2,
+    block_size=BLOCK,
+    mask_token_id=7,
+)
+
+
+def passes(weights, draft_weights, ids, cache, draft_cache, *, config, sizes, run):
+    """Logits [B, V] of prefill, [B, V] of a step, [B, K, V] of a block, and the draft's [B, K, V]."""
+    start = jnp.zeros(len(ids), jnp.int32)
+    taps = sizes.tapped_layers
+    logits = []
+
+    def gathered(hidden):
+        local = gpt_oss.logits(weights, hidden)
+        axis = local.ndim - 1
+        return jax.lax.all_gather(local, MODEL, axis=axis, tiled=True) if run.shards.split else local
+
+    for first, last in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + 1 + BLOCK)):
+        at = start + first
+        out = gpt_oss.forward(weights, config, ids[:, first:last], at, cache, taps, run=run)
+        positions = at[:, None] + jnp.arange(last - first)
+        new = draft.context(draft_weights, sizes, out.features, positions, run.shards)
+        cache, draft_cache = out.cache, draft.extend(draft_cache, new, at)
+        logits.append(gathered(out.hidden))
+    block = gpt_oss.embed(weights, ids[:, -BLOCK:], run.shards)
+    hidden = draft.denoise(draft_weights, sizes, block, start + PROMPT + 1 + BLOCK, draft_cache, run)
+    tokens = gpt_oss.next_tokens(weights, hidden, run.shards)
+    return *logits, gathered(hidden), tokens
+
+
+def outputs_of(directory, draft_directory, ids, form, shards):
+    """The passes' outputs with weights read from files to where they belong."""
+    run = Execution(shards, few_tokens=ids.shape[0] * 2)  # prefill is grouped, decode is not
+    config = GptOssConfig.from_hf(checkpoints.read_config(directory))
+    sizes = checkpoints.read_draft_config(draft_directory)
+    form = dataclasses.replace(form, shards=shards)
+    cache = gpt_oss.empty_cache(config, NUM_ROWS, NUM_POSITIONS, jnp.float32, rollback=BLOCK)
+    draft_cache = draft.empty_cache(sizes, NUM_ROWS, NUM_POSITIONS, jnp.float32)
+    step = functools.partial(passes, config=config, sizes=sizes, run=run)
+    if not shards.split:
+        _, weights = checkpoints.load_target(directory, form)
+        _, draft_weights = checkpoints.load_draft(draft_directory, "float32")
+        return jax.device_get(jax.jit(step)(weights, draft_weights, ids, cache, draft_cache))
+    mesh = placement.make_mesh(shards)
+    placement.require_divisible(config, sizes, shards)
+    shapes = jax.eval_shape(lambda: random_weights(config, jax.random.key(0), form))
+    specs = placement.target_specs(shapes)
+    _, weights = checkpoints.load_target(directory, form, placement.places(shapes, specs, mesh))
+    draft_shapes = jax.eval_shape(lambda: draft.random_weights(sizes, jax.random.key(0)))
+    draft_specs = placement.draft_specs(draft_shapes)
+    places = placement.places(draft_shapes, draft_specs, mesh)
+    _, draft_weights = checkpoints.load_draft(draft_directory, "float32", places)
+    caches = [jax.tree.map(lambda _: placement.CACHE, one) for one in (cache, draft_cache)]
+    rows = placement.ROWS
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, draft_specs, rows, *caches), out_specs=P("data"), check_vma=False
+    )
+    return jax.device_get(jax.jit(sharded)(weights, draft_weights, ids, cache, draft_cache))
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    found = {}
+    for name in sys.argv[2:]:
+        packed = name == "packed"
+        directory, draft_directory = root / name, root / f"{name}-draft"
+        config = GptOssConfig.from_hf(checkpoints.read_config(directory))
+        sizes = dataclasses.replace(DRAFT, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
+        draft_directory.mkdir(exist_ok=True)
+        checkpoints.save_draft(draft_directory, sizes, draft.random_weights(sizes, jax.random.key(1)), {})
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (NUM_ROWS, PROMPT + 1 + BLOCK)).astype(np.int32)
+        form = WeightsForm(packed=packed)
+        alone = outputs_of(directory, draft_directory, ids, form, Shards())
+        for mesh in MESHES:
+            split = outputs_of(directory, draft_directory, ids, form, Shards(*mesh))
+            found["x".join(map(str, mesh)) + f" {name}"] = {
+                "prefill": float(np.abs(split[0] - alone[0]).max()),
+                "decode": float(np.abs(split[1] - alone[1]).max()),
+                "verify": float(np.abs(split[2] - alone[2]).max()),
+                "draft": float(np.abs(split[3] - alone[3]).max()),
+                "tokens": int((np.asarray(split[4]) != np.asarray(alone[4])).sum()),
+                "deviation": float(np.std(alone[2])),
+            }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -64,6 +64,11 @@ ROOMS = {
         needs="target, export",
         makes="acceptance and speedup against plain decoding",
     ),
+    Stage.compile: Room(
+        module="pipeline.compile.stage",
+        needs="nothing; the tpu extra",
+        makes="what the programs need and cost on a TPU slice, without one",
+    ),
     Stage.smoke: Room(
         module="pipeline.bench.smoke",
         needs="nothing",

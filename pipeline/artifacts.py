@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+REMEMBERED_BYTES = 2**28  # from this size on reading a file takes longer than anyone likes to wait twice
 MANIFEST = "manifest.json"
 CONTRACT = "contract.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "easydel", "transformers", "tensorstore", "safetensors", "numpy", "gguf")
@@ -61,6 +62,26 @@ def file_sha256(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: Path, memory: Path | None) -> str:
+    """`file_sha256`, kept in the JSON file `memory` for as long as a large file is not touched.
+
+    What a file is known by is its place, size, time of change and number: a hundred gigabytes take minutes to read.
+    """
+    real = path.resolve()
+    found = real.stat()
+    if memory is None or found.st_size < REMEMBERED_BYTES:
+        return file_sha256(real)
+    known = json.loads(memory.read_text()) if memory.is_file() else {}
+    mark = [found.st_size, found.st_mtime_ns, found.st_ino]
+    entry = known.get(str(real))
+    if entry is None or entry["mark"] != mark:
+        entry = {"mark": mark, "sha256": file_sha256(real)}
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(memory.read_text()) if memory.is_file() else {}  # another command may have added to it
+        write_json(memory, known | {str(real): entry})
+    return entry["sha256"]
 
 
 def address(root: Path, kind: str, name: str, settings: Mapping[str, Any]) -> Path:

@@ -19,6 +19,7 @@ class Stage(enum.Enum):
     export = "export"
     serve = "serve"
     bench = "bench"
+    compile = "compile"
     smoke = "smoke"
     all = "all"
 
@@ -62,8 +63,12 @@ class ServeMode(enum.Enum):
 
 
 @dataclasses.dataclass(kw_only=True)
-class PretrainConfig:
-    """How `stage=target` makes a target from scratch (tiny only)."""
+class ArchitectureConfig:
+    """Sizes of a GPT-OSS model: of what `stage=target` trains, `stage=compile` compiles or files must hold.
+
+    Layers slide and do not in turn. RoPE is YaRN, which stretches `rope_positions` to `max_position_embeddings`.
+    `packed` tells that the published files hold the experts as MXFP4.
+    """
 
     vocab_size: int = MISSING
     hidden_size: int = MISSING
@@ -76,6 +81,15 @@ class PretrainConfig:
     num_experts_per_tok: int = MISSING
     sliding_window: int = MISSING
     max_position_embeddings: int = MISSING
+    rope_theta: float = 150000.0
+    rope_positions: int = MISSING
+    packed: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
+class PretrainConfig:
+    """How `stage=target` trains a target of `target.architecture` from scratch (tiny only)."""
+
     num_conversations: int = MISSING
     steps: int = MISSING
     batch_tokens: int = MISSING
@@ -95,16 +109,19 @@ class PretrainedConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TargetConfig:
-    """The frozen model. With `path` it is read from an HF directory; without, `pretrain` or `pretrained` makes it.
+    """The frozen model. With `path` it is read from an HF directory, given by its place or its id on the hub.
 
-    `weights` null: the experts stay packed when the files are. `gguf` is the file of `pretrained` where it is on disk
-    already; nothing is downloaded then.
+    `revision` is the hub's: a commit, tag or branch. `weights` null: the experts stay packed when the files are.
+    Without `path`, `pretrain` makes a model of `architecture`; with it, the files must be of `architecture`, if set.
+    Or `pretrained` is converted; `gguf` is its file where it is on disk already, and nothing is downloaded.
     """
 
     name: str = MISSING
     path: str | None = None
+    revision: str | None = None
     precision: Precision = Precision.float32
     weights: ExpertWeights | None = None
+    architecture: ArchitectureConfig | None = None
     pretrain: PretrainConfig | None = None
     pretrained: PretrainedConfig | None = None
     gguf: str | None = None
@@ -153,7 +170,7 @@ class DraftConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """How the draft is trained."""
+    """How the draft is trained; `remat` trades a third more arithmetic for the memory of activations."""
 
     path: str | None = None
     steps: int = 1300
@@ -164,6 +181,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     loss_decay: float | None = None
+    remat: bool = False
     checkpoint_steps: int = 200
     eval_steps: int = 200
     log_steps: int = 10
@@ -204,17 +222,31 @@ class MeshConfig:
     """The devices that a target and its draft are split over, and the hosts that have them.
 
     `data` copies of the model share out the slots; `expert` splits the experts, `tensor` the rows of each; heads and
-    vocabulary are split over both. `coordinator` (host:port of the first process), `num_processes` and
+    vocabulary are split over both. All three null: on accelerators `tensor` as far as heads allow and `data` beyond,
+    on a CPU one device; what else is null is 1. `coordinator` (host:port of the first process), `num_processes` and
     `process_id` are needed where JAX cannot find them itself; on a TPU slice `hosts=true` is enough.
     """
 
-    data: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: int | None = None
+    expert: int | None = None
+    tensor: int | None = None
     hosts: bool = False
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class CompileConfig:
+    """What `stage=compile` compiles for the slice named by `topology`: the serving programs and the training step.
+
+    The sizes are those of `serve`, `draft` and `train`; a DFLASH round is compiled for each of `block_sizes`. Costs are
+    told for rows of `context` tokens.
+    """
+
+    block_sizes: list[int] = dataclasses.field(default_factory=lambda: [4, 8, 16])
+    context: int = 1024
+    training: bool = True
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -241,6 +273,8 @@ class PipelineConfig:
     serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    topology: str = "v6e:2x4"
+    compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
 
@@ -280,25 +314,30 @@ def validate(config: PipelineConfig) -> None:
         )
     if draft.head_dim % 2:
         broken.append(f"draft.head_dim is {draft.head_dim}; rotary embedding needs an even one")
-    pretrain, pretrained = config.target.pretrain, config.target.pretrained
-    if pretrain is None and pretrained is None and config.target.path is None:
-        broken.append("target.path is null; give the directory of a GPT-OSS model, or choose target=tiny")
-    if pretrained is None and config.target.gguf is not None:
-        broken.append(f"target.gguf is {config.target.gguf}; it needs target.pretrained: choose target=smollm2")
-    if pretrained is not None and not re.fullmatch("[0-9a-f]{64}", pretrained.sha256):
-        broken.append(f"target.pretrained.sha256 is {pretrained.sha256!r}; it must be 64 hex digits in lower case")
-    if pretrain is not None:
-        if pretrain.head_dim % 2:
-            broken.append(f"target.pretrain.head_dim is {pretrain.head_dim}; rotary embedding needs an even one")
-        if pretrain.num_attention_heads % pretrain.num_key_value_heads:
+    target = config.target
+    trained = target.pretrain is not None and target.architecture is not None
+    if target.path is None and target.pretrained is None and not trained:
+        broken.append("target.path is null; give a GPT-OSS model's directory or hub id, or choose target=tiny")
+    if target.revision is not None and target.path is None:
+        broken.append(f"target.revision is {target.revision}; it goes with a hub id in target.path")
+    if target.gguf is not None and target.pretrained is None:
+        broken.append(f"target.gguf is {target.gguf}; it needs target.pretrained: choose target=smollm2")
+    if target.pretrained is not None and not re.fullmatch("[0-9a-f]{64}", target.pretrained.sha256):
+        sha256 = target.pretrained.sha256
+        broken.append(f"target.pretrained.sha256 is {sha256!r}; it must be 64 hex digits in lower case")
+    sizes = target.architecture
+    if sizes is not None:
+        if sizes.head_dim % 2:
+            broken.append(f"target.architecture.head_dim is {sizes.head_dim}; rotary embedding needs an even one")
+        if sizes.num_attention_heads % sizes.num_key_value_heads:
             broken.append(
-                f"target.pretrain.num_attention_heads is {pretrain.num_attention_heads}; it must be a multiple of "
-                f"target.pretrain.num_key_value_heads ({pretrain.num_key_value_heads})"
+                f"target.architecture.num_attention_heads is {sizes.num_attention_heads}; it must be a multiple of "
+                f"target.architecture.num_key_value_heads ({sizes.num_key_value_heads})"
             )
-        if pretrain.num_experts_per_tok > pretrain.num_local_experts:
+        if sizes.num_experts_per_tok > sizes.num_local_experts:
             broken.append(
-                f"target.pretrain.num_experts_per_tok is {pretrain.num_experts_per_tok}; there are "
-                f"{pretrain.num_local_experts} experts (target.pretrain.num_local_experts)"
+                f"target.architecture.num_experts_per_tok is {sizes.num_experts_per_tok}; there are "
+                f"{sizes.num_local_experts} experts (target.architecture.num_local_experts)"
             )
     if config.bench.max_new_tokens == 1:
         broken.append("bench.max_new_tokens is 1; the first token is prefill's: at least 2 are needed to time decoding")
@@ -320,7 +359,7 @@ _POSITIVE = frozenset(
     "batch_tokens sequence_length learning_rate checkpoint_steps eval_steps log_steps count max_prompt_tokens "
     "max_new_tokens batch_size shard_sequences num_tapped_layers rope_theta batch_sequences anchors_per_sequence "
     "clip_grad loss_decay slots max_length prefill_chunk num_prompts prompt_tokens repeats data expert tensor "
-    "num_processes".split()
+    "num_processes rope_positions context".split()
 )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline import artifacts
+from pipeline import artifacts, hub
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import PipelineConfig, PromptSource, plain
+from pipeline.config import ArchitectureConfig, PipelineConfig, PromptSource, plain
 from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.dflash.contract import (
     Contract,
@@ -31,6 +31,7 @@ from pipeline.model.rope import Rope
 from pipeline.prompts import sources
 from pipeline.prompts import tokenizer as tokenizers_of_ours
 
+REMEMBERED = "sha256.json"  # of large files, under output_dir
 TARGET, TEACHER_CACHE, CHECKPOINT, DRAFT = "target", "teacher_cache", "checkpoint", "draft"
 DRAFT_CONFIG, EVALUATION = "draft_config.json", "evaluation.json"  # in a checkpoint; the latter in a draft too
 
@@ -44,11 +45,36 @@ class Target:
     fingerprint: str
 
 
+def architecture(sizes: ArchitectureConfig) -> GptOssConfig:
+    """The model of these sizes: sliding and full layers in turn, YaRN as GPT-OSS has it."""
+    return GptOssConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.num_key_value_heads,
+        head_dim=sizes.head_dim,
+        num_local_experts=sizes.num_local_experts,
+        num_experts_per_tok=sizes.num_experts_per_tok,
+        sliding_window=sizes.sliding_window,
+        sliding=tuple(index % 2 == 0 for index in range(sizes.num_hidden_layers)),
+        rope=Rope(
+            theta=sizes.rope_theta,
+            factor=sizes.max_position_embeddings / sizes.rope_positions,
+            original_max_position_embeddings=sizes.rope_positions,
+            truncate=False,
+        ),
+        max_position_embeddings=sizes.max_position_embeddings,
+    )
+
+
 def target_settings(config: PipelineConfig) -> dict[str, Any]:
     """What decides the bytes of a target that `stage=target` trains or converts."""
     if config.target.pretrained is not None:
         return {"gguf_sha256": config.target.pretrained.sha256, "precision": "float32"}
-    return {"pretrain": plain(config.target.pretrain), "seed": config.seed, "precision": "float32"}
+    made = {name: plain(getattr(config.target, name)) for name in ("architecture", "pretrain")}
+    return {**made, "seed": config.seed, "precision": "float32"}
 
 
 def target_address(config: PipelineConfig) -> Path:
@@ -56,14 +82,16 @@ def target_address(config: PipelineConfig) -> Path:
     return artifacts.address(Path(config.output_dir), TARGET, config.target.name, target_settings(config))
 
 
-def target_contract(directory: Path, config: PipelineConfig, provenance: dict[str, Any]) -> Contract:
+def target_contract(
+    directory: Path, config: PipelineConfig, provenance: dict[str, Any], revision: str | None = None
+) -> Contract:
     """The contract of the HF directory of a target: everything fingerprinted, features and draft open."""
     return Contract(
         target=TargetIdentity(
             name=config.target.name,
-            revision=None,
+            revision=revision,
             config_fingerprint=checkpoints.config_fingerprint(directory),
-            weights_fingerprint=checkpoints.weights_fingerprint(directory),
+            weights_fingerprint=checkpoints.weights_fingerprint(directory, Path(config.output_dir) / REMEMBERED),
             weight_precision=config.target.precision.value,
         ),
         text=TextIdentity(
@@ -77,15 +105,32 @@ def target_contract(directory: Path, config: PipelineConfig, provenance: dict[st
 def target(config: PipelineConfig) -> Target:
     """The target of this configuration: the directory given by `target.path`, or the one made here."""
     if config.target.path is not None:
-        directory = Path(config.target.path)
-        if not directory.is_dir():
-            raise PipelineError(f"target.path is {directory}, which is no directory; give a local HF checkpoint")
-        contract = target_contract(directory, config, {})
+        directory, revision = hub.directory_of(config.target.path, config.target.revision, key="target.path")
+        _require_architecture(directory, config.target.architecture)
+        contract = target_contract(directory, config, {}, revision)
         return Target(directory, contract, artifacts.fingerprint_of(contract.to_json()))
     made = artifacts.read(target_address(config), TARGET, make_with=command("target"))
     contract = Contract.from_json(made.contract)
     served = dataclasses.replace(contract.target, weight_precision=config.target.precision.value)
     return Target(made.path, dataclasses.replace(contract, target=served), made.fingerprint)
+
+
+def _require_architecture(directory: Path, sizes: ArchitectureConfig | None) -> None:
+    """Raise PipelineError naming every size in which a checkpoint is not the model that was chosen."""
+    if sizes is None:
+        return
+    values = checkpoints.read_config(directory)
+    found, wanted = GptOssConfig.from_hf(values), architecture(sizes)
+    wrong = [
+        f"{field.name}: found {getattr(found, field.name)}, wanted {getattr(wanted, field.name)}"
+        for field in dataclasses.fields(wanted)
+        if getattr(found, field.name) != getattr(wanted, field.name)
+    ]
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise PipelineError(
+            f"{directory} is not the model of target.architecture; choose target=local for another one\n  {listed}"
+        )
 
 
 def mask_token_id(directory: Path, config: PipelineConfig, vocab_size: int) -> int:
@@ -106,8 +151,13 @@ def _token_id(tokenizer: Path, changed_ns: int, token: str) -> int | None:
 
 
 def draft_config(config: PipelineConfig, target: Target) -> DraftConfig:
-    """The draft of this configuration for this target. Raises PipelineError on layers that cannot be tapped."""
+    """The draft of this configuration for this target; raises PipelineError as `draft_sizes` does."""
     model = GptOssConfig.from_hf(checkpoints.read_config(target.path))
+    return draft_sizes(config, model, mask_token_id(target.path, config, model.vocab_size))
+
+
+def draft_sizes(config: PipelineConfig, model: GptOssConfig, mask_token_id: int) -> DraftConfig:
+    """The draft of this configuration for a model. Raises PipelineError on layers that cannot be tapped."""
     wanted = config.draft
     tapped = wanted.tapped_layers or default_tapped_layers(model.num_hidden_layers, wanted.num_tapped_layers)
     outside = [layer for layer in tapped if not 0 <= layer < model.num_hidden_layers - 1]
@@ -128,7 +178,7 @@ def draft_config(config: PipelineConfig, target: Target) -> DraftConfig:
         tapped_layers=tuple(tapped),
         num_target_layers=model.num_hidden_layers,
         block_size=wanted.block_size,
-        mask_token_id=mask_token_id(target.path, config, model.vocab_size),
+        mask_token_id=mask_token_id,
         rms_norm_eps=model.rms_norm_eps,
         max_position_embeddings=model.max_position_embeddings,
     )

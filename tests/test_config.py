@@ -38,7 +38,7 @@ def test_defaults_are_valid():
     ("changes", "told"),
     [
         pytest.param({"train__learning_rate": -1.0}, "train.learning_rate is -1.0; it must be positive", id="negative"),
-        pytest.param({"target__path": None}, "target.path is null; give the directory", id="no target"),
+        pytest.param({"target__path": None}, "target.path is null; give a GPT-OSS model", id="no target"),
         pytest.param({"target__gguf": "x.gguf"}, "target.gguf is x.gguf; it needs target.pretrained", id="stray file"),
         pytest.param(
             {"target__pretrained": PretrainedConfig(wheel="w", file="f", sha256="abc")},
@@ -85,7 +85,9 @@ def test_plain_gives_json_values_for_enums_dataclasses_and_lists():
         "name": "tiny",
         "path": "models/tiny",
         "precision": Precision.float32.value,
+        "revision": None,
         "weights": None,
+        "architecture": None,
         "pretrain": None,
         "pretrained": None,
         "gguf": None,

@@ -10,7 +10,15 @@ from tiny_training import MASK_TOKEN, NUM_TAPPED
 
 from pipeline import artifacts, lineage
 from pipeline.artifacts import MissingArtifact, PipelineError
-from pipeline.config import Effort, PipelineConfig, Precision, PretrainConfig, PromptSource, TargetConfig
+from pipeline.config import (
+    ArchitectureConfig,
+    Effort,
+    PipelineConfig,
+    Precision,
+    PretrainConfig,
+    PromptSource,
+    TargetConfig,
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +124,16 @@ def test_a_prompt_file_counts_by_its_bytes_not_by_its_name(config, tmp_path):
 
 
 def test_a_trained_targets_address_follows_its_recipe_and_a_missing_one_names_its_command(tmp_path):
-    sizes = {field.name: field.type(8) for field in dataclasses.fields(PretrainConfig)}
-    config = PipelineConfig(
-        output_dir=str(tmp_path), target=TargetConfig(name="tiny", pretrain=PretrainConfig(**sizes))
+    sizes, recipe = (
+        {field.name: field.type(8) for field in dataclasses.fields(kind)}
+        for kind in (ArchitectureConfig, PretrainConfig)
     )
+    target = TargetConfig(name="tiny", architecture=ArchitectureConfig(**sizes), pretrain=PretrainConfig(**recipe))
+    config = PipelineConfig(output_dir=str(tmp_path), target=target)
     before = lineage.target_address(config)
     config.target.pretrain.steps = 9
+    assert lineage.target_address(config) != before
+    config.target.pretrain.steps, config.target.architecture.head_dim = 8, 10
     assert lineage.target_address(config) != before
     with pytest.raises(MissingArtifact, match=r"no complete target at .*make it with: python -m pipeline stage=target"):
         lineage.target(config)

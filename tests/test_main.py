@@ -115,10 +115,11 @@ def test_cfg_job_prints_the_configuration_with_experiment_and_overrides(tmp_path
 
 
 def test_every_experiment_and_target_fits_the_schema(tmp_path):
-    for name in door._choices("experiment"):
-        code, _, err = run(tmp_path, f"experiment={name}")
-        assert (code, err) == (0, "")
-    tiny = yaml.safe_load((ROOT / "conf" / "target" / "tiny.yaml").read_text())["pretrain"]
+    for group in ("experiment", "target"):
+        for name in door._choices(group):
+            code, _, err = run(tmp_path, f"{group}={name}", "stage=train", "--cfg", "job")
+            assert (code, err) == (0, ""), (group, name)
+    tiny = yaml.safe_load((ROOT / "conf" / "target" / "tiny.yaml").read_text())["architecture"]
     axes = [tiny[key] for key in tiny if key.startswith(("vocab", "hidden", "intermediate", "num_", "head", "sliding"))]
     assert len(set(axes)) == len(axes)
 

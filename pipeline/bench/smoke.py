@@ -32,7 +32,6 @@ from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine import Draft, Engine
 from pipeline.serve.scheduler import Request
 from pipeline.serve.worker import Worker
-from pipeline.target.stage import model_config
 from pipeline.tracking import Run
 
 log = logging.getLogger("pipeline")
@@ -43,8 +42,8 @@ SECONDS_TO_ANSWER = 60
 
 def run(config: PipelineConfig, tracker: Run) -> None:
     """Make a random target and draft under `output_dir`/smoke, then bench and serve them."""
-    if config.target.pretrain is None:
-        raise PipelineError("stage=smoke makes a random target of pretrain's sizes; run it with target=tiny")
+    if config.target.path is not None or config.target.architecture is None:
+        raise PipelineError("stage=smoke makes a random target of target.architecture; run it with target=tiny")
     root = Path(config.output_dir) / "smoke"
     shutil.rmtree(root, ignore_errors=True)
     config = dataclasses.replace(
@@ -77,9 +76,9 @@ def _random_target(config: PipelineConfig) -> None:
     directory = Path(config.target.path)
     directory.mkdir(parents=True)
     conversations = [corpus.conversation(config.seed, index) for index in range(TOKENIZER_CONVERSATIONS)]
-    words = tokenizer.train_tokenizer(corpus.texts(conversations), config.target.pretrain.vocab_size)
+    words = tokenizer.train_tokenizer(corpus.texts(conversations), config.target.architecture.vocab_size)
     words.save_pretrained(directory)
-    model = model_config(config.target.pretrain)
+    model = lineage.architecture(config.target.architecture)
     weights = random_weights(model, jax.random.key(config.seed))
     checkpoints.save_target(directory, model, weights, tokenizer.config_token_ids(words))
 

@@ -29,7 +29,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     """Measure, print the table, log it, keep results.json and return it; wrong tokens raise after all that."""
     target = lineage.target(config)
     exported = lineage.exported_draft(config, target)
-    here = machine(config.mesh)
+    here = machine(config.mesh, target.path, draft=exported.path)
     model, weights = read_target(config, target.path, here)
     draft_config, draft_weights = read_draft(config, exported.path, here)
     tokenizer = load_tokenizer(target.path)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pipeline.model.execution import PLAIN, Execution
+from pipeline.model import attention_kernels
+from pipeline.model.execution import PALLAS, PLAIN, Execution, Kernels
 from pipeline.model.kv_cache import LayerCache, slot_positions, take_rows
 from pipeline.model.linear import einsum
 
@@ -97,10 +98,16 @@ def over_own(
 ) -> Part:
     """The part of T tokens per row over each other: themselves and what is before them, or all when not `causal`.
 
-    Long rows are cut into runs of queries, so that no more than MAX_SCORES scores are held; with a `window` a run
-    reads its own keys and those of a window before it.
+    By a kernel where one takes them. Else long rows are cut into runs of queries, so that no more than MAX_SCORES
+    scores are held; with a `window` a run reads its own keys and those of a window before it.
     """
     batch, length, num_heads, _ = queries.shape
+    if causal and run.kernels in PALLAS:
+        if attention_kernels.splash_takes(length):
+            interpret = run.kernels is Kernels.pallas_interpreted
+            return Part(*attention_kernels.on_tpu(queries, keys, values, window, interpret=interpret))
+    elif causal and run.kernels is Kernels.cudnn and length > 1 and queries.dtype == jnp.bfloat16:
+        return Part(*attention_kernels.on_gpu(queries, keys, values, window))
     if batch * num_heads * length * length <= MAX_SCORES or not causal:
         return _part(queries, keys, values, _visible(jnp.arange(length), jnp.arange(length), window, causal))
     size = max(64, MAX_SCORES // (batch * num_heads * length))
@@ -176,8 +183,35 @@ def block_attention(
 ) -> Float[Array, "B A K N H"]:
     """Attention of A blocks of K slots over one sequence's context and over their own slots, both ways.
 
-    Every slot of a block sees the same context (`visible`); blocks do not see each other.
+    Every slot of a block sees the same context (`visible`); blocks do not see each other. Many blocks are run a few
+    at a time, recomputed in the backward pass, so that no more than MAX_SCORES scores are held.
     """
+    batch, num_blocks, block_size, num_heads, _ = queries.shape
+    fitting = MAX_SCORES // (batch * num_heads * block_size * context_keys.shape[1])
+    if fitting >= num_blocks:
+        return _blocks(queries, context_keys, context_values, visible, block_keys, block_values)
+    size = max(divisor for divisor in range(1, max(1, fitting) + 1) if num_blocks % divisor == 0)
+
+    def parts(array: Array) -> Array:
+        return jnp.moveaxis(array.reshape(batch, num_blocks // size, size, *array.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(part: tuple[Array, ...]) -> Float[Array, "B a K N H"]:
+        some_queries, some_visible, *own = part
+        return _blocks(some_queries, context_keys, context_values, some_visible, *own)
+
+    made = jax.lax.map(one, tuple(map(parts, (queries, visible, block_keys, block_values))))
+    return jnp.moveaxis(made, 0, 1).reshape(queries.shape)
+
+
+def _blocks(
+    queries: Float[Array, "B A K N H"],
+    context_keys: Float[Array, "B T G H"],
+    context_values: Float[Array, "B T G H"],
+    visible: Bool[Array, "B A T"],
+    block_keys: Float[Array, "B A K G H"],
+    block_values: Float[Array, "B A K G H"],
+) -> Float[Array, "B A K N H"]:
     *lead, num_heads, width = queries.shape
     groups = context_keys.shape[2]
     grouped = (queries * width**-0.5).reshape(*lead, groups, num_heads // groups, width)

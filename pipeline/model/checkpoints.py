@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pipeline.artifacts import PipelineError, file_sha256, fingerprint_of, write_json
+from pipeline.artifacts import PipelineError, fingerprint_of, remembered_sha256, write_json
 from pipeline.model import draft, gpt_oss_weights, hf_draft, hf_target, tensor_files
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
@@ -118,9 +118,10 @@ def save_draft(directory: Path, config: DraftConfig, weights: DraftWeights, toke
     write_json(directory / "config.json", hf_draft.config_to_hf(config, dtype, token_ids))
 
 
-def weights_fingerprint(directory: Path) -> str:
-    """sha256 over the names and bytes of a directory's safetensors files."""
-    return fingerprint_of({file.name: file_sha256(file) for file in tensor_files.weight_files(directory)})
+def weights_fingerprint(directory: Path, memory: Path | None = None) -> str:
+    """sha256 over the names and bytes of a directory's safetensors files; `memory` as in `remembered_sha256`."""
+    files = tensor_files.weight_files(directory)
+    return fingerprint_of({file.name: remembered_sha256(file, memory) for file in files})
 
 
 def config_fingerprint(directory: Path) -> str:

@@ -5,6 +5,7 @@ DFlashDraftModel and ../shared/reference/dflash.md section 1; every layer is non
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, no_type_check
 
@@ -140,14 +141,19 @@ def denoise_blocks(
     positions: Int[Array, "B A K"],
     context: KVCache,
     visible: Bool[Array, "B A T"],
+    *,
+    remat: bool = False,
 ) -> Float[Array, "B A K D"]:
-    """As `denoise` for A blocks per sequence, as in training, each over the part of the context visible to it."""
+    """As `denoise` for A blocks per sequence, as in training, each over the part of the context visible to it.
+
+    With `remat` a layer's inner values are made again in the backward pass instead of being kept.
+    """
 
     def attend(index: int, queries: Array, keys: Array, values: Array) -> Array:
         cached = context.layers[index]
         return attention.block_attention(queries, cached.keys, cached.values, visible, keys, values)
 
-    return _layers(weights, config, embeddings, positions, attend, ALONE)
+    return _layers(weights, config, embeddings, positions, attend, ALONE, remat=remat)
 
 
 def _layers(
@@ -157,11 +163,14 @@ def _layers(
     positions: Int[Array, "*batch K"],
     attend: Callable[[int, Array, Array, Array], Array],
     shards: Shards,
+    *,
+    remat: bool = False,
 ) -> Float[Array, "*batch K D"]:
     """The decoder layers; `attend` takes a layer's number and its queries, keys and values [*batch, K, heads, H]."""
     cos_sin = angles(config.rope, config.head_dim, positions)
     hidden = embeddings.astype(weights.norm.dtype)
-    for index, layer in enumerate(weights.layers):
+
+    def run(index: int, layer: DraftLayerWeights, hidden: Float[Array, "*batch K D"]) -> Float[Array, "*batch K D"]:
         normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
         queries = linear(normed, layer.query, layer.query_bias)
         queries = queries.reshape(*normed.shape[:-1], -1, config.head_dim)  # on a shard: its heads
@@ -171,7 +180,11 @@ def _layers(
         hidden = hidden + linear_over_shards(attended, layer.output, layer.output_bias, shards)
         normed = rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps)
         inner = jax.nn.silu(linear(normed, layer.gate)) * linear(normed, layer.up)
-        hidden = hidden + linear_over_shards(inner, layer.down, shards=shards)
+        return hidden + linear_over_shards(inner, layer.down, shards=shards)
+
+    for index, layer in enumerate(weights.layers):
+        step = functools.partial(run, index)
+        hidden = (jax.checkpoint(step) if remat else step)(layer, hidden)
     return rms_norm(hidden, weights.norm, config.rms_norm_eps)
 
 

@@ -7,11 +7,18 @@ from pipeline.model.sharding import ALONE, Shards
 
 
 class Kernels(enum.Enum):
-    """What multiplies experts and attends: XLA everywhere, or Pallas kernels on TPU (interpreted: for tests on CPU)."""
+    """What attends and multiplies experts: XLA everywhere; cuDNN's attention on a GPU; Pallas kernels on a TPU.
+
+    Interpreted, Pallas kernels run on a CPU, for tests.
+    """
 
     xla = "xla"
+    cudnn = "cudnn"
     pallas_tpu = "pallas_tpu"
     pallas_interpreted = "pallas_interpreted"
+
+
+PALLAS = (Kernels.pallas_tpu, Kernels.pallas_interpreted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pipeline.model import experts_tpu, mxfp4
-from pipeline.model.execution import PLAIN, Execution, Kernels
+from pipeline.model.execution import PALLAS, PLAIN, Execution, Kernels
 from pipeline.model.linear import Kernel, einsum, product
 from pipeline.model.mxfp4 import Packed
 from pipeline.model.sharding import ALONE, EXPERT, MODEL, TENSOR, Shards
@@ -165,7 +165,7 @@ def few(
     found = hits(shares, indices, run.shards.first(EXPERT, num_experts), num_experts)
     down_bias = run.shards.once(TENSOR, weights.down_bias)
     packed = isinstance(weights.gate, Packed)
-    if run.kernels is not Kernels.xla:
+    if run.kernels in PALLAS:
         kernel = experts_tpu.packed_experts if packed else experts_tpu.experts
         matrices = (weights.gate, weights.gate_bias, weights.up, weights.up_bias, weights.down, down_bias)
         interpret = run.kernels is Kernels.pallas_interpreted
@@ -230,7 +230,7 @@ def ragged_product(
     transposed: bool = False,
 ) -> Float[Array, "M out"]:
     """The first sizes[0] rows times the first matrix, and so on, in float32; rows past all groups give anything."""
-    if kernels is not Kernels.xla:
+    if kernels in PALLAS:
         interpret = kernels is Kernels.pallas_interpreted
         return experts_tpu.ragged_product(rows, matrices, sizes, transposed=transposed, interpret=interpret)
     contracted = ((1,), (2 if transposed else 1,))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pipeline.model import mxfp4
 from pipeline.model.mxfp4 import Packed
 
+HIT_EXPERTS = "hit_experts"  # the kernel's name in a compiled program
 TILE_BYTES = 12 * 2**20  # of an expert's three matrices held at once; the next ones are copied meanwhile
 VMEM_BYTES = 48 * 2**20  # a kernel's share; every chip since v5e has at least 64 MiB
 TOKEN_TILE = 16  # rows of bfloat16 in a register
@@ -168,6 +169,7 @@ def _over_hits(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
+        name=HIT_EXPERTS,
         cost_estimate=_cost(rows, hit.shape[0], [array for array, _ in operands]),
     )(hit, inputs, shares[..., None], down_bias[:, None].astype(jnp.float32), *arrays)
     return jnp.where(count > 0, outputs[:num_tokens], 0)  # a kernel that no expert runs writes nothing

@@ -24,6 +24,16 @@ from pipeline.serve.scheduler import Request, Scheduler
 PREFILL_ROWS = 8  # prompts a prefill program runs side by side, at most
 
 
+def rows_of_shard(slots: int) -> int:
+    """Prompts that a shard of `slots` slots prefills side by side."""
+    return min(slots, PREFILL_ROWS)
+
+
+def num_positions(max_length: int, prefill_chunk: int, block_size: int) -> int:
+    """Positions of a slot whose requests have at most `max_length`: a write never passes the end of a row."""
+    return max_length + max(prefill_chunk, block_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Draft:
     """A draft to decode with."""
@@ -97,7 +107,7 @@ class Engine:
         self._stop_ids = np.asarray(sorted(self._stops), dtype=np.int32)
         self._chunk = prefill_chunk
         self._slots_of_shard = slots // run.shards.data
-        self._rows_of_shard = min(self._slots_of_shard, PREFILL_ROWS)
+        self._rows_of_shard = rows_of_shard(self._slots_of_shard)
         self._num_shards = run.shards.data
         self._scheduler = Scheduler(slots)
         self.slots = slots
@@ -105,10 +115,10 @@ class Engine:
         self.block_size = None if draft is None else draft.config.block_size
         self.acceptance = acceptance.empty(self.block_size or 1)
         self.clock = Clock()
-        slack = max(prefill_chunk, self.block_size or 1)  # a write never passes the end of a row
+        positions = num_positions(max_length, prefill_chunk, self.block_size or 1)
         dtype = target_weights.embedding.dtype
         self._state = compiled.new_state(
-            lambda: programs.empty_state(target_config, self._draft_config, slots, max_length + slack, dtype),
+            lambda: programs.empty_state(target_config, self._draft_config, slots, positions, dtype),
             mesh,
             target_weights,
         )

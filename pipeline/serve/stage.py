@@ -63,7 +63,7 @@ def _engine(config: PipelineConfig, target: lineage.Target, stop_ids: list[int])
             f"(max_position_embeddings); set serve.max_length to {limit} or less"
         )
     drafted = lineage.exported_draft(config, target) if wanted.mode is ServeMode.dflash else None
-    here = machine(config.mesh)
+    here = machine(config.mesh, target.path, draft=None if drafted is None else drafted.path)
     target_config, weights = read_target(config, target.path, here)
     draft = None
     if drafted is not None:

@@ -11,11 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from pipeline import artifacts, lineage
-from pipeline.config import PipelineConfig, PretrainConfig
+from pipeline.config import PipelineConfig
 from pipeline.machine import machine, read_target
 from pipeline.model import checkpoints
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.rope import Rope
 from pipeline.progress import Progress
 from pipeline.prompts import corpus, tokenizer
 from pipeline.target import batches, llama, pretrain, smollm, wheel
@@ -27,7 +25,6 @@ log = logging.getLogger("pipeline")
 TOKENIZER_CONVERSATIONS = 3000
 HELD_OUT_CONVERSATIONS = 128
 CORPUS_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # apart from the prompt set's, which is drawn with the bare seed
-ROPE_ORIGINAL_POSITIONS = 256  # YaRN at work within the tiny target's positions
 CHECKPOINTS = "checkpoints"
 
 
@@ -35,7 +32,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     """Make the target complete on disk; a target given by `target.path` is opened and checked instead."""
     if config.target.path is not None:
         given = lineage.target(config)
-        read_target(config, given.path, machine(config.mesh))
+        read_target(config, given.path, machine(config.mesh, given.path))
         log.info("target %s at %s can be run", config.target.name, given.path)
         tracker.log_json(artifacts.CONTRACT, given.contract.to_json())
         return
@@ -50,30 +47,6 @@ def run(config: PipelineConfig, tracker: Run) -> None:
                 _convert(path, config)
     tracker.log_json(artifacts.CONTRACT, lineage.target(config).contract.to_json())
     tracker.set_tag("artifact", str(path))
-
-
-def model_config(values: PretrainConfig) -> GptOssConfig:
-    """The tiny target: GPT-OSS's architecture with sliding and full layers in turn and YaRN in use."""
-    return GptOssConfig(
-        vocab_size=values.vocab_size,
-        hidden_size=values.hidden_size,
-        intermediate_size=values.intermediate_size,
-        num_hidden_layers=values.num_hidden_layers,
-        num_attention_heads=values.num_attention_heads,
-        num_key_value_heads=values.num_key_value_heads,
-        head_dim=values.head_dim,
-        num_local_experts=values.num_local_experts,
-        num_experts_per_tok=values.num_experts_per_tok,
-        sliding_window=values.sliding_window,
-        sliding=tuple(index % 2 == 0 for index in range(values.num_hidden_layers)),
-        rope=Rope(
-            theta=150000.0,
-            factor=values.max_position_embeddings / ROPE_ORIGINAL_POSITIONS,
-            original_max_position_embeddings=ROPE_ORIGINAL_POSITIONS,
-            truncate=False,
-        ),
-        max_position_embeddings=values.max_position_embeddings,
-    )
 
 
 def _convert(path: Path, config: PipelineConfig) -> None:
@@ -111,12 +84,13 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
     values, seed = config.target.pretrain, config.seed
     scratch = artifacts.open_scratch(path, resume=True)
     conversations = [corpus.conversation(CORPUS_SEED + seed, index) for index in range(values.num_conversations)]
-    words = tokenizer.train_tokenizer(corpus.texts(conversations[:TOKENIZER_CONVERSATIONS]), values.vocab_size)
+    sizes = config.target.architecture
+    words = tokenizer.train_tokenizer(corpus.texts(conversations[:TOKENIZER_CONVERSATIONS]), sizes.vocab_size)
     examples = batches.tokenize(words, conversations)
     lengths = (values.sequence_length // 2, values.sequence_length)
     held_out = _held_out(words, HELD_OUT_SEED + seed, values.sequence_length)
 
-    model = model_config(values)
+    model = lineage.architecture(sizes)
     optimizer = pretrain.optimizer_of(values.learning_rate, values.steps)
     state = pretrain.start(model, optimizer, jax.random.key(seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)

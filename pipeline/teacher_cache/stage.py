@@ -158,7 +158,7 @@ def _require_space(
 def _teacher(
     config: PipelineConfig, directory: Path, draft: DraftConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Teacher:
-    here = machine(config.mesh)
+    here = machine(config.mesh, directory)
     model, weights = read_target(config, directory, here)
     return Teacher(
         weights=weights,

@@ -19,7 +19,17 @@ from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig, DraftLayerWeights, DraftWeights
 
 MODEL_TYPE = "dflash_draft"
-AXES = ("fsdp", "sp")
+_OUT, _IN = PartitionSpec(("fsdp", "sp"), "tp"), PartitionSpec("tp", ("fsdp", "sp"))
+KERNELS = {  # split over both of their axes [in, out]; everything else is on every device
+    "fuse": _OUT,
+    "query": _OUT,
+    "key": _OUT,
+    "value": _OUT,
+    "output": _IN,
+    "gate": _OUT,
+    "up": _OUT,
+    "down": _IN,
+}
 
 
 @register_config(MODEL_TYPE)
@@ -36,14 +46,6 @@ class DraftModuleConfig(EasyDeLBaseConfig):
         """The config of the draft that the parameters belong to."""
         return hf_draft.config_from_hf(self.draft)
 
-    def get_partition_rules(self, *args: Any, **kwargs: Any) -> tuple[tuple[str, PartitionSpec], ...]:
-        """Kernels split over both of their axes, everything else on every device."""
-        return (
-            (r"(fuse|query|key|value|gate|up)$", PartitionSpec(AXES, "tp")),
-            (r"(output|down)$", PartitionSpec("tp", AXES)),
-            (r".*", PartitionSpec()),
-        )
-
 
 class Parameters(nnx.Module):
     """The arrays of one node of a weights tree, by field name."""
@@ -51,6 +53,10 @@ class Parameters(nnx.Module):
     def __init__(self, fields: dict[str, jax.Array]) -> None:
         for name, array in fields.items():
             setattr(self, name, nnx.Param(array))
+
+    def craft_sharding(self, **_options: Any) -> dict[str, PartitionSpec]:
+        """EasyDeL asks every module for the partition of its own parameters."""
+        return _partition(self)
 
 
 @register_module(TaskType.BASE_MODULE, config=DraftModuleConfig, model_type=MODEL_TYPE)
@@ -81,6 +87,10 @@ class DraftModule(EasyDeLBaseModule):
         layers = tuple(DraftLayerWeights(**_values(layer, DraftLayerWeights)) for layer in self.layers)
         return DraftWeights(**_values(self, DraftWeights), layers=layers)
 
+    def craft_sharding(self, **_options: Any) -> dict[str, PartitionSpec]:
+        """As that of `Parameters`."""
+        return _partition(self)
+
     @classmethod
     def can_generate(cls) -> bool:
         """No: else a module that was loaded again would be saved with a generation config."""
@@ -94,6 +104,11 @@ class DraftModule(EasyDeLBaseModule):
 def _arrays(node: Any) -> dict[str, jax.Array]:
     fields = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
     return {name: value for name, value in fields.items() if value is not None and name != "layers"}
+
+
+def _partition(module: nnx.Module) -> dict[str, PartitionSpec]:
+    names = [name for name, value in vars(module).items() if isinstance(value, nnx.Param)]
+    return {name: KERNELS.get(name, PartitionSpec()) for name in names}
 
 
 def _values(module: nnx.Module, kind: type) -> dict[str, jax.Array]:

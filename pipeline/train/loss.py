@@ -38,6 +38,8 @@ def block_hidden(
     token_ids: Int[Array, "B T"],
     features: Float[Array, "B T LD"],
     anchors: Int[Array, "B A"],
+    *,
+    remat: bool = False,
 ) -> Float[Array, "B A drafted D"]:
     """Final hidden states of the drafted slots (1..K-1) of the blocks at `anchors`, over cached features."""
     num_positions = token_ids.shape[1]
@@ -47,7 +49,7 @@ def block_hidden(
     inputs = embedding[blocks.block_token_ids(anchor_ids, config.mask_token_id, config.block_size)]
     visible = blocks.context_visible(anchors, num_positions)
     slots = blocks.block_positions(anchors, config.block_size)
-    return draft.denoise_blocks(weights, config, inputs, slots, context, visible)[:, :, 1:]
+    return draft.denoise_blocks(weights, config, inputs, slots, context, visible, remat=remat)[:, :, 1:]
 
 
 def draft_loss(
@@ -57,6 +59,8 @@ def draft_loss(
     head: Kernel,
     batch: Batch,
     slot_weights: Float[np.ndarray, " K"],
+    *,
+    remat: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Num[Array, ""]]]:
     """sum(cross entropy * weight) / sum(weight) over the batch, and what a person watches beside it.
 
@@ -64,7 +68,7 @@ def draft_loss(
     random anchors; an engine's accept_length is a mean over rounds, which anchor themselves (evaluate.py).
     Source: dflash.md section 4.2 (SpecForge's "dflash" loss); paper, App. A.1.
     """
-    hidden = block_hidden(weights, config, embedding, batch.token_ids, batch.features, batch.anchors)
+    hidden = block_hidden(weights, config, embedding, batch.token_ids, batch.features, batch.anchors, remat=remat)
     labels, counts = blocks.block_labels(batch.token_ids, batch.generated, batch.anchors, config.block_size)
     labels, counts = labels[..., 1:], (counts & batch.anchor_taken[..., None])[..., 1:]
     losses, predicted = over_blocks(functools.partial(_cross_entropy, head), hidden, labels, config.vocab_size)

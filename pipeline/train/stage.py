@@ -26,6 +26,7 @@ from pipeline.train import environment, runs
 from pipeline.train.batches import Batches
 from pipeline.train.evaluate import evaluate
 from pipeline.train.journal import Journal, log_acceptance
+from pipeline.train.recipe import Recipe
 
 log = logging.getLogger("pipeline")
 
@@ -58,6 +59,23 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
         made = artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
     _report(tracker, made, "is made")
+
+
+def recipe_of(train: TrainConfig, draft: DraftConfig, seed: int, dtype: jnp.dtype) -> Recipe:
+    """The recipe of this configuration."""
+    return Recipe(
+        steps=train.steps,
+        batch_sequences=train.batch_sequences,
+        learning_rate=train.learning_rate,
+        warmup_ratio=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        clip_grad=train.clip_grad,
+        loss_decay=train.loss_decay or blocks.default_decay(draft.block_size),
+        checkpoint_steps=train.checkpoint_steps,
+        seed=seed,
+        dtype=dtype,
+        remat=train.remat,
+    )
 
 
 def _scratch(path: Path, contract: Contract, draft: DraftConfig) -> Path:
@@ -100,18 +118,7 @@ def _fit(
     environment.prepare()
     from pipeline.train import trainer  # imports EasyDeL, which only now can be
 
-    recipe = trainer.Recipe(
-        steps=train.steps,
-        batch_sequences=train.batch_sequences,
-        learning_rate=train.learning_rate,
-        warmup_ratio=train.warmup_ratio,
-        weight_decay=train.weight_decay,
-        clip_grad=train.clip_grad,
-        loss_decay=train.loss_decay or blocks.default_decay(draft.block_size),
-        checkpoint_steps=train.checkpoint_steps,
-        seed=seed,
-        dtype=dtype,
-    )
+    recipe = recipe_of(train, draft, seed, dtype)
     batches = Batches(
         splits["train"],
         num_sequences=train.batch_sequences,

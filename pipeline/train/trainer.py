@@ -22,7 +22,6 @@ from easydel.trainers.trainer_protocol import TrainerConfigureDataloaderOutput, 
 from easydel.trainers.training_utils import update_metrics, update_state_respectfully
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pipeline.artifacts import PipelineError
@@ -35,25 +34,10 @@ from pipeline.train.batches import made_ahead
 from pipeline.train.draft_module import DraftModule, DraftModuleConfig
 from pipeline.train.interrupt import between_steps
 from pipeline.train.loss import Batch, draft_loss
+from pipeline.train.recipe import Recipe
 from pipeline.train.report import StepReport
 
 BATCH_SPEC = PartitionSpec(("dp", "fsdp"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a draft is trained; `loss_decay` is `blocks.slot_weights`'s, `dtype` that of the arithmetic."""
-
-    steps: int
-    batch_sequences: int
-    learning_rate: float
-    warmup_ratio: float
-    weight_decay: float
-    clip_grad: float
-    loss_decay: float
-    checkpoint_steps: int
-    seed: int
-    dtype: DTypeLike = jnp.float32
 
 
 def fit(
@@ -74,7 +58,7 @@ def fit(
     """
     done = runs.latest(directory)
     runs.keep_only(directory, runs.path_of(directory, done) if done else None)
-    arguments = _arguments(directory, recipe)
+    arguments = arguments_of(directory, recipe)
     module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(config, "float32", {}))
     module = DraftModule(
         config=module_config,
@@ -107,7 +91,8 @@ def fit(
     return state.model.weights()
 
 
-def _arguments(directory: Path, recipe: Recipe) -> ed.TrainingArguments:
+def arguments_of(directory: Path, recipe: Recipe) -> ed.TrainingArguments:
+    """EasyDeL's arguments for a training that writes to `directory`."""
     return ed.TrainingArguments(
         save_directory=str(directory.parent),
         model_name=directory.name,
@@ -185,13 +170,7 @@ class DraftTrainer(ed.Trainer):
         mesh = self.model.mesh
         everywhere = NamedSharding(mesh, PartitionSpec())
         rows = NamedSharding(mesh, BATCH_SPEC)
-        step = functools.partial(_train_step, self._draft, self._recipe, self.scheduler)
-        compiled = jax.jit(
-            step,
-            in_shardings=(self.state_shardings, rows, everywhere),
-            out_shardings=(self.state_shardings, everywhere),
-            donate_argnums=(0,),
-        )
+        compiled = jitted_step(self._draft, self._recipe, self.scheduler, self.state_shardings, rows, everywhere)
         self._train_shared_fn_extra_args = (self._frozen,)
         self._train_shared_fn_static_args = ()
         self.arguments.ensure_checkpoint_path()
@@ -252,6 +231,26 @@ class _Loader:
         return self.iterate()
 
 
+def jitted_step(
+    config: DraftConfig,
+    recipe: Recipe,
+    schedule: Callable[[Array], Array],
+    state: Any,
+    rows: NamedSharding,
+    everywhere: NamedSharding,
+) -> Any:
+    """The training step, jitted: state, batch and the target's two ends in, the donated state and metrics out.
+
+    `state` says of every array of the state where it lies.
+    """
+    return jax.jit(
+        functools.partial(_train_step, config, recipe, schedule),
+        in_shardings=(state, rows, everywhere),
+        out_shardings=(state, everywhere),
+        donate_argnums=(0,),
+    )
+
+
 def _train_step(
     config: DraftConfig,
     recipe: Recipe,
@@ -265,7 +264,7 @@ def _train_step(
     def loss_of(parameters: Any) -> tuple[Array, dict[str, Array]]:
         weights = state.merge(parameters).weights()
         weights = jax.tree.map(lambda array: array.astype(recipe.dtype), weights)  # the arithmetic's precision
-        return draft_loss(weights, config, *frozen, Batch(**batch), slot_weights)
+        return draft_loss(weights, config, *frozen, Batch(**batch), slot_weights, remat=recipe.remat)
 
     (loss, others), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.graphstate)
     metrics = LossMetrics(loss=loss, other_metrics=others)

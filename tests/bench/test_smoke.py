@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.artifacts import PipelineError
 from pipeline.bench import smoke
-from pipeline.config import DraftConfig, PipelineConfig, PretrainConfig, TargetConfig
+from pipeline.config import ArchitectureConfig, DraftConfig, PipelineConfig, TargetConfig
 from pipeline.dflash import acceptance
 from pipeline.serve import compiled
 from pipeline.tracking import Run
@@ -28,7 +28,7 @@ class Recorder(Run):
 
 
 def configuration(root):
-    pretrain = PretrainConfig(
+    sizes = ArchitectureConfig(
         vocab_size=330,
         hidden_size=48,
         intermediate_size=40,
@@ -40,16 +40,11 @@ def configuration(root):
         num_experts_per_tok=2,
         sliding_window=16,
         max_position_embeddings=512,
-        num_conversations=1,
-        steps=1,
-        batch_tokens=1,
-        sequence_length=1,
-        learning_rate=1.0,
-        checkpoint_steps=1,
+        rope_positions=256,
     )
     return PipelineConfig(
         output_dir=str(root),
-        target=TargetConfig(name="tiny", pretrain=pretrain),
+        target=TargetConfig(name="tiny", architecture=sizes),
         draft=DraftConfig(block_size=4, num_tapped_layers=2, head_dim=10, intermediate_size=56),
     )
 

@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 
 from pipeline import artifacts, lineage
-from pipeline.config import PipelineConfig, PretrainConfig, TargetConfig
+from pipeline.config import ArchitectureConfig, PipelineConfig, PretrainConfig, TargetConfig
 from pipeline.model import checkpoints, gpt_oss, gpt_oss_weights
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import WeightsForm
@@ -99,7 +99,7 @@ def test_twenty_steps_lower_the_loss():
 
 def configuration(root):
     """Twelve steps, a checkpoint after every fourth."""
-    values = PretrainConfig(
+    sizes = ArchitectureConfig(
         vocab_size=320,
         hidden_size=36,
         intermediate_size=28,
@@ -111,6 +111,9 @@ def configuration(root):
         num_experts_per_tok=2,
         sliding_window=16,
         max_position_embeddings=512,
+        rope_positions=256,
+    )
+    values = PretrainConfig(
         num_conversations=200,
         steps=12,
         batch_tokens=512,
@@ -118,7 +121,7 @@ def configuration(root):
         learning_rate=1e-2,
         checkpoint_steps=4,
     )
-    return PipelineConfig(output_dir=str(root), target=TargetConfig(name="tiny", pretrain=values))
+    return PipelineConfig(output_dir=str(root), target=TargetConfig(name="tiny", architecture=sizes, pretrain=values))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,7 @@ def test_the_stage_makes_a_target_that_can_be_run(undisturbed):
     config, tracker = undisturbed
     made = artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
     model, weights = checkpoints.load_target(made.path, WeightsForm())
-    assert model == stage.model_config(config.target.pretrain)
+    assert model == lineage.architecture(config.target.architecture)
     assert model.sliding == (True, False)
     assert weights.embedding.shape == (320, 36)
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= made.files.keys()

@@ -1,0 +1,68 @@
+"""TPU chips, and slices of them that need not be there: libtpu compiles for a slice by its name alone."""
+
+import dataclasses
+import os
+from typing import Any
+
+from jax.experimental import topologies
+
+from pipeline.artifacts import PipelineError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has: bytes of HBM, bytes a second from it, and bfloat16 operations a second.
+
+    Source: cloud.google.com/tpu/docs, the pages of v5e, v5p and v6e (system architecture).
+    """
+
+    hbm_bytes: int
+    bytes_per_second: float
+    flops_per_second: float
+
+
+CHIPS = {
+    "v5e": Chip(16 * GIB, 819e9, 197e12),
+    "v5p": Chip(95 * GIB, 2765e9, 459e12),
+    "v6e": Chip(32 * GIB, 1640e9, 918e12),
+}
+
+
+# else libtpu asks a cloud's metadata server which machine this is, complains, and bars other processes from compiling
+NO_TPU_HERE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice: its chip, and its devices as JAX names them."""
+
+    name: str
+    chip: Chip
+    devices: list[Any]
+
+
+def slice_of(topology: str) -> Slice:
+    """The slice called, for example, `v6e:2x4`. Raises PipelineError when it or libtpu is not known here."""
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS:
+        raise PipelineError(f"topology is {topology}; it must be one of {', '.join(CHIPS)} and a size, as in v6e:2x4")
+    for name, value in NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "not installed" in reason:
+            raise PipelineError(
+                "stage=compile needs the libtpu of this version of JAX, which compiles on any machine; install it: "
+                "pip install -e '.[tpu]'"
+            ) from error
+        raise PipelineError(f"topology is {topology}; libtpu has no such slice ({reason})") from error
+    return Slice(topology, CHIPS[kind], list(found.devices))

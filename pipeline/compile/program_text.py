@@ -1,0 +1,198 @@
+"""A compiled program's text (XLA's HLO): its instructions, what its devices exchange, and what reads a parameter."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+ITEM_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
+    "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+# they pass on what they are given
+PASSING = ("bitcast", "get-tuple-element", "opt-barrier", "tuple")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\([^{]*\) -> .*)?\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_OPERAND = re.compile(r"%([\w.-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array's type and sizes."""
+
+    kind: str
+    sizes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Without padding."""
+        return math.ceil(math.prod(self.sizes) * ITEM_BYTES.get(self.kind, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: the arrays it makes, what it does, to what, and the rest of the line."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def op_name(self) -> str:
+        """Where in our code it comes from; of a parameter, which argument it is."""
+        found = _OP_NAME.search(self.attributes)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What the devices exchange together: how often, and the bytes each of them ends up with every time."""
+
+    kind: str
+    shape: Shape
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The computations of a module by name, and which of them is run."""
+
+    computations: dict[str, tuple[Instruction, ...]]
+    entry: str
+
+    def parameters(self) -> Iterator[Instruction]:
+        """The program's arguments."""
+        return (one for one in self.computations[self.entry] if one.opcode == "parameter")
+
+    def collectives(self) -> list[Collective]:
+        """Everything exchanged; in a loop that runs a known number of times as often as that, else once."""
+        times = self._times()
+        found: collections.Counter[tuple[str, Shape]] = collections.Counter()
+        for computation, instructions in self.computations.items():
+            for one in instructions:
+                kind = one.opcode.removesuffix("-start")
+                if kind in COLLECTIVES and times[computation]:
+                    found[kind, max(one.shapes, key=lambda shape: shape.num_bytes)] += times[computation]
+        return [Collective(kind, shape, count) for (kind, shape), count in found.items()]
+
+    def readers(self, parameter: str) -> list[Instruction]:
+        """The instructions that read an argument of the program, however it is handed on to them."""
+        uses = self._uses()
+        seen: set[tuple[str, str]] = set()
+        waiting = [(self.entry, parameter)]
+        readers = []
+        while waiting:
+            computation, name = waiting.pop()
+            if (computation, name) in seen:
+                continue
+            seen.add((computation, name))
+            for user in uses[computation, name]:
+                if user.opcode in PASSING:
+                    waiting.append((computation, user.name))
+                elif user.opcode in ("while", "call", "conditional"):
+                    waiting += [(inner, self._parameter(inner, user, name)) for inner in _called(user)]
+                    waiting.append((computation, user.name))
+                else:
+                    readers.append(user)
+        return readers
+
+    def _parameter(self, computation: str, caller: Instruction, name: str) -> str:
+        parameters = [one for one in self.computations[computation] if one.opcode == "parameter"]
+        place = caller.operands.index(name) if len(parameters) == len(caller.operands) else 0
+        return parameters[place].name
+
+    def _uses(self) -> dict[tuple[str, str], list[Instruction]]:
+        uses = collections.defaultdict(list)
+        for computation, instructions in self.computations.items():
+            for one in instructions:
+                for operand in dict.fromkeys(one.operands):
+                    uses[computation, operand].append(one)
+        return uses
+
+    def _times(self) -> collections.Counter[str]:
+        """How often each computation runs in a run of the program."""
+        times: collections.Counter[str] = collections.Counter()
+
+        def run(computation: str, count: int) -> None:
+            times[computation] += count
+            for one in self.computations[computation]:
+                trips = _TRIPS.search(one.attributes)
+                for inner in _called(one):
+                    run(inner, count * (int(trips[1]) if trips and one.opcode == "while" else 1))
+
+        run(self.entry, 1)
+        return times
+
+
+def parse(text: str) -> Program:
+    """Read what `Compiled.as_text()` gives."""
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    entry, name, lines = "", "", []
+    for line in text.splitlines():
+        begins = _COMPUTATION.match(line)
+        if begins:
+            name, lines = begins[2], []
+            entry = name if begins[1] else entry
+        elif line.startswith("}") and name:
+            computations[name] = tuple(lines)
+            name = ""
+        elif name:
+            found = _INSTRUCTION.match(line)
+            if found:
+                lines.append(_instruction(found[1], found[2]))
+    if not entry:
+        raise ValueError("the text of a program has no ENTRY computation")
+    return Program(computations, entry)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    kind, rest = _split_type(rest)
+    opcode, _, rest = rest.lstrip().partition("(")
+    inside, attributes = _split_parenthesis(rest)
+    shapes = tuple(
+        Shape(found[1], tuple(int(size) for size in found[2].split(",") if size)) for found in _ARRAY.finditer(kind)
+    )
+    return Instruction(name, shapes, opcode, tuple(_OPERAND.findall(inside)), attributes)
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    """An instruction's type, a tuple of types in parentheses perhaps, and what follows."""
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    inside, rest = _split_parenthesis(text[1:])
+    return inside, rest
+
+
+def _split_parenthesis(text: str) -> tuple[str, str]:
+    """What stands before the parenthesis that closes one opened before `text`, and what stands behind it."""
+    depth = 1
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[:place], text[place + 1 :]
+    raise ValueError(f"a parenthesis is not closed in {text[:80]!r}")
+
+
+def _called(instruction: Instruction) -> list[str]:
+    branches = _BRANCHES.search(instruction.attributes)
+    inner = _CALLED.findall(instruction.attributes)
+    return inner + (_OPERAND.findall(branches[1]) if branches else [])

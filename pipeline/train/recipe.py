@@ -1,0 +1,26 @@
+"""How a draft is trained."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a draft is trained; `loss_decay` is `blocks.slot_weights`'s, `dtype` that of the arithmetic.
+
+    `remat` as in `draft.denoise_blocks`.
+    """
+
+    steps: int
+    batch_sequences: int
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float
+    clip_grad: float
+    loss_decay: float
+    checkpoint_steps: int
+    seed: int
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False

@@ -1,0 +1,81 @@
+"""Writes a checkpoint of the published layout at random, reads it, and prints what that took of the host's memory.
+
+A program of its own, because the peak of a process's memory never falls. Prints one JSON line.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from pipeline.model import checkpoints, hf_target
+from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
+from pipeline.model.gpt_oss_weights import WeightsForm
+
+SHARD_BYTES = 2**28
+
+
+def write(directory: Path, hf: dict) -> int:
+    """Shards of about SHARD_BYTES with their index; returns the bytes of all tensors."""
+    random = np.random.default_rng(0)
+    expected = hf_target.expected_tensors(GptOssConfig.from_hf(hf), packed=is_packed(hf))
+    shards, size = [{}], 0
+    for name, wanted in expected.items():
+        if "U8" in wanted.kinds:
+            tensor = random.integers(100, 130, wanted.shape, dtype=np.uint8)
+        else:
+            tensor = random.standard_normal(wanted.shape, np.float32).astype(ml_dtypes.bfloat16)
+        if sum(one.nbytes for one in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    weight_map = {}
+    for number, tensors in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(hf))
+    return size
+
+
+def memory(name: str) -> int:
+    """Bytes of this process, as the kernel counts them: VmRSS now, VmHWM at the most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def main() -> None:
+    directory, hf, form = Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+    if sys.argv[1] == "write":
+        print(json.dumps({"file_bytes": write(directory, hf)}))
+        return
+    jax.block_until_ready(jax.numpy.zeros(8))  # what a backend takes is not the loader's
+    before = memory("VmRSS")
+    _, weights = checkpoints.load_target(directory, WeightsForm(**form))
+    jax.block_until_ready(weights)
+    leaves = jax.tree.leaves(weights)
+    found = {
+        "peak_bytes": memory("VmHWM") - before,
+        "resident_bytes": sum(leaf.nbytes for leaf in leaves),
+        "largest_bytes": max(leaf.nbytes for leaf in leaves),
+        "bytes_per_parameter": _bytes_per_parameter(weights),
+    }
+    print(json.dumps(found))
+
+
+def _bytes_per_parameter(weights) -> float:
+    config = GptOssConfig.from_hf(json.loads(sys.argv[3]))
+    shapes = [wanted.shape for wanted in hf_target.expected_tensors(config, packed=False).values()]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / sum(map(int, map(np.prod, shapes)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What reading a checkpoint of three gigabytes takes of the host's memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve()
+LAYERS = 6
+LARGEST_IN_FILES = 32 * 5760 * 1440  # bytes of gate_up_proj_blocks
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """gpt-oss-20b's layout with a quarter of its layers and a sixth of its vocabulary, in sixteen files."""
+    published = json.loads((HERE.parents[1] / "compile" / "gpt_oss_20b.json").read_text())
+    hf = published | {"num_hidden_layers": LAYERS, "vocab_size": 32768}
+    directory = tmp_path_factory.mktemp("three-gigabytes")
+    written = measure("write", directory, hf, {})
+    assert written["file_bytes"] > 3e9
+    assert len(list(directory.glob("*.safetensors"))) == 16
+    yield directory, hf
+    for file in directory.iterdir():
+        file.unlink()
+
+
+def measure(what, directory, hf, form):
+    command = [sys.executable, str(HERE.with_name("load_and_measure.py")), what, str(directory), json.dumps(hf), json.dumps(form)]  # fmt: skip  # noqa: E501
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2])}
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "expanded"])
+def test_the_host_holds_no_more_than_the_weights_and_two_tensors(checkpoint, packed):
+    directory, hf = checkpoint
+    found = measure("read", directory, hf, {"dtype": "bfloat16", "packed": packed})
+    print(f"{found['bytes_per_parameter']:.3f} bytes a parameter, {found['peak_bytes'] / 2**30:.2f} GiB at the most")
+    largest = max(found["largest_bytes"], LARGEST_IN_FILES)
+    assert found["peak_bytes"] <= found["resident_bytes"] + 2 * largest

@@ -21,7 +21,7 @@ from typing import Any
 REMEMBERED_BYTES = 2**28  # from this size on reading a file takes longer than anyone likes to wait twice
 MANIFEST = "manifest.json"
 CONTRACT = "contract.json"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "easydel", "transformers", "tensorstore", "safetensors", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "easydel", "transformers", "tensorstore", "safetensors", "numpy", "gguf")
 
 
 class PipelineError(Exception):

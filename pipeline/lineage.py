@@ -70,13 +70,15 @@ def architecture(sizes: ArchitectureConfig) -> GptOssConfig:
 
 
 def target_settings(config: PipelineConfig) -> dict[str, Any]:
-    """What decides the bytes of a target that `stage=target` trains."""
+    """What decides the bytes of a target that `stage=target` trains or converts."""
+    if config.target.pretrained is not None:
+        return {"gguf_sha256": config.target.pretrained.sha256, "precision": "float32"}
     made = {name: plain(getattr(config.target, name)) for name in ("architecture", "pretrain")}
     return {**made, "seed": config.seed, "precision": "float32"}
 
 
 def target_address(config: PipelineConfig) -> Path:
-    """Where `stage=target` puts the target it trains."""
+    """Where `stage=target` puts the target it makes."""
     return artifacts.address(Path(config.output_dir), TARGET, config.target.name, target_settings(config))
 
 
@@ -101,7 +103,7 @@ def target_contract(
 
 
 def target(config: PipelineConfig) -> Target:
-    """The target of this configuration: the directory given by `target.path`, or the one trained here."""
+    """The target of this configuration: the directory given by `target.path`, or the one made here."""
     if config.target.path is not None:
         directory, revision = hub.directory_of(config.target.path, config.target.revision, key="target.path")
         _require_architecture(directory, config.target.architecture)
@@ -189,7 +191,8 @@ def prompt_set(config: PipelineConfig) -> sources.PromptSet:
         return sources.from_jsonl(Path(prompts.path), effort)
     if prompts.source is PromptSource.dataset:
         return sources.from_dataset(prompts.dataset, prompts.dataset_split, prompts.column, effort)
-    return sources.generated(config.seed, prompts.count, effort)
+    generate = sources.everyday if prompts.source is PromptSource.everyday else sources.generated
+    return generate(config.seed, prompts.count, effort)
 
 
 def cache_contract(config: PipelineConfig, target: Target, provenance: dict[str, Any]) -> Contract:
@@ -197,7 +200,7 @@ def cache_contract(config: PipelineConfig, target: Target, provenance: dict[str,
 
     Rows of a file or dataset may bring efforts of their own, so only a generated set's are known here.
     """
-    generated = config.prompts.source is PromptSource.generated
+    generated = config.prompts.source in (PromptSource.generated, PromptSource.everyday)
     efforts = [config.prompts.effort.value] if generated else None
     tapped = list(draft_config(config, target).tapped_layers)
     return dataclasses.replace(

@@ -6,7 +6,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline.artifacts import PipelineError
-from pipeline.config import DraftConfig, PipelineConfig, Precision, PromptSource, Stage, plain, validate
+from pipeline.config import (
+    DraftConfig,
+    PipelineConfig,
+    Precision,
+    PretrainedConfig,
+    PromptSource,
+    Stage,
+    plain,
+    validate,
+)
 
 
 def valid_config(**changes):
@@ -30,6 +39,12 @@ def test_defaults_are_valid():
     [
         pytest.param({"train__learning_rate": -1.0}, "train.learning_rate is -1.0; it must be positive", id="negative"),
         pytest.param({"target__path": None}, "target.path is null; give a GPT-OSS model", id="no target"),
+        pytest.param({"target__gguf": "x.gguf"}, "target.gguf is x.gguf; it needs target.pretrained", id="stray file"),
+        pytest.param(
+            {"target__pretrained": PretrainedConfig(wheel="w", file="f", sha256="abc")},
+            "target.pretrained.sha256 is 'abc'; it must be 64 hex digits",
+            id="no sha256",
+        ),
         pytest.param({"draft__head_dim": 7}, "draft.head_dim is 7; rotary embedding", id="odd head"),
         pytest.param({"train__warmup_ratio": 1.0}, "train.warmup_ratio is 1.0", id="nothing but warm-up"),
         pytest.param({"train__weight_decay": -0.1}, "train.weight_decay is -0.1", id="negative decay"),
@@ -74,6 +89,8 @@ def test_plain_gives_json_values_for_enums_dataclasses_and_lists():
         "weights": None,
         "architecture": None,
         "pretrain": None,
+        "pretrained": None,
+        "gguf": None,
     }
     assert values["draft"] == dataclasses.asdict(DraftConfig()) | {"tapped_layers": [1, 3]}
 

@@ -25,7 +25,7 @@ from pipeline.dflash.acceptance import Acceptance
 from pipeline.model import checkpoints, gpt_oss
 from pipeline.model import draft as draft_model
 from pipeline.model.gpt_oss_weights import WeightsForm
-from pipeline.prompts import harmony
+from pipeline.prompts import chat_format
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Draft, Engine
@@ -56,10 +56,10 @@ class Demo:
         self.model, self.weights = checkpoints.load_target(self.target.path, WeightsForm())
         self.draft_config, self.draft_weights = checkpoints.load_draft(self.exported.path, jnp.float32)
         tokenizer = load_tokenizer(self.target.path)
-        self.stop_token_ids = [int(token) for token in harmony.stop_token_ids(tokenizer)]
+        self.stop_token_ids = [int(token) for token in chat_format.stop_token_ids(tokenizer)]
         _, held_out = split_by_hash(lineage.prompt_set(self.config).prompts, self.config.prompts.heldout_fraction)
         self.prompts = [
-            harmony.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
+            chat_format.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
             for prompt in held_out
         ]
         self.max_new_tokens = self.config.bench.max_new_tokens

@@ -93,7 +93,7 @@ def test_every_stage_has_its_row():
         pytest.param(["stage=train", "+train.foo=1"], ["unknown key train.foo"], id="added key"),
         pytest.param(["train.steps=many"], ["train.steps is 'many'"], id="not a number"),
         pytest.param(["experiment=qick"], ["experiment is 'qick'", "did you mean quick?"], id="unknown experiment"),
-        pytest.param(["target=20b"], ["target is '20b'", "local, tiny"], id="unknown target"),
+        pytest.param(["target=20b"], ["target is '20b'", "local, smollm2, tiny"], id="unknown target"),
         pytest.param(["stage=target", "target=local"], ["target.name=..."], id="missing value"),
         pytest.param(["stage=train", "train.steps=-1"], ["train.steps is -1; it must be positive"], id="broken rule"),
     ],

@@ -26,7 +26,7 @@ from pipeline.model import checkpoints, draft
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm, random_weights
 from pipeline.prompts import corpus, tokenizer
-from pipeline.prompts.harmony import stop_token_ids
+from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine import Draft, Engine

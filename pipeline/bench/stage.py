@@ -13,7 +13,7 @@ from pipeline.bench.losslessness import Losslessness
 from pipeline.config import PipelineConfig, plain
 from pipeline.dflash.contract import Contract
 from pipeline.machine import machine, read_draft, read_target
-from pipeline.prompts import harmony
+from pipeline.prompts import chat_format
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Draft, Engine
@@ -35,7 +35,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     tokenizer = load_tokenizer(target.path)
     _, held_out = split_by_hash(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction)
     rendered = [
-        harmony.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
+        chat_format.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
         for prompt in held_out
     ]
     requests = workload.requests_of(
@@ -51,7 +51,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
         return Engine(
             weights,
             model,
-            stop_token_ids=harmony.stop_token_ids(tokenizer),
+            stop_token_ids=chat_format.stop_token_ids(tokenizer),
             slots=config.bench.slots,
             max_length=_longest(requests),
             prefill_chunk=config.serve.prefill_chunk,

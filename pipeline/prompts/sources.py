@@ -1,13 +1,14 @@
-"""Where prompts come from: the embedded corpus, a JSONL file, a dataset on the hub or on disk."""
+"""Where prompts come from: two embedded generators, a JSONL file, a dataset on the hub or on disk."""
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import PipelineError, fingerprint_of
 from pipeline.prompts.corpus import conversation
+from pipeline.prompts.everyday.requests import request
 from pipeline.prompts.messages import Message, effort_problem, messages_problem
 
 SHOWN_ROWS = 10
@@ -39,18 +40,28 @@ def prompt_of(messages: Iterable[Message], effort: str) -> Prompt:
 
 
 def generated(seed: int, count: int, effort: str) -> PromptSet:
-    """The first `count` distinct prompts of the embedded corpus."""
+    """The first `count` distinct prompts of the tiny target's corpus."""
     _check_effort(effort)
+    return _drawn(lambda index: conversation(seed, index, effort).prompt, count, effort, "embedded corpus")
+
+
+def everyday(seed: int, count: int, effort: str) -> PromptSet:
+    """The first `count` distinct requests in plain English."""
+    _check_effort(effort)
+    return _drawn(lambda index: request(seed, index), count, effort, "generator of everyday requests")
+
+
+def _drawn(write: Callable[[int], str], count: int, effort: str, source: str) -> PromptSet:
     if count < 1:
         raise PipelineError(f"the number of generated prompts is {count}; it must be positive")
     found: dict[str, Prompt] = {}
     for index in range(count * DRAWS_PER_PROMPT):
-        prompt = prompt_of([Message("user", conversation(seed, index, effort).prompt)], effort)
+        prompt = prompt_of([Message("user", write(index))], effort)
         found.setdefault(prompt.prompt_id, prompt)
         if len(found) == count:
             return PromptSet(tuple(found.values()), index + 1 - count)
     raise PipelineError(
-        f"the embedded corpus gave {len(found)} distinct prompts in {count * DRAWS_PER_PROMPT} draws, wanted "
+        f"the {source} gave {len(found)} distinct prompts in {count * DRAWS_PER_PROMPT} draws, wanted "
         f"{count}; ask for fewer, or bring your own as JSONL"
     )
 

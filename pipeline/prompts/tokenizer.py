@@ -104,10 +104,18 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) 
     return [added[text] for text in texts]
 
 
+def control_token_problem(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
+    """What is wrong with texts that go between control tokens, or None: they may not spell one."""
+    control_tokens = tokenizer.get_added_vocab()
+    found = sorted({token for text in texts for token in control_tokens if token in text})
+    if not found:
+        return None
+    return f"a text spells the control tokens {', '.join(found)}; wanted plain text: take them out"
+
+
 def config_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """What the `config.json` of a model with this tokenizer says of its begin, end and pad tokens."""
-    names = {"bos_token_id": "<|startoftext|>", "eos_token_id": "<|return|>", "pad_token_id": "<|endoftext|>"}
-    return dict(zip(names, special_token_ids(tokenizer, names.values()), strict=True))
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
 def fingerprint(directory: Path) -> str:

@@ -15,14 +15,14 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.harmony import render_prompt
+from pipeline.prompts.chat_format import chat_format_of, render_prompt
 from pipeline.serve import metrics, schema
 from pipeline.serve.answer import Answer, usage
 from pipeline.serve.engine import Engine
 from pipeline.serve.replies import ChatReplies, CompletionReplies, Replies
 from pipeline.serve.scheduler import Request
 from pipeline.serve.schema import Refusal
-from pipeline.serve.text import FINAL, TEXT, ChannelReader, PlainReader
+from pipeline.serve.text import FINAL, TEXT, PlainReader, chat_reader
 from pipeline.serve.worker import Stream, Unavailable, Worker
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
@@ -125,8 +125,10 @@ class Api:
         return await self._answer(http, asked, prompts, replies)
 
     async def chat(self, http: HttpRequest) -> Response:
-        """POST /v1/chat/completions: messages in Harmony, analysis and final apart."""
+        """POST /v1/chat/completions: messages in the target's chat format; analysis and final apart if it has both."""
         asked = schema.read_chat(await _body(http), self.model)
+        if asked.effort is not None and not chat_format_of(self._tokenizer).has_efforts:
+            raise Refusal(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
         try:
             prompt = render_prompt(self._tokenizer, asked.messages, asked.effort or self._effort)
         except PipelineError as error:
@@ -184,7 +186,7 @@ class Api:
         chat = isinstance(asked, schema.Chat)
         answers = [
             Answer(
-                ChannelReader(self._tokenizer) if chat else PlainReader(self._tokenizer),
+                chat_reader(self._tokenizer) if chat else PlainReader(self._tokenizer, TEXT),
                 stop=asked.stop,
                 stop_channel=FINAL if chat else TEXT,
                 prompt_tokens=len(prompt),

@@ -10,7 +10,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.config import PipelineConfig, ServeMode
 from pipeline.machine import machine, read_draft, read_target
 from pipeline.model import checkpoints
-from pipeline.prompts.harmony import stop_token_ids
+from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app

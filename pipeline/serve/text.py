@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.prompts.chat_format import chat_format_of
 from pipeline.prompts.harmony import HEADER_TOKENS, STOP_TOKENS
 from pipeline.prompts.tokenizer import special_token_ids
 
@@ -48,17 +49,18 @@ class Detokenizer:
 class PlainReader:
     """All text is one channel; special tokens are left out."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, channel: str) -> None:
         self._text = Detokenizer(tokenizer)
+        self._channel = channel
 
     def push(self, token_ids: Sequence[int]) -> Iterator[tuple[str, str]]:
         """Read further tokens."""
-        yield TEXT, self._text.push(token_ids)
+        yield self._channel, self._text.push(token_ids)
 
     def finish(self, *, cut_off: bool) -> Iterator[tuple[str, str]]:
         """End the answer."""
         rest = self._text.flush()
-        yield TEXT, "" if cut_off else rest
+        yield self._channel, "" if cut_off else rest
 
 
 class ChannelReader:
@@ -130,6 +132,11 @@ class ChannelReader:
 
 
 Reader = PlainReader | ChannelReader
+
+
+def chat_reader(tokenizer: PreTrainedTokenizerBase) -> Reader:
+    """Reads an answer in the tokenizer's chat format; where that has no channels, all of it is final."""
+    return ChannelReader(tokenizer) if chat_format_of(tokenizer).has_channels else PlainReader(tokenizer, FINAL)
 
 
 class StopStrings:

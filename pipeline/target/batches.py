@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.prompts import corpus, harmony
+from pipeline.prompts.chat_format import render_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[corpus.
     """Render conversations as serving does: the prompt by the chat template, then both channels."""
     examples = []
     for one in conversations:
-        prompt = harmony.render_prompt(tokenizer, [{"role": "user", "content": one.prompt}], one.effort)
+        prompt = render_prompt(tokenizer, [{"role": "user", "content": one.prompt}], one.effort)
         completion = harmony.render_completion(tokenizer, one.analysis, one.final)
         examples.append(Example([*prompt, *completion], len(prompt)))
     return examples

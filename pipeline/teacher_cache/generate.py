@@ -9,7 +9,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.machine import ONE_DEVICE, Machine
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
-from pipeline.prompts.harmony import render_prompt
+from pipeline.prompts.chat_format import render_prompt
 from pipeline.prompts.sources import Prompt
 from pipeline.serve.engine import Engine, Finished
 from pipeline.serve.scheduler import Request

@@ -17,7 +17,7 @@ from pipeline.dflash.contract import Contract
 from pipeline.machine import machine, read_target
 from pipeline.model.draft import DraftConfig
 from pipeline.progress import Progress
-from pipeline.prompts.harmony import stop_token_ids
+from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Finished

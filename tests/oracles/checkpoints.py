@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from dflash.model import DFlashDraftModel
 from safetensors import safe_open
-from transformers import GptOssForCausalLM
+from transformers import GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils import logging
 
 torch.set_num_threads(1)
@@ -27,6 +28,9 @@ def load_target(directory: Path) -> GptOssForCausalLM:
         output_loading_info=True,
     )
     _refuse(directory, report)
+    if getattr(model.config, "swiglu_limit", None) is not None:  # this version has 7.0 in its code, later ones read it
+        for layer in model.model.layers:
+            layer.mlp.experts.limit = model.config.swiglu_limit
     return model.float().eval()
 
 
@@ -38,6 +42,19 @@ def load_draft(directory: Path) -> DFlashDraftModel:
     report["unexpected_keys"] = set(report["unexpected_keys"]) | (found - wanted)
     _refuse(directory, report)
     return model.float().eval()
+
+
+def load_llama(file: Path) -> LlamaForCausalLM:
+    """A Llama out of a GGUF file by transformers' own reader; ValueError on missing or unexpected tensors."""
+    found = load_gguf_checkpoint(file, return_tensors=False)["config"]
+    config = LlamaConfig(**{key: value for key, value in found.items() if not key.startswith("_")})
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config).float()
+    tensors = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    _refuse(file, {"missing_keys": set(missing) - tied, "unexpected_keys": unexpected})
+    return model.eval()
 
 
 def stored_names(directory: Path) -> set[str]:

@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from pipeline.artifacts import PipelineError
+from pipeline.prompts.chat_format import render_prompt
 from pipeline.prompts.corpus import FAMILIES, conversation
-from pipeline.prompts.harmony import render_completion, render_prompt
+from pipeline.prompts.harmony import render_completion
 
 
 def test_a_conversation_is_a_function_of_seed_and_index():

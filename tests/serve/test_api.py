@@ -9,10 +9,12 @@ import time
 import httpx
 import openai
 import pytest
+from chatml import chatml_tokenizer
 from serve.fake_engine import FakeEngine
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.harmony import render_completion, render_prompt, stop_token_ids
+from pipeline.prompts.chat_format import render_prompt, stop_token_ids
+from pipeline.prompts.harmony import render_completion
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.worker import Worker
@@ -435,6 +437,45 @@ def test_an_engine_that_fails_is_told_to_running_and_later_requests_and_to_healt
     health = httpx.get(f"{address}/health")
     assert (health.status_code, health.json()["reason"]) == (503, "RuntimeError: out of memory")
     assert metric(address, "serve_healthy") == 0
+
+
+PLAIN_ANSWER = "It is 42 🎉: naïve, <b>indeed</b>."
+
+
+@pytest.fixture(scope="module")
+def chatml_client():
+    """A server whose target's chat format has no channels."""
+    words = chatml_tokenizer()
+    stops = stop_token_ids(words)
+    engine = FakeEngine(lambda request: [*words.encode(PLAIN_ANSWER), stops[0]], stops)
+    with (
+        serving(engine, words) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
+        yield client
+
+
+def test_where_there_are_no_channels_the_whole_answer_is_the_content(chatml_client):
+    reply = chatml_client.chat.completions.create(model=MODEL, messages=[USER])
+    message = reply.choices[0].message
+    assert (message.content, message.reasoning_content) == (PLAIN_ANSWER, None)
+    assert reply.choices[0].finish_reason == "stop"
+    words = chatml_tokenizer()
+    assert reply.usage.prompt_tokens == len(render_prompt(words, [USER], "low"))
+    assert reply.usage.completion_tokens == len(words.encode(PLAIN_ANSWER)) + 1
+
+
+def test_where_there_are_no_channels_a_streamed_answer_adds_up_and_a_stop_string_ends_it(chatml_client):
+    chunks = chatml_client.chat.completions.create(model=MODEL, messages=[USER], stream=True, stop=[", <b>"])
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(pieces) == PLAIN_ANSWER.split(", <b>")[0]
+    assert sum(map(bool, pieces)) > 1
+
+
+def test_where_there_are_no_efforts_asking_for_one_is_refused(chatml_client):
+    with pytest.raises(openai.BadRequestError, match="tiny knows no reasoning efforts: leave it out") as refused:
+        chatml_client.chat.completions.create(model=MODEL, messages=[USER], reasoning_effort="high")
+    assert refused.value.param == "reasoning_effort"
 
 
 def test_the_plain_arm_has_no_rounds_to_tell(tokenizer):

@@ -19,7 +19,7 @@ from pipeline.config import DraftConfig, PipelineConfig, ServeConfig, TargetConf
 from pipeline.model import checkpoints, draft, gpt_oss_weights
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import WeightsForm
-from pipeline.prompts.harmony import render_prompt, stop_token_ids
+from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.serve import server, stage
 from pipeline.serve.engine import Engine
 from pipeline.serve.scheduler import Request

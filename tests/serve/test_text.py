@@ -2,9 +2,10 @@ import random
 
 import pytest
 from channels import split_channels
+from chatml import chatml_tokenizer
 
 from pipeline.prompts.harmony import render_completion
-from pipeline.serve.text import ANALYSIS, FINAL, ChannelReader, Detokenizer, StopStrings
+from pipeline.serve.text import ANALYSIS, FINAL, ChannelReader, Detokenizer, StopStrings, chat_reader
 
 WHOLE = "<|channel|>analysis<|message|>2 + 2 = 4.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
 TEXTS = ["naïve café", "東京 is big", "👩‍👩‍👧 family 🎉", "a\n\n  b\t", "1 + 1 = 2"]
@@ -117,6 +118,16 @@ def test_channels_of_any_tokens_are_those_of_the_whole(tokenizer):
         cut_off = special[5] not in token_ids
         found = read(tokenizer, token_ids, lambda: draw.randrange(1, 4), cut_off=cut_off)
         assert found == split_channels(tokenizer, token_ids), tokenizer.decode(token_ids)
+
+
+def test_an_answer_in_a_format_without_channels_is_all_final(tokenizer):
+    words = chatml_tokenizer()
+    reader = chat_reader(words)
+    token_ids = words.encode("naïve 東京<gh_stars> ok<|im_end|>")
+    pieces = [piece for token_id in token_ids for piece in reader.push([token_id])] + list(reader.finish(cut_off=False))
+    assert {channel for channel, _ in pieces} == {FINAL}
+    assert "".join(text for _, text in pieces) == "naïve 東京 ok"
+    assert isinstance(chat_reader(tokenizer), ChannelReader)
 
 
 @pytest.mark.parametrize(

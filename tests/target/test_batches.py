@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.prompts import corpus, harmony
+from pipeline.prompts import chat_format, corpus
 from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.target import batches
 from pipeline.target.batches import Example
@@ -74,10 +74,10 @@ def test_conversations_are_rendered_as_in_serving_and_the_prompts_length_is_know
     texts = [text for one in conversations for text in (one.prompt, one.analysis, one.final)]
     tokenizer = train_tokenizer(texts, 320)
     for one, example in zip(conversations, batches.tokenize(tokenizer, conversations), strict=True):
-        prompt = harmony.render_prompt(tokenizer, [{"role": "user", "content": one.prompt}], one.effort)
+        prompt = chat_format.render_prompt(tokenizer, [{"role": "user", "content": one.prompt}], one.effort)
         assert list(example.token_ids[: example.prompt_tokens]) == prompt
         completion = list(example.token_ids[example.prompt_tokens :])
-        assert completion[-1] in harmony.stop_token_ids(tokenizer)
+        assert completion[-1] in chat_format.stop_token_ids(tokenizer)
         text = tokenizer.decode(completion)
         assert one.analysis in text
         assert one.final in text

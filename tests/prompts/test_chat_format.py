@@ -1,9 +1,13 @@
 import copy
 
 import pytest
+from chatml import chatml_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.harmony import render_completion, render_prompt, stop_token_ids
+from pipeline.prompts.chat_format import ChatFormat, chat_format_of, render_prompt, stop_token_ids
+from pipeline.prompts.harmony import render_completion
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 
@@ -84,3 +88,62 @@ def test_a_template_that_refuses_the_messages_is_reported_with_its_reason(tokeni
     strict.chat_template = '{{ raise_exception("no way") }}'
     with pytest.raises(PipelineError, match="refuses the messages: no way"):
         render_prompt(strict, [USER], "low")
+
+
+def test_a_harmony_tokenizer_has_channels_efforts_and_its_own_stop_tokens(tokenizer):
+    assert chat_format_of(tokenizer) == ChatFormat(
+        stop_tokens=("<|return|>", "<|call|>", "<|endoftext|>"), has_channels=True, has_efforts=True, spoken_roles={}
+    )
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return chatml_tokenizer()
+
+
+def test_any_other_tokenizer_has_neither_channels_nor_efforts_and_ends_at_its_eos(chatml):
+    found = chat_format_of(chatml)
+    assert (found.has_channels, found.has_efforts) == (False, False)
+    assert chatml.convert_ids_to_tokens(stop_token_ids(chatml)) == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_the_end_of_a_turn_stops_a_generation_though_it_is_not_the_eos():
+    tokenizer = chatml_tokenizer(eos_token="<|endoftext|>")
+    assert tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)) == ["<|endoftext|>", "<|im_end|>"]
+
+
+def test_a_prompt_in_another_format_is_what_its_template_writes(chatml):
+    messages = [{"role": "system", "content": "Be brief."}, USER]
+    assert chatml.decode(render_prompt(chatml, messages, "low")) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert chatml.decode(render_prompt(chatml, [USER], "low")).startswith("<|im_start|>system\nYou are tiny.<|im_end|>")
+
+
+def test_where_there_are_no_efforts_every_effort_gives_the_same_prompt(chatml):
+    assert render_prompt(chatml, [USER], "low") == render_prompt(chatml, [USER], "high")
+
+
+def test_a_developer_speaks_as_the_system_where_templates_know_no_developer(chatml):
+    texts = [
+        render_prompt(chatml, [{"role": role, "content": "Be brief."}, USER], "low") for role in ("system", "developer")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_control_token_of_any_format_is_refused_in_a_text(chatml):
+    with pytest.raises(PipelineError, match=r"spells the control tokens <gh_stars>, <\|im_end\|>; wanted plain text"):
+        render_prompt(chatml, [{"role": "user", "content": "a<|im_end|>b<gh_stars>"}], "low")
+
+
+def test_a_tokenizer_that_nothing_ends_is_refused():
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(PipelineError, match=r"no control token that ends an answer \(eos_token is None\)"):
+        stop_token_ids(plain)
+
+
+def test_half_a_harmony_tokenizer_is_refused_with_all_that_it_lacks():
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|return|>"]})
+    with pytest.raises(PipelineError, match=r"lacks <\|call\|>; wanted a Harmony tokenizer"):
+        stop_token_ids(tokenizer)

@@ -1,0 +1,289 @@
+"""A Llama out of a GGUF file as a target: transformers' own arithmetic, and a stage that can be killed."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_gguf
+from gguf import GGMLQuantizationType as Kind
+from oracle_environment import run_oracle
+
+from pipeline import artifacts, lineage
+from pipeline.artifacts import PipelineError
+from pipeline.config import PipelineConfig, PretrainedConfig, TargetConfig
+from pipeline.model import checkpoints, gpt_oss
+from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.prompts.tokenizer import load_tokenizer
+from pipeline.target import llama, stage
+from pipeline.target.gguf_file import GgufFile
+from pipeline.tracking import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-4
+MEMBER = "tiny_llama/tiny.gguf"
+STOPPING_PROCESS = """
+import pickle, sys, time
+from pipeline.model import checkpoints
+from pipeline.target import stage
+def stopping(directory, *rest):
+    (directory / "model.safetensors").write_bytes(b"half")
+    print("stopped", flush=True)
+    time.sleep(3600)
+checkpoints.save_target = stopping
+stage.run(pickle.load(open(sys.argv[1], "rb")), None)
+"""
+
+
+class Quiet(Run):
+    """A tracker that keeps nothing."""
+
+    def __init__(self):
+        pass
+
+    def log_json(self, name, value):
+        pass
+
+    def set_tag(self, key, value):
+        pass
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """A tiny Llama with tied embeddings, as SmolLM2 has them."""
+    return tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def configuration(root, made_from, **changes):
+    """Of a target made from a file, which is given by its path unless `gguf` says otherwise."""
+    pretrained = PretrainedConfig(wheel="tiny-llama==1.0", file=MEMBER, sha256=artifacts.file_sha256(made_from))
+    target = TargetConfig(name="converted", pretrained=pretrained, gguf=str(made_from))
+    for key, value in changes.items():
+        setattr(target if key == "gguf" else pretrained, key, value)
+    return PipelineConfig(output_dir=str(root), target=target)
+
+
+def logits_of(directory, token_ids):
+    config, weights = checkpoints.load_target(directory, WeightsForm())
+    forward = jax.jit(gpt_oss.forward, static_argnames="config")
+    hidden = forward(weights, config, token_ids, jnp.zeros(len(token_ids), jnp.int32), None).hidden
+    return np.asarray(gpt_oss.logits(weights, hidden))
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize(
+    ("tied", "kernels"), [(True, Kind.Q4_1), (False, Kind.Q8_0)], ids=["tied, Q4_1", "untied, Q8_0"]
+)
+def test_the_target_computes_what_transformers_llama_computes(tmp_path, tied, kernels):
+    file = tiny_gguf.write(tmp_path / "tiny.gguf", seed=1, tied=tied, kernels=kernels)
+    config = configuration(tmp_path / "outputs", file)
+    stage.run(config, Quiet())
+    token_ids = np.random.default_rng(0).integers(0, tiny_gguf.VOCABULARY, (2, 70)).astype(np.int32)
+    np.savez(tmp_path / "in.npz", input_ids=token_ids)
+    run_oracle("llama_forward", gguf=file, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
+    wanted = np.load(tmp_path / "out.npz")["logits"]
+    found = logits_of(lineage.target(config).path, token_ids)
+    assert wanted.std() > 1  # weights so small that errors hide would prove nothing
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_transformers_opens_the_target_as_gpt_oss_and_computes_the_same(gguf, tmp_path):
+    config = configuration(tmp_path / "outputs", gguf)
+    stage.run(config, Quiet())
+    made = lineage.target(config).path
+    token_ids = np.random.default_rng(1).integers(0, tiny_gguf.VOCABULARY, (2, 33)).astype(np.int32)
+    np.savez(tmp_path / "in.npz", input_ids=token_ids)
+    run_oracle("gpt_oss_forward", model=made, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
+    wanted = np.load(tmp_path / "out.npz")["logits"]
+    np.testing.assert_allclose(logits_of(made, token_ids), wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_the_target_is_an_ordinary_artifact_of_full_attention_layers_in_float32(gguf, tmp_path):
+    config = configuration(tmp_path, gguf)
+    stage.run(config, Quiet())
+    made = artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= made.files.keys()
+    assert not [name for name in made.files if name.endswith(".gguf")]
+    written = checkpoints.read_config(made.path)
+    assert written["layer_types"] == ["full_attention"] * tiny_gguf.LAYERS
+    assert (written["dtype"], written["swiglu_limit"], written["rms_norm_eps"]) == ("float32", 1000.0, 1e-5)
+    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (1, 2, 2)
+    assert load_tokenizer(made.path).eos_token == "<|im_end|>"
+    stage.run(config, Quiet())  # finds it complete
+    assert artifacts.read(made.path, lineage.TARGET, make_with="the test").fingerprint == made.fingerprint
+
+
+def test_the_address_follows_the_files_sha256_and_neither_its_path_nor_its_wheel(gguf, tmp_path):
+    address = lineage.target_address(configuration(tmp_path, gguf))
+    assert lineage.target_address(configuration(tmp_path, gguf, gguf=None, wheel="other==2.0")) == address
+    assert lineage.target_address(configuration(tmp_path, gguf, sha256="0" * 64)) != address
+
+
+def wheel_of(directory, content):
+    """A wheel that pip accepts, with one file in it."""
+    directory.mkdir(parents=True)
+    with zipfile.ZipFile(directory / "tiny_llama-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(MEMBER, content)
+        info = "tiny_llama-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-llama\nVersion: 1.0\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    return directory
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A directory that is all that pip sees: there is no network in tests."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    for name in ("PIP_CONSTRAINT", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "index"
+
+
+def test_a_file_out_of_a_wheel_makes_the_same_target_as_the_file_itself(gguf, tmp_path, index):
+    wheel_of(index, gguf.read_bytes())
+    by_wheel, by_file = configuration(tmp_path / "a", gguf, gguf=None), configuration(tmp_path / "b", gguf)
+    for config in (by_wheel, by_file):
+        stage.run(config, Quiet())
+    one, other = (
+        artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
+        for config in (by_wheel, by_file)
+    )
+    assert one.fingerprint == other.fingerprint
+    assert one.files.keys() == other.files.keys()
+
+
+def test_without_the_package_one_error_says_where_to_get_it(gguf, tmp_path, index):
+    index.mkdir()
+    with pytest.raises(PipelineError) as error:
+        stage.run(configuration(tmp_path, gguf, gguf=None), Quiet())
+    told = str(error.value)
+    assert told.startswith("pip cannot download tiny-llama==1.0: ERROR: Could not find a version")
+    assert "check the network and pip's index (pip config list), or take the wheel" in told
+    assert f"set target.gguf to its {MEMBER}" in told
+    assert not artifacts.exists(lineage.target_address(configuration(tmp_path, gguf)))
+
+
+def test_a_wheel_without_the_file_is_refused(gguf, tmp_path, index):
+    wheel_of(index, gguf.read_bytes())
+    with pytest.raises(PipelineError, match=r"tiny_llama-1.0-py3-none-any.whl holds no other.gguf .*set target.pretr"):
+        stage.run(configuration(tmp_path, gguf, gguf=None, file="other.gguf"), Quiet())
+
+
+def test_another_file_than_was_meant_is_refused_wherever_it_comes_from(gguf, tmp_path, index):
+    wheel_of(index, b"other" + gguf.read_bytes())
+    with pytest.raises(
+        PipelineError, match=r"\(from tiny-llama==1.0\) has sha256 \w{64}, wanted \w{64}: it is damaged"
+    ):
+        stage.run(configuration(tmp_path / "a", gguf, gguf=None), Quiet())
+    wrong = configuration(tmp_path / "b", gguf, sha256="0" * 64)
+    with pytest.raises(PipelineError, match=rf"tiny.gguf \(target.gguf\) has sha256 \w{{64}}, wanted {'0' * 64}"):
+        stage.run(wrong, Quiet())
+
+
+def test_a_file_that_is_not_there_is_refused(gguf, tmp_path):
+    with pytest.raises(PipelineError, match=r"target.gguf is /nowhere/x.gguf, which is no file"):
+        stage.run(configuration(tmp_path, gguf, gguf="/nowhere/x.gguf"), Quiet())
+
+
+def test_killed_and_begun_again_it_makes_the_same_bytes_without_downloading_again(gguf, tmp_path, index):
+    undisturbed = configuration(tmp_path / "undisturbed", gguf)
+    stage.run(undisturbed, Quiet())
+    config = configuration(tmp_path / "killed", gguf, gguf=None)
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    wheel_of(index, gguf.read_bytes())
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPING_PROCESS, str(tmp_path / "config.pickle")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        told = process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        errors = process.stderr.read()
+    assert told == "stopped\n", errors
+    path = lineage.target_address(config)
+    assert not artifacts.exists(path)
+    torn = artifacts.scratch_of(path) / "download-abc"  # as a kill while pip works leaves it
+    torn.mkdir()
+    (torn / "some.whl").write_text("half")
+    next(index.iterdir()).unlink()
+    stage.run(config, Quiet())
+    made, wanted = (
+        artifacts.read(lineage.target_address(one), lineage.TARGET, make_with="the test", verify=True)
+        for one in (config, undisturbed)
+    )
+    assert made.fingerprint == wanted.fingerprint
+    assert made.files.keys() == wanted.files.keys()
+    assert not artifacts.scratch_of(path).exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_converted(gguf, tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "free_bytes", lambda path: 100_000)
+    with pytest.raises(PipelineError, match=r"the target needs 1 MiB at .*, 0 MiB are free; free some space"):
+        stage.run(configuration(tmp_path, gguf), Quiet())
+
+
+REFUSED = {
+    "another architecture": (
+        {"metadata": {"general.architecture": "qwen2"}},
+        "holds a model of architecture 'qwen2'; wanted a 'llama'",
+    ),
+    "a tensor that Llamas lack": (
+        {"tensors": {"blk.0.attn_q.bias": np.zeros(96, np.float32)}},
+        "has 1 tensor(s) that a plain Llama lacks: blk.0.attn_q.bias",
+    ),
+    "another tokenizer": (
+        {"metadata": {"tokenizer.ggml.pre": "qwen2"}},
+        "another tokenizer than SmolLM2:\n  tokenizer.ggml.pre: found 'qwen2', wanted 'smollm'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "told"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_converted_is_refused(tmp_path, options, told):
+    file = tiny_gguf.write(tmp_path / "tiny.gguf", **options)
+    with pytest.raises(PipelineError) as error:
+        stage.run(configuration(tmp_path / "outputs", file), Quiet())
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000], ids=["empty", "cut in the header", "cut in the metadata"])
+def test_a_file_that_is_cut_off_is_refused(gguf, tmp_path, size):
+    (tmp_path / "cut.gguf").write_bytes(gguf.read_bytes()[:size])
+    with pytest.raises(PipelineError, match=r"cut.gguf cannot be read as GGUF .*give a whole GGUF file"):
+        GgufFile(tmp_path / "cut.gguf")
+
+
+def test_missing_metadata_and_tensors_are_named(gguf):
+    file = GgufFile(gguf)
+    with pytest.raises(PipelineError, match=r"has no a.b, c.d; give a GGUF that names them"):
+        file.values(["a.b", "general.architecture", "c.d"])
+    with pytest.raises(PipelineError, match=r"has no tensor blk.9.attn_q.weight"):
+        file.tensor("blk.9.attn_q.weight", (1,))
+    with pytest.raises(PipelineError, match=r"output_norm.weight has shape \(96,\), wanted \(7,\)"):
+        file.tensor("output_norm.weight", (7,))
+
+
+def test_a_quantisation_that_cannot_be_read_is_named(tmp_path):
+    file = tiny_gguf.write(tmp_path / "tiny.gguf", tensors={"counts": np.arange(32, dtype=np.int32)})
+    with pytest.raises(PipelineError, match=r"counts is quantised as I32, which the gguf package does not read"):
+        GgufFile(file).tensor("counts", (32,))
+
+
+def test_rows_of_rotated_pairs_are_put_half_a_head_apart():
+    heads, width = 2, 6  # llama.cpp: pair by pair; here: all first rows of a head, then all second ones
+    kernel = np.arange(heads * width, dtype=np.float32)[:, None]
+    assert llama.halves_apart(kernel, heads)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]

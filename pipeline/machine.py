@@ -1,6 +1,7 @@
 """What a stage runs on: devices, mesh and kernels; and the target and the draft, read to where they run."""
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from pipeline import progress
 from pipeline.config import ExpertWeights, MeshConfig, PipelineConfig, TargetConfig
-from pipeline.model import checkpoints, draft, gpt_oss_weights, placement
+from pipeline.model import checkpoints, draft, gpt_oss_weights, hf_target, placement
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.execution import PLAIN, Execution, Kernels
 from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
 from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
 from pipeline.model.sharding import Shards
+
+log = logging.getLogger("pipeline")
 
 KERNELS = {"cpu": Kernels.xla, "gpu": Kernels.cudnn, "tpu": Kernels.pallas_tpu}
 FEW_TOKENS = {Kernels.xla: 64, Kernels.cudnn: 64, Kernels.pallas_tpu: 256}  # measured: README, "Experts"
@@ -80,14 +84,34 @@ def is_held_packed(config: TargetConfig, packed_files: bool) -> bool:
 
 
 def read_target(config: PipelineConfig, directory: Path, here: Machine) -> tuple[GptOssConfig, GptOssWeights]:
-    """The target's weights, each part on the devices that need it."""
+    """The target's weights, each part on the devices that need it; what they take is logged."""
     form = weights_form(config, directory, here.run.shards)
-    if here.mesh is None:
-        return checkpoints.load_target(directory, form)
-    model = GptOssConfig.from_hf(checkpoints.read_config(directory))
-    placement.require_divisible(model, None, form)
-    shapes = jax.eval_shape(lambda: gpt_oss_weights.random_weights(model, jax.random.key(0), form))
-    return checkpoints.load_target(directory, form, placement.places(shapes, placement.target_specs(shapes), here.mesh))
+    places = None
+    if here.mesh is not None:
+        model = GptOssConfig.from_hf(checkpoints.read_config(directory))
+        placement.require_divisible(model, form)
+        shapes = jax.eval_shape(lambda: gpt_oss_weights.random_weights(model, jax.random.key(0), form))
+        places = placement.places(shapes, placement.target_specs(shapes), here.mesh)
+    model, weights = checkpoints.load_target(directory, form, places)
+    _tell_size(config.target.name, model, weights, form)
+    return model, weights
+
+
+def _tell_size(name: str, model: GptOssConfig, weights: GptOssWeights, form: WeightsForm) -> None:
+    """Log what the weights take on the devices of this host, and per parameter of one copy of the model."""
+    leaves = jax.tree.leaves(weights)
+    here = sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards)
+    count = hf_target.num_parameters(model)
+    log.info(
+        "%s: %.4g million parameters, %s, %.2f bytes each; %siB on %d of %d devices",
+        name,
+        count / 1e6,
+        "experts MXFP4" if form.packed else form.dtype,
+        sum(leaf.nbytes for leaf in leaves) / count,
+        progress.binary_amount(here),
+        len(leaves[0].addressable_shards),
+        len(leaves[0].sharding.device_set),
+    )
 
 
 def read_draft(config: PipelineConfig, directory: Path, here: Machine) -> tuple[DraftConfig, DraftWeights]:

@@ -13,6 +13,11 @@ LINE_INTERVAL_SECONDS = 10.0
 BYTES = "B"
 
 
+def binary_amount(count: float) -> str:
+    """`count` with the letter of 1024, 1024^2 and so on: 1.50G."""
+    return tqdm.tqdm.format_sizeof(count, divisor=1024)
+
+
 class Progress:
     """Counts `total` units of work: one rewritten line on a terminal, else a log line every ten seconds.
 
@@ -90,5 +95,5 @@ class Progress:
 
     def _amount(self, count: int | float) -> str:
         if self._unit == BYTES:
-            return tqdm.tqdm.format_sizeof(count, divisor=1024)
+            return binary_amount(count)
         return f"{count}" if isinstance(count, int) else f"{count:.3g}"

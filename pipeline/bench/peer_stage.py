@@ -8,7 +8,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.bench import peer, workload
 from pipeline.config import PipelineConfig
 from pipeline.machine import machine, read_target
-from pipeline.prompts import harmony
+from pipeline.prompts import chat_format
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Engine
@@ -31,7 +31,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     tokenizer = load_tokenizer(target.path)
     _, held_out = split_by_hash(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction)
     rendered = [
-        harmony.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
+        chat_format.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
         for prompt in held_out
     ]
     requests = workload.requests_of(

@@ -83,6 +83,11 @@ def expected_tensors(config: GptOssConfig, *, packed: bool) -> dict[str, Expecte
     return found | {_TOP[name]: Expected(shape) for name, shape in top.items()}
 
 
+def num_parameters(config: GptOssConfig) -> int:
+    """How many numbers the model has, however its experts are written."""
+    return sum(math.prod(one.shape) for one in expected_tensors(config, packed=False).values())
+
+
 def source_of(path: str, config: GptOssConfig, form: WeightsForm, *, packed_files: bool) -> Source:
     """Where the weight at `path`, such as `layers.0.experts.gate`, is in the files."""
     if not path.startswith("layers."):

@@ -7,12 +7,17 @@ import pytest
 import tiny_models
 
 from pipeline.artifacts import PipelineError
-from pipeline.bench import peer
+from pipeline.bench import peer, peer_stage
 from pipeline.bench.peer import Against
+from pipeline.config import PeerConfig, PipelineConfig, PromptsConfig, TargetConfig
+from pipeline.model import checkpoints
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import random_weights
+from pipeline.prompts import corpus
+from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.serve.engine import Engine
 from pipeline.serve.scheduler import Request
+from pipeline.tracking import SilentRun
 
 ECHO = """
 import json, sys
@@ -50,3 +55,33 @@ def test_a_peer_that_fails_is_told_with_its_last_words():
         peer.run_peer([sys.executable, "-c", "import sys; print('no such model', file=sys.stderr); sys.exit(3)"], {})
     with pytest.raises(PipelineError, match=r"peer\.command cannot be run"):
         peer.run_peer(["/no/such/program"], {})
+
+
+ZEROS = """
+import json, sys
+given = json.load(open(sys.argv[1]))
+outputs = [{"tokens": [0] * given["max_new_tokens"], "decode_seconds": 1.0} for _ in given["prompts"]]
+json.dump({"outputs": outputs}, open(sys.argv[2], "w"))
+"""
+
+
+def test_the_stage_reads_the_target_and_renders_held_out_prompts(tmp_path, capsys):
+    sizes = GptOssConfig.from_hf({**tiny_models.TARGET, "vocab_size": 300})
+    checkpoints.save_target(tmp_path, sizes, random_weights(sizes, jax.random.key(0)), {})
+    texts = [corpus.conversation(0, index, "low").prompt for index in range(200)]
+    train_tokenizer(texts, 300).save_pretrained(tmp_path)
+    config = PipelineConfig(
+        output_dir=str(tmp_path),
+        target=TargetConfig(name="random", path=str(tmp_path)),
+        prompts=PromptsConfig(count=200),
+        peer=PeerConfig(command=[sys.executable, "-c", ZEROS], num_prompts=2, max_new_tokens=5, repeats=1),
+    )
+    measured = peer_stage.run(config, SilentRun())
+    assert measured["peer/theirs_tokens_per_second"] == 4.0
+    assert measured["peer/ours_tokens_per_second"] > 0
+    assert "random, float32, batch 1, 2 prompts of 5 tokens" in capsys.readouterr().out
+
+
+def test_the_stage_needs_a_command():
+    with pytest.raises(PipelineError, match=r"peer\.command is empty"):
+        peer_stage.run(PipelineConfig(peer=PeerConfig(command=[])), SilentRun())

@@ -1,21 +1,26 @@
 """Reading and writing HF directories: nothing is guessed, nothing is left out in silence."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from omegaconf import OmegaConf
 from safetensors.numpy import load_file, save_file
 
+from pipeline import lineage
 from pipeline.artifacts import PipelineError
-from pipeline.model import checkpoints, draft, gpt_oss_weights, hf_draft
+from pipeline.config import ArchitectureConfig
+from pipeline.model import checkpoints, draft, gpt_oss_weights, hf_draft, hf_target
 from pipeline.model.draft import DraftConfig
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.model.rope import Rope
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -132,3 +137,11 @@ def test_a_config_without_a_mask_token_is_refused_not_defaulted():
     del written["dflash_config"]["mask_token_id"]
     with pytest.raises(PipelineError, match="mask_token_id: missing"):
         hf_draft.config_from_hf(written)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("gpt_oss_20b", 20.91), ("gpt_oss_120b", 116.83)])
+def test_the_published_models_have_as_many_parameters_as_their_card_says(name, billions):
+    # gpt-oss model card, table 1
+    sizes = OmegaConf.load(CONF / "target" / f"{name}.yaml").target.architecture
+    model = lineage.architecture(ArchitectureConfig(**sizes))
+    assert round(hf_target.num_parameters(model) / 1e9, 2) == billions

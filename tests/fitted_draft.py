@@ -57,8 +57,8 @@ DRAFT = {
 }
 MAX_NEW_TOKENS = 48
 STOP_TOKEN_IDS = (5, 71)
-NUM_PROMPTS, NUM_FITTED = 32, 12
-FIT_STEPS = 40
+NUM_PROMPTS, NUM_FITTED = 32, 16
+FIT_STEPS = 60
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Runs a tiny target and draft on every mesh of eight forced CPU devices and prints how far each is from one device.
+"""Runs a tiny target and draft on meshes of eight forced CPU devices and prints how far each is from one device.
+
+    eight_devices.py ROOT '[[[DATA, EXPERT, TENSOR], FORM], ...]'
 
 A program of its own, because the number of devices is fixed when JAX starts. Prints one JSON line: for every mesh and
 form of the weights the largest difference of logits of prefill, decode and verify, and of the draft's.
@@ -27,7 +29,6 @@ from pipeline.model.gpt_oss_weights import WeightsForm, random_weights
 from pipeline.model.rope import Rope
 from pipeline.model.sharding import MODEL, Shards
 
-MESHES = [(d, e, t) for d in (1, 2, 4, 8) for e in (1, 2, 4, 8) for t in (1, 2, 4, 8) if d * e * t == 8]
 NUM_ROWS, PROMPT, BLOCK, NUM_POSITIONS = 8, 11, 5, 32
 DRAFT = DraftConfig(
     vocab_size=0,
@@ -101,9 +102,9 @@ def outputs_of(directory, draft_directory, ids, form, shards):
 
 
 def main() -> None:
-    root = Path(sys.argv[1])
+    root, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     found = {}
-    for name in sys.argv[2:]:
+    for name in dict.fromkeys(form for _, form in cases):
         packed = name == "packed"
         directory, draft_directory = root / name, root / f"{name}-draft"
         config = GptOssConfig.from_hf(checkpoints.read_config(directory))
@@ -113,7 +114,7 @@ def main() -> None:
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (NUM_ROWS, PROMPT + 1 + BLOCK)).astype(np.int32)
         form = WeightsForm(packed=packed)
         alone = outputs_of(directory, draft_directory, ids, form, Shards())
-        for mesh in MESHES:
+        for mesh in [size for size, form in cases if form == name]:
             split = outputs_of(directory, draft_directory, ids, form, Shards(*mesh))
             found["x".join(map(str, mesh)) + f" {name}"] = {
                 "prefill": float(np.abs(split[0] - alone[0]).max()),

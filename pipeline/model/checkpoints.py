@@ -19,7 +19,7 @@ from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
 from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
 from pipeline.model.linear import Kernel, lies_transposed
-from pipeline.model.mxfp4 import NOT_A_NUMBER
+from pipeline.model.mxfp4 import LARGEST_SCALE
 from pipeline.model.source import Source
 from pipeline.model.tensor_files import Index, TensorFiles
 from pipeline.progress import Progress
@@ -212,7 +212,7 @@ class _Reader:
 
 def _is_finite(tensor: np.ndarray, name: str) -> bool:
     if tensor.dtype == np.uint8:
-        return not (name.endswith("_scales") and (tensor == NOT_A_NUMBER).any())
+        return not (name.endswith("_scales") and (tensor > LARGEST_SCALE).any())
     flat = tensor.reshape(-1)
     parts = (flat[start : start + CHECKED_ELEMENTS] for start in range(0, flat.size, CHECKED_ELEMENTS))
     return all(np.isfinite(part.astype(np.float32)).all() for part in parts)

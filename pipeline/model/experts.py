@@ -10,7 +10,6 @@ from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pipeline.model import experts_tpu, mxfp4
@@ -28,9 +27,8 @@ SWIGLU_ALPHA = 1.702
 class ExpertsWeights:
     """Router and experts of one layer, apart from each other.
 
-    Packed, `gate` and `up` have their rows as evens and odds, [E, 2, F/2, D/2] bytes packed along D, and `down` has
-    [E, F/2, D] bytes packed along F, so that a row of bytes of `down` belongs to a pair of rows of the others; the
-    biases [E, 2, F/2] follow. F may be padded with zeros, which yield nothing.
+    Packed, `gate` and `up` are [E, D, F], packed along D, and `down` is [E, F, D], packed along F: each along what is
+    summed, so that a scale belongs to a column. D and F may be padded with zeros, which yield nothing.
     """
 
     router: Kernel
@@ -125,28 +123,20 @@ def share_of_experts(
 
 
 class Hits(NamedTuple):
-    """The experts of this shard that some token chose: the first `count` of `experts`, and what each token takes."""
+    """The experts of this shard that some token chose: the first `count` of `experts`."""
 
     experts: Int[Array, " slots"]
     count: Int[Array, ""]
-    shares: Float[Array, "slots M"]
 
 
-def hits(
-    shares: Float[Array, "M k"], indices: Int[Array, "M k"], first: Int[Array, ""] | int, num_experts: int
-) -> Hits:
-    """Each expert that is hit once, in ascending order; places behind the last one repeat it with shares of zero."""
-    share = share_of_experts(shares, indices, first, num_experts)
+def hits(indices: Int[Array, "M k"], first: Int[Array, ""] | int, num_experts: int) -> Hits:
+    """Each expert that is hit once, in ascending order; places behind the last one repeat it."""
     is_hit = (indices[..., None] == first + jnp.arange(num_experts)).any(axis=(0, 1))
     slots = min(num_experts, indices.size)
     order = jnp.argsort(~is_hit, stable=True)[:slots].astype(jnp.int32)
     count = is_hit.sum().astype(jnp.int32)
     taken = jnp.arange(slots) < count
-    return Hits(
-        experts=jnp.where(taken, order, order[jnp.maximum(count - 1, 0)]),
-        count=count,
-        shares=jnp.where(taken[:, None], share.T[order], 0),
-    )
+    return Hits(experts=jnp.where(taken, order, order[jnp.maximum(count - 1, 0)]), count=count)
 
 
 def few(
@@ -162,26 +152,29 @@ def few(
     Returns this shard's part of the sum, in float32.
     """
     num_experts = weights.down_bias.shape[0]
-    found = hits(shares, indices, run.shards.first(EXPERT, num_experts), num_experts)
+    first = run.shards.first(EXPERT, num_experts)
+    found, share = hits(indices, first, num_experts), share_of_experts(shares, indices, first, num_experts)
     down_bias = run.shards.once(TENSOR, weights.down_bias)
     packed = isinstance(weights.gate, Packed)
     if run.kernels in PALLAS:
         kernel = experts_tpu.packed_experts if packed else experts_tpu.experts
         matrices = (weights.gate, weights.gate_bias, weights.up, weights.up_bias, weights.down, down_bias)
         interpret = run.kernels is Kernels.pallas_interpreted
-        return kernel(inputs, *found, *matrices, limit=limit, interpret=interpret)
-    rows = mxfp4.even_odd(inputs) if packed else inputs
+        return kernel(inputs, *found, share, *matrices, limit=limit, interpret=interpret)
+    into = "md,df->mf" if packed else "md,fd->mf"
 
     def add(slot: Int[Array, ""], so_far: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        one = jax.tree.map(lambda array: array[found.experts[slot]][None], _matrices(weights))
-        gate, up, down = (matrix[0] for matrix in _unpacked(*one, inputs.dtype))
-        gate_bias, up_bias = (bias[found.experts[slot]].reshape(-1) for bias in (weights.gate_bias, weights.up_bias))
-        share = found.shares[slot][:, None]
+        expert = found.experts[slot]
+        one = jax.tree.map(lambda array: array[expert][None], _matrices(weights))
+        gate, up, down = (matrix[0] for matrix in _unpacked(*one, inputs))
+        taken = share[:, expert][:, None]
         hidden = clamped_swiglu(
-            einsum("md,fd->mf", rows, gate) + gate_bias, einsum("md,fd->mf", rows, up) + up_bias, limit
+            einsum(into, inputs, gate) + weights.gate_bias[expert],
+            einsum(into, inputs, up) + weights.up_bias[expert],
+            limit,
         )
-        outputs = einsum("mf,fd->md", (hidden * share).astype(inputs.dtype), down)
-        return so_far + outputs + share * down_bias[found.experts[slot]]
+        outputs = einsum("mf,fd->md", (hidden * taken).astype(inputs.dtype), down)
+        return so_far + outputs + taken * down_bias[expert]
 
     return jax.lax.fori_loop(0, found.count, add, jnp.zeros(inputs.shape, jnp.float32))
 
@@ -206,13 +199,12 @@ def grouped(
     expert = flat[order]
     is_local = (expert < num_local)[:, None]
     expert = jnp.minimum(expert, num_local - 1)
-    gate, up, down = _unpacked(*_matrices(weights), inputs.dtype)
-    rows = mxfp4.even_odd(inputs) if isinstance(weights.gate, Packed) else inputs
-    rows = rows[order // per_token]
-    gate_bias, up_bias = (bias.reshape(num_local, -1)[expert] for bias in (weights.gate_bias, weights.up_bias))
+    gate, up, down = _unpacked(*_matrices(weights), inputs)
+    rows = inputs[order // per_token]
+    transposed = not isinstance(weights.gate, Packed)
     hidden = clamped_swiglu(
-        ragged_product(rows, gate, sizes, run.kernels, transposed=True) + gate_bias,
-        ragged_product(rows, up, sizes, run.kernels, transposed=True) + up_bias,
+        ragged_product(rows, gate, sizes, run.kernels, transposed=transposed) + weights.gate_bias[expert],
+        ragged_product(rows, up, sizes, run.kernels, transposed=transposed) + weights.up_bias[expert],
         limit,
     ).astype(inputs.dtype)
     outputs = ragged_product(hidden, down, sizes, run.kernels) + run.shards.once(TENSOR, weights.down_bias)[expert]
@@ -247,14 +239,10 @@ def _matrices(weights: ExpertsWeights) -> tuple[Array | Packed, Array | Packed, 
 
 
 def _unpacked(
-    gate: Array | Packed, up: Array | Packed, down: Array | Packed, dtype: DTypeLike
-) -> tuple[Float[Array, "E F D"], Float[Array, "E F D"], Float[Array, "E F D"]]:
-    """The matrices as floats; packed ones have the columns of gate and up, and all rows, as evens and odds."""
+    gate: Array | Packed, up: Array | Packed, down: Array | Packed, inputs: Float[Array, "M D"]
+) -> tuple[Array, Array, Float[Array, "E F D"]]:
+    """The matrices as floats of the inputs' precision: [E, F, D], but packed gate and up come as [E, D, F]."""
     if not isinstance(gate, Packed):
         return gate, up, down
-
-    def flat(rows: Float[Array, "E 2 half D"]) -> Float[Array, "E F D"]:
-        return rows.reshape(rows.shape[0], -1, rows.shape[-1])
-
-    gate, up = (flat(jnp.concatenate(mxfp4.unpack(one, -1, dtype), axis=-1)) for one in (gate, up))
-    return gate, up, flat(jnp.stack(mxfp4.unpack(down, -2, dtype), axis=1))
+    gate, up = (mxfp4.unpack(one, inputs.dtype)[:, : inputs.shape[-1]] for one in (gate, up))
+    return gate, up, mxfp4.unpack(down, inputs.dtype)

@@ -2,7 +2,7 @@
 
 The grid walks the experts that are hit, as many as there are; their numbers are known before the kernel starts
 (scalar prefetch), so each expert's matrices are copied from HBM while the one before is multiplied. MXFP4 is
-unpacked in VMEM, a few rows at a time. Many tokens go through JAX's own grouped matrix product (megablox).
+unpacked in VMEM, a few blocks of rows at a time. Many tokens go through JAX's own grouped matrix product (megablox).
 """
 
 import functools
@@ -23,9 +23,8 @@ HIT_EXPERTS = "hit_experts"  # the kernel's name in a compiled program
 TILE_BYTES = 12 * 2**20  # of an expert's three matrices held at once; the next ones are copied meanwhile
 VMEM_BYTES = 48 * 2**20  # a kernel's share; every chip since v5e has at least 64 MiB
 TOKEN_TILE = 16  # rows of bfloat16 in a register
-PACKED_TILE = 32  # rows of bytes in a register
-PAIRS_SHIFT = 4  # 2**4 bytes, two values each, share a scale; a shift, for the kernel compiler divides signed numbers
-UNPACKED_ROWS = 160  # pairs of rows of MXFP4 that are unpacked at a time, at most
+LANES = 128
+UNPACKED_BLOCKS = 8  # of ROWS rows of MXFP4 that are unpacked at a time, at most
 GROUPED_TILE = (512, 1024, 1024)  # rows, summed, columns of a step of the grouped product, at most
 
 _NT = (((1,), (1,)), ((), ()))
@@ -36,7 +35,7 @@ def experts(
     inputs: Float[Array, "M D"],
     hit: Int[Array, " slots"],
     count: Int[Array, ""],
-    shares: Float[Array, "slots M"],
+    share: Float[Array, "M E"],
     gate: Float[Array, "E F D"],
     gate_bias: Float[Array, "E F"],
     up: Float[Array, "E F D"],
@@ -47,7 +46,7 @@ def experts(
     limit: float,
     interpret: bool = False,
 ) -> Float[Array, "M D"]:
-    """The shares' sum over the first `count` experts of `hit`, in float32; operands in bfloat16."""
+    """The sum over the first `count` experts of `hit` by each token's share, in float32; operands in bfloat16."""
     num_experts, rows, width = gate.shape
     tile = _tile_rows(rows, 3 * width * gate.dtype.itemsize)
     steps = rows // tile
@@ -56,10 +55,10 @@ def experts(
     return _over_hits(
         functools.partial(_experts_kernel, limit=limit),
         inputs,
-        (hit, count, shares),
+        (hit, count, share),
         [(array, matrix) for array in (gate, up, down)]
         + [(array.reshape(num_experts, steps, 1, tile), bias) for array in (gate_bias, up_bias)],
-        down_bias,
+        (down_bias,),
         steps=steps,
         interpret=interpret,
     )
@@ -69,11 +68,11 @@ def packed_experts(
     inputs: Float[Array, "M D"],
     hit: Int[Array, " slots"],
     count: Int[Array, ""],
-    shares: Float[Array, "slots M"],
+    share: Float[Array, "M E"],
     gate: Packed,
-    gate_bias: Float[Array, "E 2 half"],
+    gate_bias: Float[Array, "E F"],
     up: Packed,
-    up_bias: Float[Array, "E 2 half"],
+    up_bias: Float[Array, "E F"],
     down: Packed,
     down_bias: Float[Array, "E D"],
     *,
@@ -81,22 +80,24 @@ def packed_experts(
     interpret: bool = False,
 ) -> Float[Array, "M D"]:
     """As `experts` for packed ones, which lie as ExpertsWeights tells."""
-    num_experts, pairs, _ = down.blocks.shape
-    tile = max(rows for rows in range(PACKED_TILE, UNPACKED_ROWS + 1, PACKED_TILE) if pairs % rows == 0)
+    _, num_words, rows = gate.words.shape
+    summed = num_words * mxfp4.ROWS_OF_WORD
 
     def whole(array: Array) -> tuple[Array, pl.BlockSpec]:
         shape = (1, *array.shape[1:])
-        return array, pl.BlockSpec(shape, lambda slot, step, hit: (hit[slot], *[0] * (len(shape) - 1)))
+        return array, pl.BlockSpec(shape, lambda slot, step, hit: (hit[slot], 0, 0))
 
-    packed = [whole(part) for one in (gate, up, down) for part in (one.blocks, one.scales)]
-    biases = [whole(array.reshape(num_experts, 2, pairs // tile, 1, tile)) for array in (gate_bias, up_bias)]
+    packed = [whole(part) for one in (gate, up, down) for part in (one.words, one.scales)]
+    factors = [pltpu.VMEM(one.scales.shape[1:], jnp.int32) for one in (gate, up, down)]
     return _over_hits(
-        functools.partial(_packed_kernel, limit=limit, tile=tile),
-        mxfp4.even_odd(inputs),
-        (hit, count, shares),
-        packed + biases,
-        down_bias,
+        functools.partial(_packed_kernel, limit=limit, into=_blocks(summed, 1), back=_blocks(rows, 2)),
+        jnp.pad(inputs, [(0, 0), (0, summed - inputs.shape[1])]),
+        (hit, count, share),
+        packed,
+        (down_bias, gate_bias, up_bias),
         steps=1,
+        chunk=_blocks(summed, 1) * mxfp4.ROWS,
+        scratch=[*factors, pltpu.VMEM((_padded_tokens(inputs.shape[0]), rows), inputs.dtype)],
         interpret=interpret,
     )
 
@@ -134,66 +135,87 @@ def _tile_rows(rows: int, row_bytes: int) -> int:
     return max((size for size in fitting if rows % size == 0), default=rows)
 
 
+def _blocks(rows: int, multiple: int) -> int:
+    """How many blocks of packed rows are unpacked at a time: a divisor of how many there are."""
+    count = rows // mxfp4.ROWS
+    return max(size for size in range(multiple, UNPACKED_BLOCKS + 1, multiple) if count % size == 0)
+
+
+def _padded_tokens(num_tokens: int) -> int:
+    return -(-num_tokens // TOKEN_TILE) * TOKEN_TILE
+
+
 def _over_hits(
     kernel: object,
-    inputs: Float[Array, "M D"],
-    found: tuple[Int[Array, " slots"], Int[Array, ""], Float[Array, "slots M"]],
+    inputs: Float[Array, "M width"],
+    found: tuple[Int[Array, " slots"], Int[Array, ""], Float[Array, "M E"]],
     operands: list[tuple[Array, pl.BlockSpec]],
-    down_bias: Float[Array, "E D"],
+    biases: Sequence[Float[Array, "E _"]],
     *,
     steps: int,
+    chunk: int | None = None,
+    scratch: Sequence[object] = (),
     interpret: bool,
 ) -> Float[Array, "M D"]:
-    """Run `kernel` over `steps` parts of every expert that is hit; it adds to its output [M, D]."""
-    hit, count, shares = found
-    num_tokens, width = inputs.shape
-    lacking = -num_tokens % TOKEN_TILE
-    inputs = jnp.pad(inputs, [(0, lacking), (0, 0)])
-    shares = jnp.pad(shares, [(0, 0), (0, lacking)])
+    """Run `kernel` over `steps` parts of every expert that is hit; it adds to its output [M, D].
+
+    `biases`, down's first, come whole and in float32, of which any row can be taken. With a `chunk` the inputs come as
+    [width / chunk, M, chunk].
+    """
+    hit, count, share = found
+    num_tokens = inputs.shape[0]
+    lacking = _padded_tokens(num_tokens) - num_tokens
+    inputs, share = (jnp.pad(array, [(0, lacking), (0, 0)]) for array in (inputs, share))
     rows = inputs.shape[0]
-    share = pl.BlockSpec((1, rows, 1), lambda slot, step, hit: (slot, 0, 0))
-    bias = pl.BlockSpec((1, 1, width), lambda slot, step, hit: (hit[slot], 0, 0))
-    everything = pl.BlockSpec((rows, width), lambda slot, step, hit: (0, 0))
+    if chunk is not None:
+        inputs = jnp.moveaxis(inputs.reshape(rows, -1, chunk), 1, 0)
+
+    def everything(array: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda slot, step, hit: (0,) * array.ndim)
+
+    outputs = jax.ShapeDtypeStruct((rows, biases[0].shape[1]), jnp.float32)
+    small = [inputs, share, *(bias.astype(jnp.float32) for bias in biases)]
     # XLA would copy what fits into VMEM as a whole, experts that are not hit included
     arrays = [array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM) for array, _ in operands]
-    outputs = pl.pallas_call(
+    made = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(count, steps),
-            in_specs=[everything, share, bias, *(spec for _, spec in operands)],
-            out_specs=everything,
+            in_specs=[*map(everything, small), *(spec for _, spec in operands)],
+            out_specs=everything(outputs),
+            scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((rows, width), jnp.float32),
+        out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
         name=HIT_EXPERTS,
-        cost_estimate=_cost(rows, hit.shape[0], [array for array, _ in operands]),
-    )(hit, inputs, shares[..., None], down_bias[:, None].astype(jnp.float32), *arrays)
-    return jnp.where(count > 0, outputs[:num_tokens], 0)  # a kernel that no expert runs writes nothing
+        cost_estimate=_cost(*outputs.shape, hit.shape[0], [array for array, _ in operands]),
+    )(hit, *small, *arrays)
+    return jnp.where(count > 0, made[:num_tokens], 0)  # a kernel that no expert runs writes nothing
 
 
-def _cost(num_tokens: int, num_hit: int, operands: Sequence[Array]) -> pl.CostEstimate:
+def _cost(num_tokens: int, width: int, num_hit: int, operands: Sequence[Array]) -> pl.CostEstimate:
     """What the compiler plans with: as many experts are hit as can be."""
     one = [math.prod(array.shape[1:]) for array in operands]
     num_bytes = sum(size * array.dtype.itemsize for size, array in zip(one, operands, strict=True))
-    values = sum(size * (2 if array.dtype == jnp.uint8 else 1) for size, array in zip(one, operands, strict=True))
+    values = sum(size * (8 if array.dtype == jnp.int32 else 1) for size, array in zip(one, operands, strict=True))
     return pl.CostEstimate(
         flops=2 * num_hit * num_tokens * values,
         bytes_accessed=num_hit * num_bytes,
-        transcendentals=num_hit * num_tokens * values // (3 * operands[0].shape[-1]),
+        transcendentals=num_hit * num_tokens * values // (3 * width),
     )
 
 
 def _experts_kernel(
     hit, inputs, share, down_bias, gate, up, down, gate_bias, up_bias, outputs, *, limit: float
 ) -> None:
-    _begin(share, down_bias, outputs)
+    taken = _begin(hit, share, down_bias, outputs)
     gates = _dot(inputs[...], gate[0], _NT) + gate_bias[0, 0].astype(jnp.float32)
     ups = _dot(inputs[...], up[0], _NT) + up_bias[0, 0].astype(jnp.float32)
-    hidden = _swiglu(gates, ups, limit) * share[0]
+    hidden = _swiglu(gates, ups, limit) * taken
     outputs[...] += _dot(hidden.astype(inputs.dtype), down[0], _NN)
 
 
@@ -202,51 +224,70 @@ def _packed_kernel(
     inputs,
     share,
     down_bias,
+    gate_bias,
+    up_bias,
     gate,
     gate_scales,
     up,
     up_scales,
     down,
     down_scales,
-    gate_bias,
-    up_bias,
     outputs,
+    gate_factors,
+    up_factors,
+    down_factors,
+    hidden,
     *,
     limit: float,
-    tile: int,
+    into: int,
+    back: int,
 ) -> None:
-    _begin(share, down_bias, outputs)
-    dtype, half = inputs.dtype, gate.shape[-1]
-    spread = _spread(gate_scales.shape[-1], half, dtype)
-    even, odd = inputs[:, :half], inputs[:, half:]
-    down_factors = mxfp4.scale_of(down_scales[0]).astype(dtype)
+    """`into` and `back` blocks of rows are unpacked at a time, of gate and up and of down."""
+    taken = _begin(hit, share, down_bias, outputs)
+    gate_factors[...], up_factors[...], down_factors[...] = (
+        mxfp4.scale_words(scales[0]) for scales in (gate_scales, up_scales, down_scales)
+    )
 
-    def product(blocks, scales, bias, parity: int, step: Int[Array, ""]) -> Float[Array, "M rows"]:
-        at = pl.ds(pl.multiple_of(step * tile, PACKED_TILE), tile)
-        factors = _dot(mxfp4.scale_of(scales[0, parity, at]).astype(dtype), spread, _NN)
-        codes = blocks[0, parity, at].astype(jnp.int32)
-        low, high = ((mxfp4.value_of(part) * factors).astype(dtype) for part in (codes & 15, codes >> 4))
-        return _dot(even, low, _NT) + _dot(odd, high, _NT) + bias[0, parity, step].astype(jnp.float32)
+    def add(step: Int[Array, ""], sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        some = inputs[step]
+        gates, ups = (
+            _dot(some, _unpacked(words, factors, step, into, inputs.dtype), _NN)
+            for words, factors in ((gate, gate_factors), (up, up_factors))
+        )
+        return sums[0] + gates, sums[1] + ups
 
-    def add(step: Int[Array, ""], _: None) -> None:
-        at = pl.ds(pl.multiple_of(step * tile, PACKED_TILE), tile)
-        codes = down[0, at].astype(jnp.int32)
-        # rows of bytes, each under the scale of its group: a product with ones and zeros, exact, copies it there
-        group = jax.lax.broadcasted_iota(jnp.int32, (tile, down_factors.shape[0]), 1)
-        row = jax.lax.broadcasted_iota(jnp.int32, (tile, down_factors.shape[0]), 0) + step * tile
-        factors = _dot((row >> PAIRS_SHIFT == group).astype(dtype), down_factors, _NN)
-        for parity, part in enumerate((codes & 15, codes >> 4)):
-            gates = product(gate, gate_scales, gate_bias, parity, step)
-            ups = product(up, up_scales, up_bias, parity, step)
-            hidden = _swiglu(gates, ups, limit) * share[0]
-            rows = (mxfp4.value_of(part) * factors).astype(dtype)
-            outputs[...] += _dot(hidden.astype(dtype), rows, _NN)
+    zeros = jnp.zeros((inputs.shape[1], gate.shape[-1]), jnp.float32)
+    gates, ups = jax.lax.fori_loop(0, inputs.shape[0], add, (zeros, zeros))
+    expert = pl.ds(hit[pl.program_id(0)], 1)
+    gates, ups = gates + gate_bias[expert], ups + up_bias[expert]
+    hidden[...] = (_swiglu(gates, ups, limit) * taken).astype(hidden.dtype)
+    rows = back * mxfp4.ROWS
 
-    jax.lax.fori_loop(0, down.shape[1] // tile, add, None)
+    def add_back(step: Int[Array, ""], _: None) -> None:
+        some = hidden[:, pl.ds(pl.multiple_of(step * rows, LANES), rows)]
+        outputs[...] += _dot(some, _unpacked(down, down_factors, step, back, inputs.dtype), _NN)
+
+    jax.lax.fori_loop(0, hidden.shape[1] // rows, add_back, None)
 
 
-def _begin(share, down_bias, outputs) -> None:
+def _unpacked(words, factors, step: Int[Array, ""], count: int, dtype: jnp.dtype) -> Float[Array, "rows N"]:
+    """`count` blocks of rows of one expert, from block step * count on."""
+    size = mxfp4.ROWS // mxfp4.ROWS_OF_WORD
+    some = words[0, pl.ds(pl.multiple_of(step * count * size, size), count * size)]
+    parts = []
+    for block in range(count):
+        first = 2 * (step * count + block)
+        scales = factors[pl.ds(first, 1)], factors[pl.ds(first + 1, 1)]
+        parts += mxfp4.pairs_of(some[block * size : (block + 1) * size], scales)
+    return jnp.concatenate([pltpu.bitcast(pairs, jnp.bfloat16) for pairs in parts], axis=0).astype(dtype)
+
+
+def _begin(hit, share, down_bias, outputs) -> Float[Array, "M 1"]:
+    """What each token takes of this expert; its outputs begin with so much of the bias."""
     slot, step = pl.program_id(0), pl.program_id(1)
+    expert = hit[slot]
+    column = jax.lax.broadcasted_iota(jnp.int32, share.shape, 1)
+    taken = jnp.where(column == expert, share[...], 0).sum(axis=1, keepdims=True)
 
     @pl.when((slot == 0) & (step == 0))
     def _() -> None:
@@ -254,14 +295,9 @@ def _begin(share, down_bias, outputs) -> None:
 
     @pl.when(step == 0)
     def _() -> None:
-        outputs[...] += share[0] * down_bias[0]
+        outputs[...] += taken * down_bias[pl.ds(expert, 1)]
 
-
-def _spread(num_groups: int, width: int, dtype: jnp.dtype) -> Float[Array, "groups width"]:
-    """Ones where a column belongs to a group: the product with it copies each group's scale to its columns."""
-    group = jax.lax.broadcasted_iota(jnp.int32, (num_groups, width), 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, (num_groups, width), 1)
-    return (column >> PAIRS_SHIFT == group).astype(dtype)
+    return taken
 
 
 def _dot(left: Float[Array, "..."], right: Float[Array, "..."], numbers: tuple) -> Float[Array, "..."]:

@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 from pipeline.model.experts import ExpertsWeights, WideWeights
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.linear import Kernel, lies_transposed, random_kernel
-from pipeline.model.mxfp4 import BLOCK, Packed
+from pipeline.model.mxfp4 import BLOCK, Packed, padded
 from pipeline.model.sharding import ALONE, Shards
 
-PACKED_ROWS = 64  # rows of a packed expert come in such multiples: 32 pairs fill a tile of bytes on a TPU
+PACKED_ROWS = 128  # rows of a packed expert come in such multiples: so many lanes has a TPU
 RANDOM_CODE_DEVIATION = 2.93  # of uniformly drawn E2M1 codes
 
 
@@ -130,9 +130,9 @@ def _experts(key: Array, config: GptOssConfig, form: WeightsForm, depth_scale: f
 
     if form.packed:
         rows = form.packed_rows(f)
-        gate, up = (_packed(one, (e, 2, rows // 2, d), -1, d) for one in keys[1:3])
-        down = _packed(keys[3], (e, rows, d), -2, f, depth_scale)
-        return ExpertsWeights(**common, **biases(e, 2, rows // 2), gate=gate, up=up, down=down)
+        gate, up = (_packed(one, (e, padded(d), rows), d) for one in keys[1:3])
+        down = _packed(keys[3], (e, rows, d), f, depth_scale)
+        return ExpertsWeights(**common, **biases(e, rows), gate=gate, up=up, down=down)
     if is_wide(config, form):
         gate, up = (random_kernel(one, d, e * f, dtype) for one in keys[1:3])
         # what a token sums up are the rows of single experts, not of all
@@ -143,10 +143,9 @@ def _experts(key: Array, config: GptOssConfig, form: WeightsForm, depth_scale: f
     return ExpertsWeights(**common, **biases(e, f), gate=gate, up=up, down=down)
 
 
-def _packed(key: Array, shape: tuple[int, ...], axis: int, fan_in: int, scale: float = 1.0) -> Packed:
-    """Random codes under one scale: about the deviation that `_normal` has."""
+def _packed(key: Array, shape: tuple[int, int, int], fan_in: int, scale: float = 1.0) -> Packed:
+    """Random codes of matrices [E, K, N] under one scale: about the deviation that `_normal` has."""
     exponent = jnp.round(jnp.log2(scale * fan_in**-0.5 / RANDOM_CODE_DEVIATION))
-    halves, groups = list(shape), list(shape)
-    halves[axis], groups[axis] = shape[axis] // 2, shape[axis] // BLOCK
-    blocks = jax.random.bits(key, tuple(halves), jnp.uint8)
-    return Packed(blocks, jnp.full(tuple(groups), exponent + 127).astype(jnp.uint8))
+    num_experts, summed, width = shape
+    words = jax.lax.bitcast_convert_type(jax.random.bits(key, (num_experts, summed // 8, width), jnp.uint32), jnp.int32)
+    return Packed(words, jnp.full((num_experts, summed // BLOCK, width), exponent + 127).astype(jnp.uint8))

@@ -104,7 +104,7 @@ def source_of(path: str, config: GptOssConfig, form: WeightsForm, *, packed_file
             raise PipelineError(
                 "the files hold no MXFP4 experts, which target.weights=mxfp4 wants; set target.weights=bf16"
             )
-        return _packed(matrix, field.rpartition(".")[2], prefix, config, form)
+        return _packed(matrix, field.rpartition(".")[2], prefix, config)
     if packed_files:
         return _expanded(matrix, prefix, config, form)
     return _floats(matrix, prefix, config, form)
@@ -116,15 +116,13 @@ def _plain(field: str, name: str, form: WeightsForm) -> Source:
 
 def _bias(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm) -> Source:
     name, place = f"{prefix}{_GATE_UP}_bias", PAIR[matrix]
-    if form.packed:
-        return Source(
-            (name,),
-            lambda index: (index[0], _file_rows(index[2], config)),
-            lambda biases, index: _filled(_paired(biases, place, axis=1), index[2], axis=2),
-        )
     if is_wide(config, form):
         return Source((name,), None, lambda biases, _: biases[:, place::2].reshape(-1))
-    return Source((name,), lambda index: (index[0], _doubled(index[1])), lambda biases, _: biases[:, place::2])
+    return Source(
+        (name,),
+        lambda index: (index[0], _file_rows(index[1], config)),
+        lambda biases, index: _filled(biases[:, place::2], index[1], axis=1),
+    )
 
 
 def _floats(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm) -> Source:
@@ -176,49 +174,34 @@ def _expanded(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm)
     return Source(names, pick, lambda blocks, scales, _: floats(blocks, scales))
 
 
-def _packed(matrix: str, part: str, prefix: str, config: GptOssConfig, form: WeightsForm) -> Source:
-    """Experts packed, of packed files; see ExpertsWeights for how they lie."""
+def _packed(matrix: str, part: str, prefix: str, config: GptOssConfig) -> Source:
+    """Words or scales of packed experts, [E, K, N] packed along K, of packed files, [E, N, K]."""
     stem = prefix + (_DOWN if matrix == "down" else _GATE_UP)
-    name = f"{stem}_{part}"
-    if matrix == "down":
-        unit = BLOCK // 2 if part == "blocks" else 1  # of our rows in one group of the file
+    each = mxfp4.ROWS_OF_WORD if part == "words" else BLOCK  # rows of K in one of ours
+    last = (config.intermediate_size if matrix == "down" else config.hidden_size) // BLOCK
 
-        def groups(index: Index) -> Index:
-            stop = min(index[1].stop // unit, config.intermediate_size // BLOCK)
-            return index[0], index[2], slice(min(index[1].start // unit, stop), stop)
+    def pick(index: Index) -> Index:
+        groups = slice(*(min(edge * each // BLOCK, last) for edge in (index[1].start, index[1].stop)))
+        return index[0], index[2] if matrix == "down" else _file_rows(index[2], config), groups
 
-        def rows_of(found: np.ndarray, index: Index) -> np.ndarray:
-            rows = np.swapaxes(_side_by_side(found), 1, 2)
-            return _filled(rows, index[1], axis=1)
+    def arrange(*found: np.ndarray, index: Index) -> np.ndarray:
+        if matrix != "down":
+            found = tuple(array[:, PAIR[matrix] :: 2] for array in found)
+        rows, width = (index[1].stop - index[1].start) * each, index[2].stop - index[2].start
+        return (mxfp4.words_of if part == "words" else mxfp4.scales_of)(*found, rows, width)
 
-        return Source((name,), groups, rows_of)
-    place = PAIR[matrix]
-    return Source(
-        (name,),
-        lambda index: (index[0], _file_rows(index[2], config)),
-        lambda found, index: _filled(_paired(_side_by_side(found), place, axis=1), index[2], axis=2),
-    )
-
-
-def _side_by_side(groups: np.ndarray) -> np.ndarray:
-    """[E, rows, bytes] of blocks [E, rows, groups, 16], or scales as they are; there may be no rows or groups."""
-    return groups.reshape(*groups.shape[:2], math.prod(groups.shape[2:]))
+    names = (f"{stem}_blocks", f"{stem}_scales") if part == "words" else (f"{stem}_scales",)
+    return Source(names, pick, lambda *found: arrange(*found[:-1], index=found[-1]))
 
 
 def _doubled(rows: slice) -> slice:
     return slice(2 * rows.start, 2 * rows.stop)
 
 
-def _file_rows(pairs: slice, config: GptOssConfig) -> slice:
-    """The file's rows of gate and up for pairs of rows of one of them; none for padding."""
-    stop = min(4 * pairs.stop, 2 * config.intermediate_size)
-    return slice(min(4 * pairs.start, stop), stop)
-
-
-def _paired(rows: np.ndarray, place: int, axis: int) -> np.ndarray:
-    """One of gate and up as even rows and odd rows [.., 2, n, ..], of the file's rows at `axis`."""
-    apart = rows.reshape(*rows.shape[:axis], rows.shape[axis] // 4, 2, 2, *rows.shape[axis + 1 :])
-    return np.moveaxis(np.take(apart, place, axis=axis + 2), axis + 1, axis)
+def _file_rows(rows: slice, config: GptOssConfig) -> slice:
+    """The file's rows of gate and up for rows of one of them; none for padding."""
+    stop = min(2 * rows.stop, 2 * config.intermediate_size)
+    return slice(min(2 * rows.start, stop), stop)
 
 
 def _filled(array: np.ndarray, wanted: slice, axis: int) -> np.ndarray:

@@ -1,59 +1,149 @@
 """MXFP4: blocks of 32 four-bit floats (E2M1) that share an eight-bit power of two (E8M0).
 
-Source: OCP Microscaling Formats specification 1.0, sections 5.3.3 and 5.4.1. A byte holds two neighbours along
-the packed axis, the even one in its low half, so unpacked values come as evens and odds apart. They are left so
-(`even_odd`): on a TPU, weaving two arrays along the last axis costs more than all the rest.
+Source: OCP Microscaling Formats specification 1.0, sections 5.3.3 and 5.4.1. Files have a byte for two neighbours
+along the packed axis and a byte of scale for 32. In device memory the values take the same four bits and the scale
+the same byte, but the bits lie where unpacking costs least, for on a TPU it is that and not memory which takes the
+time: a word of 32 bits holds eight values of one column, and yields pairs of them as finished bfloat16 numbers after
+a few operations on whole words.
+
+A word's halves belong to even and odd rows. The four values of a half have sign and magnitude at `_BITS`: the first
+where bfloat16 has its sign, the last two bits of its exponent and the first of its mantissa, the second and third so
+that a shift brings them there, the last in what places are left. Magnitudes are numbered as bfloat16 counts, 0.5,
+0.75, 1, 1.5, 2, 3, 4, 6; zero takes the number of 0.75, which E2M1 lacks, and is masked. Adding to the exponent scales.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Integer, UInt8
+from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 BLOCK = 32  # values that share a scale
-NOT_A_NUMBER = 255  # the scale that E8M0 reserves
+ROWS_OF_WORD = 8
+ROWS = 64  # of eight words, which are unpacked together: the packed axis is padded to a multiple
+LARGEST_SCALE = 252  # bfloat16 holds six times the power of two that it means; 255 is E8M0's "not a number"
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of the codes 0..7; the fourth bit is the sign
+
+_BITS = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))  # of magnitude, from its lowest, and sign
+_ZERO = 1  # its number among the magnitudes
+
+
+def _both(half: int) -> int:
+    """16 bits in both halves of a word, as a signed number."""
+    return int(np.uint32(half << 16 | half).view(np.int32))
+
+
+_VALUE = _both(0x81C0)  # the bits of a value
+_ONE = _both(0x0001)
 
 
 @no_type_check  # JAX rebuilds it around shapes, masks and gradients too
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Values packed along one axis: a byte for two of them, a scale for 32."""
+    """Matrices [.., K, N] packed along K, a multiple of ROWS: a word for eight values, a scale for BLOCK."""
 
-    blocks: UInt8[Array, "..."]
-    scales: UInt8[Array, "..."]
-
-
-def even_odd(values: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-    """The last axis with its even places first, then its odd ones: the order in which unpacked values come."""
-    pairs = values.reshape(*values.shape[:-1], -1, 2)
-    return jnp.concatenate([pairs[..., 0], pairs[..., 1]], axis=-1)
+    words: Int32[Array, "*batch words N"]
+    scales: UInt8[Array, "*batch groups N"]
 
 
-def unpack(packed: Packed, axis: int, dtype: DTypeLike) -> tuple[Array, Array]:
-    """The values at even and at odd places of the packed axis, each half as long as it."""
-    scale = jnp.repeat(scale_of(packed.scales), BLOCK // 2, axis=axis)
-    low, high = packed.blocks & 15, packed.blocks >> 4
-    return (value_of(low) * scale).astype(dtype), (value_of(high) * scale).astype(dtype)
+def padded(size: int) -> int:
+    """A size of a packed axis, padding included."""
+    return -(-size // ROWS) * ROWS
 
 
-def value_of(codes: Integer[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The float32 value of four-bit codes, by arithmetic on bits: a table look-up per value is slow on a TPU."""
-    codes = codes.astype(jnp.int32)
-    magnitude = codes & 7  # two bits of exponent, one of mantissa
-    bits = (magnitude << 22) + (126 << 23)  # float32's exponent and first mantissa bit, the exponent re-biased
-    bits = jnp.where(magnitude < 2, magnitude * (126 << 23), bits)  # 0 and 0.5 have no leading one
-    return jax.lax.bitcast_convert_type(bits | ((codes & 8) << 28), jnp.float32)
+def unpack(packed: Packed, dtype: DTypeLike) -> Float[Array, "*batch K N"]:
+    """The values."""
+    *batch, num_words, width = packed.words.shape  # eight words side by side are ROWS rows
+    words = packed.words.reshape(*batch, num_words // 8, 8, width)
+    factors = scale_words(packed.scales).reshape(*batch, num_words // 8, 2, 1, width)
+    pairs = jnp.stack(list(pairs_of(words, (factors[..., 0, :, :], factors[..., 1, :, :]))), axis=-3)
+    even, odd = pairs << 16, pairs & ~0xFFFF
+    values = [jax.lax.bitcast_convert_type(half, jnp.float32) for half in (even, odd)]
+    return jnp.stack(values, axis=-2).reshape(*batch, num_words * ROWS_OF_WORD, width).astype(dtype)
 
 
-def scale_of(scales: Integer[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """2 ** (scale - 127) in float32; 2 ** -127 becomes 0, as it does on hardware without subnormal numbers."""
-    return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
+def scale_words(scales: UInt8[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """What to add to both halves of words of values to scale them; scales are at least 1."""
+    less = scales.astype(jnp.int32) - 1
+    return less << 7 | less << 23  # where the exponents begin
+
+
+def pairs_of(
+    words: Int32[Array, "*batch 8 N"], scale_words: tuple[Int32[Array, "*batch 1 N"], Int32[Array, "*batch 1 N"]]
+) -> Iterator[Int32[Array, "*batch 8 N"]]:
+    """Of eight words of ROWS rows: rows 0 to 15 as pairs of bfloat16, even rows in the low halves, then 16 to 31, ..
+
+    `scale_words` are those of the first and of the second BLOCK rows.
+    """
+    right = jax.lax.shift_right_logical
+    # not zero: of the lowest bit of each magnitude's place, whether that bit is 0 or another of the magnitude is 1
+    some = ~words | right(words, 1)
+    three, last = some | right(words, 2), some | right(words, 3)
+    values = (
+        words & _VALUE,
+        (words << 3) & _VALUE,
+        (words << 6) & _VALUE,
+        (right(words, 4) & _both(0x00C0)) | (right(words, 5) & _both(0x0100)) | ((words << 1) & _both(0x8000)),
+    )
+    not_zero = (right(three, 6), right(three, 3), three, right(last, 10))
+    for number, (value, flag) in enumerate(zip(values, not_zero, strict=True)):
+        flag &= _ONE
+        mask = (flag << 16) - flag  # all bits of the halves whose flag is set
+        yield (value + scale_words[number // 2]) & mask
+
+
+def _table() -> UInt32[np.ndarray, "4 256"]:
+    """Of a byte of a file, by its place in a half: the word that has its low value in the low half, its high above."""
+    table = np.zeros((4, 256), np.uint32)
+    for byte in range(256):
+        for shift, code in ((0, byte & 15), (16, byte >> 4)):
+            sign, magnitude = code >> 3, code & 7
+            if magnitude < 2:  # 0 and 0.5
+                sign, magnitude = (0, _ZERO) if magnitude == 0 else (sign, 0)
+            bits = [magnitude & 1, magnitude >> 1 & 1, magnitude >> 2, sign]
+            for place, at in enumerate(_BITS):
+                table[place, byte] |= sum(bit << position for bit, position in zip(bits, at, strict=True)) << shift
+    return table
+
+
+_TABLE = _table()
+_ZEROS = int(np.bitwise_or.reduce(_TABLE[:, 0]).view(np.int32))  # a word of eight
+
+
+def words_of(
+    blocks: UInt8[np.ndarray, "E n groups 16"], scales: UInt8[np.ndarray, "E n groups"], rows: int, width: int
+) -> Int32[np.ndarray, "E words {width}"]:
+    """Words of blocks that lie as in files, zeros behind them, on the host.
+
+    A value whose scale is 0, 2 ** -127, becomes zero, as it does on hardware without subnormal numbers.
+    """
+    num_experts, num_columns, groups, _ = blocks.shape
+    words = np.full((num_experts, rows // ROWS_OF_WORD, width), _ZEROS, np.int32)
+    for one, block, scale in zip(words, blocks, scales, strict=True):
+        if (scale == 0).any():
+            block = np.where(scale[..., None] == 0, np.uint8(0), block)
+        if groups % 2:
+            block = np.pad(block, [(0, 0), (0, 1), (0, 0)])
+        at = block.reshape(num_columns, block.shape[1] // 2, 4, 8)  # a shard may have padding alone
+        made = _TABLE[0][at[:, :, 0]]
+        for place in range(1, 4):
+            made |= _TABLE[place][at[:, :, place]]
+        made = made.view(np.int32).reshape(num_columns, at.shape[1] * 8)
+        one[: made.shape[1], :num_columns] = made.T
+    return words
+
+
+def scales_of(scales: UInt8[np.ndarray, "E n groups"], rows: int, width: int) -> UInt8[np.ndarray, "E blocks {width}"]:
+    """Scales of `words_of` of scales as files have them."""
+    num_experts, num_columns, groups = scales.shape
+    made = np.ones((num_experts, rows // BLOCK, width), np.uint8)
+    made[:, :groups, :num_columns] = np.maximum(np.swapaxes(scales, 1, 2), 1)
+    return made
 
 
 def dequantised(

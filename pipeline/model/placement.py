@@ -136,11 +136,11 @@ def places(weights: Tree, specs: Tree, mesh: Mesh) -> Tree:
 
 
 def _experts(weights: ExpertsWeights) -> ExpertsWeights:
-    by_expert = PartitionSpec(EXPERT, TENSOR, None)
-    paired = PartitionSpec(EXPERT, None, TENSOR, None)  # even rows and odd rows
-    packed = isinstance(weights.gate, Packed)
-    gate = Packed(paired, paired) if packed else by_expert
-    bias = PartitionSpec(EXPERT, None, TENSOR) if packed else PartitionSpec(EXPERT, TENSOR)
+    rows = PartitionSpec(EXPERT, TENSOR, None)  # of all three matrices, [E, F, D]
+    gate, down, bias = rows, rows, PartitionSpec(EXPERT, TENSOR)
+    if isinstance(weights.gate, Packed):  # gate and up are [E, D, F]
+        columns = PartitionSpec(EXPERT, None, TENSOR)
+        gate, down = Packed(columns, columns), Packed(rows, rows)
     return ExpertsWeights(
         router=_kernel(weights.router, None),
         router_bias=EVERYWHERE,
@@ -148,7 +148,7 @@ def _experts(weights: ExpertsWeights) -> ExpertsWeights:
         gate_bias=bias,
         up=gate,
         up_bias=bias,
-        down=Packed(by_expert, by_expert) if packed else by_expert,
+        down=down,
         down_bias=PartitionSpec(EXPERT, None),
     )
 

@@ -11,13 +11,17 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 export ORACLE_PYTHON ?= $(abspath $(ORACLE_VENV))/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity lint smoke env test-env oracle-env clean
+.PHONY: demo test parity peer lint smoke env test-env oracle-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
 
 test: lint oracle-env
 	$(BIN)/python -m pytest
+
+peer: env oracle-env # plain decoding beside transformers' generate; another target: make peer ARGS=experiment=smollm2
+	$(BIN)/python -m pipeline stage=target $(ARGS)
+	$(BIN)/python -m pipeline stage=peer 'peer.command=[$(ORACLE_PYTHON),tests/oracles/gpt_oss_speed.py]' $(ARGS)
 
 parity: test-env oracle-env # after demo: its own target and draft against the oracles
 	$(BIN)/python -m pytest -m slow tests/test_demo_parity.py

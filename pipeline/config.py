@@ -269,7 +269,7 @@ class RooflineConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PeerConfig:
-    """Another program that decodes the same prompts greedily: `command` reads and writes JSON (README, "Peers")."""
+    """Another program that decodes the same prompts greedily: what `command` reads and writes, bench/peer.py tells."""
 
     command: list[str] = dataclasses.field(default_factory=list)
     num_prompts: int = 4

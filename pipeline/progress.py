@@ -13,7 +13,7 @@ LINE_INTERVAL_SECONDS = 10.0
 BYTES = "B"
 
 
-def binary_amount(count: float) -> str:
+def binary_amount(count: int | float) -> str:
     """`count` with the letter of 1024, 1024^2 and so on: 1.50G."""
     return tqdm.tqdm.format_sizeof(count, divisor=1024)
 

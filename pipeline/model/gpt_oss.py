@@ -121,10 +121,14 @@ def _attention(
     values = linear(normed, layer.value, layer.value_bias).reshape(split)
     parts = [attention.over_own(queries, keys, values, window, run=run)]
     if cached is not None:
-        parts.append(attention.over_cache(queries, cached, start, rows, window))
         if window is None:
-            cached = kv_cache.write(cached, keys, values, start, rows)
+            before = after = kv_cache.write(cached, keys, values, start, rows)
         else:
-            cached = kv_cache.write_ring(cached, keys, values, start, rows, num_tokens)
+            before, after = cached, kv_cache.write_ring(cached, keys, values, start, rows, num_tokens)
+            if keys.shape[1] <= after.keys.shape[1] - window:
+                before = after  # what is overwritten has left the window
+        # read after it is written, a cache is written in place: XLA would copy one that it must keep for reading
+        parts.append(attention.over_cache(queries, before, start, rows, window))
+        cached = after
     attended = attention.union(parts, layer.sinks).astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
     return linear_over_shards(attended, layer.output, layer.output_bias, run.shards), cached

@@ -21,6 +21,9 @@ logging.disable_progress_bar()
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     model = GptOssForCausalLM.from_pretrained(request["model"], dtype=getattr(torch, request["dtype"])).eval()
+    if getattr(model.config, "swiglu_limit", None) is not None:  # this version has 7.0 in its code, later ones read it
+        for layer in model.model.layers:
+            layer.mlp.experts.limit = model.config.swiglu_limit
     model.generation_config.eos_token_id = None
     prompts = [torch.tensor([prompt]) for prompt in request["prompts"]]
     timed(model, prompts[0], 2)  # the first calls of anything are slow

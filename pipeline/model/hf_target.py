@@ -184,14 +184,15 @@ def _packed(matrix: str, part: str, prefix: str, config: GptOssConfig) -> Source
         groups = slice(*(min(edge * each // BLOCK, last) for edge in (index[1].start, index[1].stop)))
         return index[0], index[2] if matrix == "down" else _file_rows(index[2], config), groups
 
-    def arrange(*found: np.ndarray, index: Index) -> np.ndarray:
+    def arrange(*given: np.ndarray | Index) -> np.ndarray:
+        *found, index = given
         if matrix != "down":
-            found = tuple(array[:, PAIR[matrix] :: 2] for array in found)
+            found = [array[:, PAIR[matrix] :: 2] for array in found]
         rows, width = (index[1].stop - index[1].start) * each, index[2].stop - index[2].start
         return (mxfp4.words_of if part == "words" else mxfp4.scales_of)(*found, rows, width)
 
     names = (f"{stem}_blocks", f"{stem}_scales") if part == "words" else (f"{stem}_scales",)
-    return Source(names, pick, lambda *found: arrange(*found[:-1], index=found[-1]))
+    return Source(names, pick, arrange)
 
 
 def _doubled(rows: slice) -> slice:

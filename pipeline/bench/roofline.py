@@ -70,8 +70,7 @@ def random_target(config: GptOssConfig, form: WeightsForm, here: Machine, seed: 
 
     if here.mesh is None:
         return jax.jit(make)()
-    shapes = jax.eval_shape(make)
-    return jax.jit(make, out_shardings=placement.places(shapes, placement.target_specs(shapes), here.mesh))()
+    return jax.jit(make, out_shardings=placement.target_places(config, form, here.mesh))()
 
 
 def time_passes(

@@ -14,7 +14,6 @@ from pipeline.config import PipelineConfig, plain
 from pipeline.dflash.contract import Contract
 from pipeline.machine import machine, read_draft, read_target
 from pipeline.prompts import chat_format
-from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Draft, Engine
 from pipeline.serve.scheduler import Request
@@ -33,11 +32,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     model, weights = read_target(config, target.path, here)
     draft_config, draft_weights = read_draft(config, exported.path, here)
     tokenizer = load_tokenizer(target.path)
-    _, held_out = split_by_hash(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction)
-    rendered = [
-        chat_format.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
-        for prompt in held_out
-    ]
+    rendered = workload.held_out(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction, tokenizer)
     requests = workload.requests_of(
         rendered,
         num_prompts=config.bench.num_prompts,

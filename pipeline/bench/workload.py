@@ -2,8 +2,21 @@
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from pipeline.artifacts import PipelineError
+from pipeline.prompts.chat_format import render_prompt
+from pipeline.prompts.sources import Prompt
+from pipeline.prompts.split import split_by_hash
 from pipeline.serve.scheduler import Request
+
+
+def held_out(prompts: Sequence[Prompt], heldout_fraction: float, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts that do not train, as the target sees them."""
+    _, kept = split_by_hash(prompts, heldout_fraction)
+    return [
+        render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort) for prompt in kept
+    ]
 
 
 def requests_of(

@@ -68,21 +68,19 @@ def _empty(sizes: Serving, draft: DraftConfig | None) -> programs.State:
 
 
 def _target_shapes(sizes: Serving) -> Any:
-    return jax.eval_shape(lambda: gpt_oss_weights.random_weights(sizes.model, jax.random.key(0), sizes.form))
+    return gpt_oss_weights.weight_shapes(sizes.model, sizes.form)
 
 
 def _draft_shapes(draft: DraftConfig) -> Any:
-    return jax.eval_shape(lambda: draft_model.random_weights(draft, jax.random.key(0), DTYPE))
+    return draft_model.weight_shapes(draft, DTYPE)
 
 
 def _placed_target(sizes: Serving) -> Any:
-    shapes = _target_shapes(sizes)
-    return _placed(shapes, placement.places(shapes, placement.target_specs(shapes), sizes.mesh))
+    return _placed(_target_shapes(sizes), placement.target_places(sizes.model, sizes.form, sizes.mesh))
 
 
 def _placed_draft(sizes: Serving, draft: DraftConfig) -> Any:
-    shapes = _draft_shapes(draft)
-    return _placed(shapes, placement.places(shapes, placement.draft_specs(shapes), sizes.mesh))
+    return _placed(_draft_shapes(draft), placement.draft_places(draft, DTYPE, sizes.mesh))
 
 
 def _state(sizes: Serving, draft: DraftConfig | None) -> Any:

@@ -25,7 +25,7 @@ def read_checkpoint(run: Path, config: DraftConfig) -> DraftWeights:
     """
     index = json.loads((run / INDEX).read_text())
     stored = {entry["path"] for entry in index["prefixes"][PREFIX]}
-    shapes = jax.eval_shape(lambda: draft.random_weights(config, jax.random.key(0)))
+    shapes = draft.weight_shapes(config)
     wanted = {f"{PREFIX}/{path.replace('.', '/')}": shape for path, shape in weight_paths(shapes)}
     problems = [f"{path}: unexpected" for path in sorted(stored - wanted.keys())]
     leaves = []

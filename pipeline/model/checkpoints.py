@@ -57,7 +57,7 @@ def load_target(
     """
     found = read_config(directory)
     config, packed_files = GptOssConfig.from_hf(found), is_packed(found)
-    shapes = jax.eval_shape(lambda: gpt_oss_weights.random_weights(config, jax.random.key(0), form))
+    shapes = gpt_oss_weights.weight_shapes(config, form)
     files = TensorFiles(directory)
     wrong = files.differences(hf_target.expected_tensors(config, packed=packed_files))
 
@@ -73,7 +73,7 @@ def load_ends(directory: Path, dtype: DTypeLike) -> tuple[Float[Array, "V D"], K
     config, form = GptOssConfig.from_hf(found), WeightsForm(dtype=jnp.dtype(dtype).name)
     files = TensorFiles(directory)
     wrong = files.differences(hf_target.expected_tensors(config, packed=is_packed(found)))
-    shapes = jax.eval_shape(lambda: gpt_oss_weights.random_weights(config, jax.random.key(0), form))
+    shapes = gpt_oss_weights.weight_shapes(config, form)
     ends = {"embedding": shapes.embedding, "head": shapes.head}
 
     def source_of(path: str) -> Source:
@@ -99,7 +99,7 @@ def load_draft(
 ) -> tuple[DraftConfig, DraftWeights]:
     """Read a draft in z-lab's HF layout; `places` as for the target."""
     config = read_draft_config(directory)
-    shapes = jax.eval_shape(lambda: draft.random_weights(config, jax.random.key(0), dtype))
+    shapes = draft.weight_shapes(config, dtype)
     is_transposed = lies_transposed(dtype)
     files = TensorFiles(directory)
     by_path = {path: leaf.shape for path, leaf in weight_paths(shapes)}

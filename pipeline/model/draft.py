@@ -212,6 +212,11 @@ def _keys_values(
     return rotate(keys, *cos_sin), linear(inputs, layer.value, layer.value_bias).reshape(split)
 
 
+def weight_shapes(config: DraftConfig, dtype: DTypeLike = jnp.float32) -> DraftWeights:
+    """The shapes of a draft's weights; nothing is allocated."""
+    return jax.eval_shape(lambda: random_weights(config, jax.random.key(0), dtype))
+
+
 def random_weights(config: DraftConfig, key: Array, dtype: DTypeLike = jnp.float32) -> DraftWeights:
     """Weights to start training from: normal, 1/sqrt(fan in), norms one, biases zero."""
     d, f = config.hidden_size, config.intermediate_size

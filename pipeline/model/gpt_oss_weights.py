@@ -112,6 +112,11 @@ def random_weights(config: GptOssConfig, key: Array, form: WeightsForm = Weights
     )
 
 
+def weight_shapes(config: GptOssConfig, form: WeightsForm = WeightsForm()) -> GptOssWeights:
+    """The shapes of weights of this form; nothing is allocated."""
+    return jax.eval_shape(lambda: random_weights(config, jax.random.key(0), form))
+
+
 def _normal(key: Array, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike, scale: float = 1.0) -> Array:
     return (scale * fan_in**-0.5 * jax.random.normal(key, shape)).astype(dtype)
 

@@ -141,7 +141,7 @@ def _floats(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm) -
         )
     return Source(
         (name,),
-        lambda index: (index[0], index[2], _doubled(index[1])),
+        lambda index: (index[0], index[2], _file_rows(index[1], config)),
         lambda both, _: np.swapaxes(both[..., place::2], 1, 2),
     )
 
@@ -169,7 +169,7 @@ def _expanded(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm)
     def pick(index: Index) -> Index:
         if matrix == "down":
             return index[0], index[2], slice(index[1].start // BLOCK, index[1].stop // BLOCK)
-        return index[0], _doubled(index[1])
+        return index[0], _file_rows(index[1], config)
 
     return Source(names, pick, lambda blocks, scales, _: floats(blocks, scales))
 
@@ -193,10 +193,6 @@ def _packed(matrix: str, part: str, prefix: str, config: GptOssConfig) -> Source
 
     names = (f"{stem}_blocks", f"{stem}_scales") if part == "words" else (f"{stem}_scales",)
     return Source(names, pick, arrange)
-
-
-def _doubled(rows: slice) -> slice:
-    return slice(2 * rows.start, 2 * rows.stop)
 
 
 def _file_rows(rows: slice, config: GptOssConfig) -> slice:

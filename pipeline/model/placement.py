@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from pipeline.artifacts import PipelineError
+from pipeline.model import draft
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.experts import ExpertsWeights, WideWeights
 from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights, WeightsForm, is_wide
+from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights, WeightsForm, is_wide, weight_shapes
 from pipeline.model.linear import Transposed
 from pipeline.model.mxfp4 import Packed
 from pipeline.model.sharding import DATA, EXPERT, MODEL, TENSOR, Shards
@@ -118,6 +120,18 @@ def draft_specs(weights: DraftWeights) -> DraftWeights:
         layers=tuple(_split(layer, _DRAFT_LAYER) for layer in weights.layers),
         norm=EVERYWHERE,
     )
+
+
+def target_places(config: GptOssConfig, form: WeightsForm, mesh: Mesh) -> GptOssWeights:
+    """Where every array of the target's weights lies."""
+    shapes = weight_shapes(config, form)
+    return places(shapes, target_specs(shapes), mesh)
+
+
+def draft_places(config: DraftConfig, dtype: DTypeLike, mesh: Mesh) -> DraftWeights:
+    """Where every array of the draft's weights lies."""
+    shapes = draft.weight_shapes(config, dtype)
+    return places(shapes, draft_specs(shapes), mesh)
 
 
 def places(weights: Tree, specs: Tree, mesh: Mesh) -> Tree:

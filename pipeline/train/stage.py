@@ -18,7 +18,7 @@ from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.dflash.contract import Contract
 from pipeline.model import checkpoints, hf_draft
-from pipeline.model.draft import DraftConfig, DraftWeights, random_weights
+from pipeline.model.draft import DraftConfig, DraftWeights, weight_shapes
 from pipeline.model.linear import Kernel
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
@@ -80,7 +80,7 @@ def recipe_of(train: TrainConfig, draft: DraftConfig, seed: int, dtype: jnp.dtyp
 
 def _scratch(path: Path, contract: Contract, draft: DraftConfig) -> Path:
     """The directory to train in. PipelineError when what was begun there has other settings than ours."""
-    sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: random_weights(draft, jax.random.key(0))))]
+    sizes = [leaf.size for leaf in jax.tree.leaves(weight_shapes(draft))]
     needed = 2 * SAVED_BYTES_PER_WEIGHT * sum(sizes)  # the last checkpoint goes when the next one is complete
     artifacts.require_free_space(path, needed, "training (two checkpoints)")
     scratch = artifacts.open_scratch(path, resume=True)

@@ -3,23 +3,12 @@
 import math
 
 import pytest
+from recorder import Recorder
 
 from pipeline.artifacts import PipelineError
 from pipeline.bench import roofline, roofline_stage
 from pipeline.config import ArchitectureConfig, ExpertWeights, PipelineConfig, RooflineConfig, TargetConfig
 from pipeline.machine import ONE_DEVICE
-from pipeline.tracking import Run
-
-
-class Recorder(Run):
-    def __init__(self):
-        self.metrics, self.documents = {}, {}
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics |= metrics
-
-    def log_json(self, name, value):
-        self.documents[name] = value
 
 
 def configuration(**changes):

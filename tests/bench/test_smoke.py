@@ -5,26 +5,13 @@ import math
 
 import jax.numpy as jnp
 import pytest
+from recorder import Recorder
 
 from pipeline.artifacts import PipelineError
 from pipeline.bench import smoke
 from pipeline.config import ArchitectureConfig, DraftConfig, PipelineConfig, TargetConfig
 from pipeline.dflash import acceptance
 from pipeline.serve import compiled
-from pipeline.tracking import Run
-
-
-class Recorder(Run):
-    """A tracker that remembers."""
-
-    def __init__(self):
-        self.metrics, self.documents = {}, {}
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics |= metrics
-
-    def log_json(self, name, value):
-        self.documents[name] = value
 
 
 def configuration(root):

@@ -25,7 +25,7 @@ from pipeline.model import checkpoints, draft, gpt_oss, placement
 from pipeline.model.draft import DraftConfig
 from pipeline.model.execution import Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm, random_weights
+from pipeline.model.gpt_oss_weights import WeightsForm, weight_shapes
 from pipeline.model.rope import Rope
 from pipeline.model.sharding import MODEL, Shards
 
@@ -86,10 +86,10 @@ def outputs_of(directory, draft_directory, ids, form, shards):
     mesh = placement.make_mesh(shards)
     placement.require_divisible(config, form)
     placement.require_divisible_draft(sizes, shards)
-    shapes = jax.eval_shape(lambda: random_weights(config, jax.random.key(0), form))
+    shapes = weight_shapes(config, form)
     specs = placement.target_specs(shapes)
     _, weights = checkpoints.load_target(directory, form, placement.places(shapes, specs, mesh))
-    draft_shapes = jax.eval_shape(lambda: draft.random_weights(sizes, jax.random.key(0)))
+    draft_shapes = draft.weight_shapes(sizes)
     draft_specs = placement.draft_specs(draft_shapes)
     places = placement.places(draft_shapes, draft_specs, mesh)
     _, draft_weights = checkpoints.load_draft(draft_directory, "float32", places)

@@ -170,10 +170,10 @@ def test_an_expert_that_no_token_chose_is_not_read(layer, held, run):
 
     def poisoned(array):
         if array.dtype == jnp.int32:
-            return array  # no word is not a number
+            return array.at[others].set(-1)  # any codes: no word is not a number
         return array.at[others].set(255 if array.dtype == jnp.uint8 else jnp.nan)  # a scale that makes one
 
-    names = ("gate", "up", "down", "gate_bias", "up_bias")
+    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
     bad = {name: jax.tree.map(poisoned, getattr(whole, name)) for name in names}
     outputs = [
         experts.mixture(inputs, weights, layer.per_token, LIMIT, run)

@@ -20,7 +20,7 @@ from pipeline import hosts
 from pipeline.model import checkpoints, draft, placement
 from pipeline.model.execution import Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm, random_weights
+from pipeline.model.gpt_oss_weights import WeightsForm, weight_shapes
 from pipeline.model.sharding import Shards
 from pipeline.serve.engine import Draft, Engine
 from pipeline.serve.leading import LeadingEngine, follow
@@ -43,12 +43,12 @@ def main() -> None:
     mesh = placement.make_mesh(shards)
     config = GptOssConfig.from_hf(checkpoints.read_config(Path(target)))
     form = WeightsForm(shards=shards)
-    shapes = jax.eval_shape(lambda: random_weights(config, jax.random.key(0), form))
+    shapes = weight_shapes(config, form)
     _, weights = checkpoints.load_target(
         Path(target), form, placement.places(shapes, placement.target_specs(shapes), mesh)
     )
     sizes = checkpoints.read_draft_config(Path(drafted))
-    shapes = jax.eval_shape(lambda: draft.random_weights(sizes, jax.random.key(0)))
+    shapes = draft.weight_shapes(sizes)
     _, draft_weights = checkpoints.load_draft(
         Path(drafted), "float32", placement.places(shapes, placement.draft_specs(shapes), mesh)
     )

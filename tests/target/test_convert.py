@@ -24,7 +24,7 @@ from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.target import llama, stage
 from pipeline.target.gguf_file import GgufFile
-from pipeline.tracking import Run
+from pipeline.tracking import SilentRun
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4
@@ -40,19 +40,6 @@ def stopping(directory, *rest):
 checkpoints.save_target = stopping
 stage.run(pickle.load(open(sys.argv[1], "rb")), None)
 """
-
-
-class Quiet(Run):
-    """A tracker that keeps nothing."""
-
-    def __init__(self):
-        pass
-
-    def log_json(self, name, value):
-        pass
-
-    def set_tag(self, key, value):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +71,7 @@ def logits_of(directory, token_ids):
 def test_the_target_computes_what_transformers_llama_computes(tmp_path, tied, kernels):
     file = tiny_gguf.write(tmp_path / "tiny.gguf", seed=1, tied=tied, kernels=kernels)
     config = configuration(tmp_path / "outputs", file)
-    stage.run(config, Quiet())
+    stage.run(config, SilentRun())
     token_ids = np.random.default_rng(0).integers(0, tiny_gguf.VOCABULARY, (2, 70)).astype(np.int32)
     np.savez(tmp_path / "in.npz", input_ids=token_ids)
     run_oracle("llama_forward", gguf=file, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
@@ -96,7 +83,7 @@ def test_the_target_computes_what_transformers_llama_computes(tmp_path, tied, ke
 
 def test_transformers_opens_the_target_as_gpt_oss_and_computes_the_same(gguf, tmp_path):
     config = configuration(tmp_path / "outputs", gguf)
-    stage.run(config, Quiet())
+    stage.run(config, SilentRun())
     made = lineage.target(config).path
     token_ids = np.random.default_rng(1).integers(0, tiny_gguf.VOCABULARY, (2, 33)).astype(np.int32)
     np.savez(tmp_path / "in.npz", input_ids=token_ids)
@@ -107,7 +94,7 @@ def test_transformers_opens_the_target_as_gpt_oss_and_computes_the_same(gguf, tm
 
 def test_the_target_is_an_ordinary_artifact_of_full_attention_layers_in_float32(gguf, tmp_path):
     config = configuration(tmp_path, gguf)
-    stage.run(config, Quiet())
+    stage.run(config, SilentRun())
     made = artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= made.files.keys()
     assert not [name for name in made.files if name.endswith(".gguf")]
@@ -116,7 +103,7 @@ def test_the_target_is_an_ordinary_artifact_of_full_attention_layers_in_float32(
     assert (written["dtype"], written["swiglu_limit"], written["rms_norm_eps"]) == ("float32", 1000.0, 1e-5)
     assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (1, 2, 2)
     assert load_tokenizer(made.path).eos_token == "<|im_end|>"
-    stage.run(config, Quiet())  # finds it complete
+    stage.run(config, SilentRun())  # finds it complete
     assert artifacts.read(made.path, lineage.TARGET, make_with="the test").fingerprint == made.fingerprint
 
 
@@ -155,7 +142,7 @@ def test_a_file_out_of_a_wheel_makes_the_same_target_as_the_file_itself(gguf, tm
     wheel_of(index, gguf.read_bytes())
     by_wheel, by_file = configuration(tmp_path / "a", gguf, gguf=None), configuration(tmp_path / "b", gguf)
     for config in (by_wheel, by_file):
-        stage.run(config, Quiet())
+        stage.run(config, SilentRun())
     one, other = (
         artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
         for config in (by_wheel, by_file)
@@ -167,7 +154,7 @@ def test_a_file_out_of_a_wheel_makes_the_same_target_as_the_file_itself(gguf, tm
 def test_without_the_package_one_error_says_where_to_get_it(gguf, tmp_path, index):
     index.mkdir()
     with pytest.raises(PipelineError) as error:
-        stage.run(configuration(tmp_path, gguf, gguf=None), Quiet())
+        stage.run(configuration(tmp_path, gguf, gguf=None), SilentRun())
     told = str(error.value)
     assert told.startswith("pip cannot download tiny-llama==1.0: ERROR: Could not find a version")
     assert "check the network and pip's index (pip config list), or take the wheel" in told
@@ -178,7 +165,7 @@ def test_without_the_package_one_error_says_where_to_get_it(gguf, tmp_path, inde
 def test_a_wheel_without_the_file_is_refused(gguf, tmp_path, index):
     wheel_of(index, gguf.read_bytes())
     with pytest.raises(PipelineError, match=r"tiny_llama-1.0-py3-none-any.whl holds no other.gguf .*set target.pretr"):
-        stage.run(configuration(tmp_path, gguf, gguf=None, file="other.gguf"), Quiet())
+        stage.run(configuration(tmp_path, gguf, gguf=None, file="other.gguf"), SilentRun())
 
 
 def test_another_file_than_was_meant_is_refused_wherever_it_comes_from(gguf, tmp_path, index):
@@ -186,20 +173,20 @@ def test_another_file_than_was_meant_is_refused_wherever_it_comes_from(gguf, tmp
     with pytest.raises(
         PipelineError, match=r"\(from tiny-llama==1.0\) has sha256 \w{64}, wanted \w{64}: it is damaged"
     ):
-        stage.run(configuration(tmp_path / "a", gguf, gguf=None), Quiet())
+        stage.run(configuration(tmp_path / "a", gguf, gguf=None), SilentRun())
     wrong = configuration(tmp_path / "b", gguf, sha256="0" * 64)
     with pytest.raises(PipelineError, match=rf"tiny.gguf \(target.gguf\) has sha256 \w{{64}}, wanted {'0' * 64}"):
-        stage.run(wrong, Quiet())
+        stage.run(wrong, SilentRun())
 
 
 def test_a_file_that_is_not_there_is_refused(gguf, tmp_path):
     with pytest.raises(PipelineError, match=r"target.gguf is /nowhere/x.gguf, which is no file"):
-        stage.run(configuration(tmp_path, gguf, gguf="/nowhere/x.gguf"), Quiet())
+        stage.run(configuration(tmp_path, gguf, gguf="/nowhere/x.gguf"), SilentRun())
 
 
 def test_killed_and_begun_again_it_makes_the_same_bytes_without_downloading_again(gguf, tmp_path, index):
     undisturbed = configuration(tmp_path / "undisturbed", gguf)
-    stage.run(undisturbed, Quiet())
+    stage.run(undisturbed, SilentRun())
     config = configuration(tmp_path / "killed", gguf, gguf=None)
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     wheel_of(index, gguf.read_bytes())
@@ -220,7 +207,7 @@ def test_killed_and_begun_again_it_makes_the_same_bytes_without_downloading_agai
     torn.mkdir()
     (torn / "some.whl").write_text("half")
     next(index.iterdir()).unlink()
-    stage.run(config, Quiet())
+    stage.run(config, SilentRun())
     made, wanted = (
         artifacts.read(lineage.target_address(one), lineage.TARGET, make_with="the test", verify=True)
         for one in (config, undisturbed)
@@ -233,7 +220,7 @@ def test_killed_and_begun_again_it_makes_the_same_bytes_without_downloading_agai
 def test_a_full_disk_is_told_before_anything_is_converted(gguf, tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "free_bytes", lambda path: 100_000)
     with pytest.raises(PipelineError, match=r"the target needs 1 MiB at .*, 0 MiB are free; free some space"):
-        stage.run(configuration(tmp_path, gguf), Quiet())
+        stage.run(configuration(tmp_path, gguf), SilentRun())
 
 
 REFUSED = {
@@ -256,7 +243,7 @@ REFUSED = {
 def test_what_cannot_be_converted_is_refused(tmp_path, options, told):
     file = tiny_gguf.write(tmp_path / "tiny.gguf", **options)
     with pytest.raises(PipelineError) as error:
-        stage.run(configuration(tmp_path / "outputs", file), Quiet())
+        stage.run(configuration(tmp_path / "outputs", file), SilentRun())
     assert told in str(error.value)
 
 

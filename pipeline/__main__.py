@@ -25,7 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pipeline.artifacts import PipelineError, git_commit
-from pipeline.config import MeshConfig, PipelineConfig, Stage, plain, uses_hosts, validate
+from pipeline.config import MeshConfig, PipelineConfig, Stage, plain, uses_hosts
+from pipeline.config_rules import validate
 from pipeline.tracking import Run, SilentRun, open_run, ui_command
 
 log = logging.getLogger("pipeline")

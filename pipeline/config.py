@@ -1,13 +1,10 @@
-"""Every value a person can set. Choices are in conf/*.yaml; here are the names, types, defaults and rules."""
+"""Every value a person can set. Choices are in conf/*.yaml, the rules in config_rules; here are names and defaults."""
 
 import dataclasses
 import enum
-import re
 from typing import Any
 
 from omegaconf import MISSING
-
-from pipeline.artifacts import PipelineError
 
 
 class Stage(enum.Enum):
@@ -41,11 +38,12 @@ class ExpertWeights(enum.Enum):
 
 
 class Effort(enum.Enum):
-    """Harmony reasoning effort."""
+    """Harmony reasoning effort; `mixed` draws one for each prompt from `prompts.effort_mix`."""
 
     low = "low"
     medium = "medium"
     high = "high"
+    mixed = "mixed"
 
 
 class PromptSource(enum.Enum):
@@ -55,6 +53,35 @@ class PromptSource(enum.Enum):
     everyday = "everyday"
     jsonl = "jsonl"
     dataset = "dataset"
+
+
+class Generator(enum.Enum):
+    """Who writes the answers of a teacher cache: our engine, or an OpenAI-compatible endpoint with the target."""
+
+    engine = "engine"
+    openai = "openai"
+
+
+class FeatureStore(enum.Enum):
+    """How a teacher cache keeps features: as served, as int8 with a scale per token, or not at all."""
+
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+    none = "none"
+
+
+class FeatureSource(enum.Enum):
+    """Where training takes features from: the teacher cache, or the frozen target inside the training job."""
+
+    cached = "cached"
+    live = "live"
+
+
+class LossWeights(enum.Enum):
+    """How a block's slots are weighted: `decay` by `train.loss_decay`, `dpace` by what the draft gets right itself."""
+
+    decay = "decay"
+    dpace = "dpace"
 
 
 class ServeMode(enum.Enum):
@@ -131,7 +158,11 @@ class TargetConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PromptsConfig:
-    """The prompt set; membership in train or held-out follows from a prompt's hash alone."""
+    """The prompt set; membership in train or held-out follows from a prompt's hash alone.
+
+    `date` is what templates that print today's date print instead, so that a run can be repeated. `effort_mix` gives
+    the share of each effort under `effort=mixed`.
+    """
 
     source: PromptSource = PromptSource.generated
     path: str | None = None
@@ -141,13 +172,40 @@ class PromptsConfig:
     count: int = 3072
     heldout_fraction: float = 0.03125
     effort: Effort = Effort.low
+    effort_mix: dict[str, float] = dataclasses.field(default_factory=lambda: {"low": 1.0, "medium": 1.0, "high": 1.0})
+    date: str = "2025-08-05"
+
+
+@dataclasses.dataclass(kw_only=True)
+class OpenAIConfig:
+    """The endpoint of `teacher_cache.generator=openai`; its key is read from the environment variable `api_key_env`."""
+
+    url: str | None = None
+    model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 32
+    timeout_seconds: float = 600.0
+    retries: int = 4
 
 
 @dataclasses.dataclass(kw_only=True)
 class TeacherCacheConfig:
-    """Responses of the target and the features of its tapped layers."""
+    """Responses of the target and the features of its tapped layers.
+
+    `path` may be a place in a bucket (`gs://`, `s3://`). `features` null: bfloat16, or none when
+    `train.features=live`. `temperature` 0 is greedy. `verify` is the share of train sequences that the target reads
+    again when the cache is complete. Of `num_writers` commands with the same settings, `writer` makes each its share.
+    """
 
     path: str | None = None
+    generator: Generator = Generator.engine
+    temperature: float = 0.0
+    top_p: float = 1.0
+    openai: OpenAIConfig = dataclasses.field(default_factory=OpenAIConfig)
+    features: FeatureStore | None = None
+    verify: float = 0.0
+    writer: int = 0
+    num_writers: int = 1
     max_prompt_tokens: int = 128
     max_new_tokens: int = 192
     batch_size: int = 64
@@ -172,18 +230,41 @@ class DraftConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """How the draft is trained; `remat` trades a third more arithmetic for the memory of activations."""
+    """How the draft is trained.
+
+    `init` is a published draft to start from (a directory or hub id in HF layout). `precision` null: the target's; the
+    weights that are trained are float32 in any case. Rows are sequences, or packs of `pack_tokens` tokens. A batch goes
+    through in `accumulation` parts. `remat` trades a third more arithmetic for the memory of activations. The loss is
+    (1 - `distillation`) times cross entropy against the target's tokens plus `distillation` times that against its
+    distribution. `ema_decay` null: no average. Devices are `data` x `fsdp` x `tensor`; all null: all in `fsdp`.
+    """
 
     path: str | None = None
+    features: FeatureSource = FeatureSource.cached
+    init: str | None = None
+    init_revision: str | None = None
+    precision: Precision | None = None
     steps: int = 1300
     batch_sequences: int = 8
     anchors_per_sequence: int = 48
+    pack_tokens: int | None = None
+    accumulation: int = 1
+    remat: bool = False
     learning_rate: float = 3e-3
+    final_learning_rate: float = 0.0
     warmup_ratio: float = 0.04
+    beta1: float = 0.9
+    beta2: float = 0.999
     weight_decay: float = 0.0
     clip_grad: float = 1.0
+    loss_weights: LossWeights = LossWeights.decay
     loss_decay: float | None = None
-    remat: bool = False
+    dpace_smoothing: float = 0.5
+    distillation: float = 0.0
+    ema_decay: float | None = None
+    data: int | None = None
+    fsdp: int | None = None
+    tensor: int | None = None
     checkpoint_steps: int = 200
     eval_steps: int = 200
     log_steps: int = 10
@@ -191,19 +272,25 @@ class TrainConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class ExportConfig:
-    """The HF directory of the draft."""
+    """The HF directory of the draft, published when the engine accepts it within `tolerance` of what training said.
+
+    `num_prompts` held-out prompts are decoded for that.
+    """
 
     path: str | None = None
+    num_prompts: int = 64
+    tolerance: float = 0.02
 
 
 @dataclasses.dataclass(kw_only=True)
 class ServeConfig:
-    """The runtime and its HTTP door."""
+    """The runtime and its HTTP door. `date` null: templates that print the date print today's."""
 
     mode: ServeMode = ServeMode.dflash
     slots: int = 8
     max_length: int = 384
     prefill_chunk: int = 64
+    date: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
 
@@ -321,91 +408,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def validate(config: PipelineConfig) -> None:
-    """Raise one PipelineError that lists every value breaking its rule, as `key is value; rule`."""
-    broken = []
-    for key, value in _leaves(config):
-        name = key.rsplit(".", 1)[-1]
-        if name in _POSITIVE and value is not None and not value > 0:
-            broken.append(f"{key} is {value}; it must be positive")
-    prompts, draft = config.prompts, config.draft
-    if not 0 < prompts.heldout_fraction < 1:
-        broken.append(f"prompts.heldout_fraction is {prompts.heldout_fraction}; it must be between 0 and 1")
-    if prompts.source is PromptSource.jsonl and prompts.path is None:
-        broken.append("prompts.path is null; prompts.source=jsonl needs a file")
-    if prompts.source is PromptSource.dataset and prompts.dataset is None:
-        broken.append("prompts.dataset is null; prompts.source=dataset needs a name")
-    if draft.block_size < 2:
-        broken.append(f"draft.block_size is {draft.block_size}; a block holds the anchor and at least one draft")
-    if draft.num_attention_heads % draft.num_key_value_heads:
-        broken.append(
-            f"draft.num_attention_heads is {draft.num_attention_heads}; it must be a multiple of "
-            f"draft.num_key_value_heads ({draft.num_key_value_heads})"
-        )
-    if draft.head_dim % 2:
-        broken.append(f"draft.head_dim is {draft.head_dim}; rotary embedding needs an even one")
-    target = config.target
-    trained = target.pretrain is not None and target.architecture is not None
-    if target.path is None and target.pretrained is None and not trained:
-        broken.append("target.path is null; give a GPT-OSS model's directory or hub id, or choose target=tiny")
-    if target.revision is not None and target.path is None:
-        broken.append(f"target.revision is {target.revision}; it goes with a hub id in target.path")
-    if target.gguf is not None and target.pretrained is None:
-        broken.append(f"target.gguf is {target.gguf}; it needs target.pretrained: choose target=smollm2")
-    if target.pretrained is not None and not re.fullmatch("[0-9a-f]{64}", target.pretrained.sha256):
-        sha256 = target.pretrained.sha256
-        broken.append(f"target.pretrained.sha256 is {sha256!r}; it must be 64 hex digits in lower case")
-    sizes = target.architecture
-    if sizes is not None:
-        if sizes.head_dim % 2:
-            broken.append(f"target.architecture.head_dim is {sizes.head_dim}; rotary embedding needs an even one")
-        if sizes.num_attention_heads % sizes.num_key_value_heads:
-            broken.append(
-                f"target.architecture.num_attention_heads is {sizes.num_attention_heads}; it must be a multiple of "
-                f"target.architecture.num_key_value_heads ({sizes.num_key_value_heads})"
-            )
-        if sizes.num_experts_per_tok > sizes.num_local_experts:
-            broken.append(
-                f"target.architecture.num_experts_per_tok is {sizes.num_experts_per_tok}; there are "
-                f"{sizes.num_local_experts} experts (target.architecture.num_local_experts)"
-            )
-    if config.bench.max_new_tokens == 1:
-        broken.append("bench.max_new_tokens is 1; the first token is prefill's: at least 2 are needed to time decoding")
-    if not 0 <= config.train.warmup_ratio < 1:
-        broken.append(f"train.warmup_ratio is {config.train.warmup_ratio}; it must be at least 0 and below 1")
-    if config.train.weight_decay < 0:
-        broken.append(f"train.weight_decay is {config.train.weight_decay}; it must not be negative")
-    if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
-        broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
-    if uses_hosts(config.mesh) and config.stage not in (Stage.serve, Stage.bench):
-        stage = config.stage and config.stage.value
-        broken.append(f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run stage=serve and stage=bench")
-    if not 0 <= config.serve.port < 65536:
-        broken.append(f"serve.port is {config.serve.port}; it must be 0 to 65535")
-    if broken:
-        raise PipelineError("configuration: " + "\n  ".join(broken))
-
-
 def uses_hosts(config: MeshConfig) -> bool:
     """Whether this command is one of several, on as many hosts."""
     return config.hosts or config.coordinator is not None
-
-
-_POSITIVE = frozenset(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "num_local_experts num_experts_per_tok sliding_window max_position_embeddings num_conversations steps "
-    "batch_tokens sequence_length learning_rate checkpoint_steps eval_steps log_steps count max_prompt_tokens "
-    "max_new_tokens batch_size shard_sequences num_tapped_layers rope_theta batch_sequences anchors_per_sequence "
-    "clip_grad loss_decay slots max_length prefill_chunk num_prompts prompt_tokens repeats data expert tensor "
-    "num_processes rope_positions context prefill_tokens verify_tokens expert_tokens".split()
-)
-
-
-def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not dataclasses.is_dataclass(value):
-        return [(prefix, value)]
-    return [
-        leaf
-        for field in dataclasses.fields(value)
-        for leaf in _leaves(getattr(value, field.name), f"{prefix}.{field.name}" if prefix else field.name)
-    ]

@@ -14,8 +14,8 @@ from pipeline.config import (
     PromptSource,
     Stage,
     plain,
-    validate,
 )
+from pipeline.config_rules import validate
 
 
 def valid_config(**changes):

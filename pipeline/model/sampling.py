@@ -23,7 +23,7 @@ class Sampling:
 
 
 def key_of(seed: int, name: str) -> tuple[int, int]:
-    """The key of the text called `name` in a run of `seed`: what its tokens depend on beside the model and the prompt."""
+    """The key of the text called `name` in a run of `seed`: what its tokens depend on beside model and prompt."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])
 

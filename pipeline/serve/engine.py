@@ -78,8 +78,8 @@ class Engine:
     `max_length` bounds prompt plus generated tokens of a request; prompts run in chunks of `prefill_chunk`.
     A generation ends with a token of `stop_token_ids` (included in the answer) or at its length. With a
     draft, each step is one DFLASH round; without one, one token. Without `sampling` tokens are the most likely ones;
-    with it they are drawn, and depend on a request's key and prompt, not on what runs beside it. With a `mesh`, weights lie where
-    `placement.places` says, and every process of a mesh over several hosts drives an engine alike.
+    with it they are drawn, and depend on a request's key and prompt, not on what runs beside it. With a `mesh`,
+    weights lie where `placement.places` says, and every process of a mesh over several hosts drives an engine alike.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""Draws from one table of logits on meshes of eight forced CPU devices, and answers prompts with a random target there.
+"""Draws from one table of logits on meshes of eight forced CPU devices, and answers prompts with a random target.
 
-Prints the tokens, a sum of the noise and the answers. A program of its own, because the number of devices is fixed when JAX starts.
+Prints the tokens, a sum of the noise and the answers. A program of its own, because the number of devices is fixed
+when JAX starts.
 """
 
 import functools

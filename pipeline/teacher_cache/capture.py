@@ -12,16 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt32
 
-from pipeline.model import gpt_oss, placement, sampling
+from pipeline.model import gpt_oss, placement
 from pipeline.model.execution import PLAIN, Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
 from pipeline.model.sampling import Sampling
-from pipeline.model.sharding import Shards
+from pipeline.teacher_cache import choices
 
 BATCH_SEQUENCES = 8
-NUCLEUS_SLACK = {"float32": 1e-4, "bfloat16": 0.02}  # what sums in another order make of the mass above a token
-LEAST_TOP_P = 1e-9
 LOGITS_TOKENS = 512  # logits are made for this many tokens at a time: all at once outgrow the features
 
 
@@ -82,6 +80,37 @@ def capture(
         running = (indices, started)
     if running is not None:
         yield from _unpack(*running, texts)
+
+
+def feature_program(
+    weights: GptOssWeights,
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    *,
+    run: Execution = PLAIN,
+    mesh: Mesh | None = None,
+) -> Callable[[GptOssWeights, Int[np.ndarray, "B T"]], tuple[Array, Array]]:
+    """The part of `capture` that training with the live target needs, compiled once for every shape.
+
+    Gives features, bfloat16 [B, T, L * D], and the final hidden states, normed, [B, T, D].
+    """
+    step = functools.partial(features_of, config=config, tapped_layers=tapped_layers, run=run)
+    specs = None if mesh is None else placement.target_specs(weights)
+    return placement.on_devices(step, mesh, (specs, placement.ROWS), placement.ROWS)
+
+
+def features_of(
+    weights: GptOssWeights,
+    token_ids: Int[Array, "B T"],
+    *,
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    run: Execution,
+) -> tuple[Array, Float[Array, "B T D"]]:
+    """Features of rows of tokens, as a draft is trained on them and served with them, and final hidden states."""
+    start = jnp.zeros(token_ids.shape[0], jnp.int32)
+    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers, run=run)
+    return out.features.astype(jnp.bfloat16), out.hidden
 
 
 def disagreements(captured: Captured, token_ids: Sequence[int], prompt_tokens: int) -> list[Disagreement]:
@@ -149,73 +178,19 @@ def _pass(
     drawn: Sampling | None,
     run: Execution,
 ) -> tuple[Float[Array, "B T LD"], Int[Array, "B T"], Float[Array, "B T"]]:
-    start = jnp.zeros(token_ids.shape[0], jnp.int32)
-    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers, run=run)
-
-    slack = NUCLEUS_SLACK[weights.embedding.dtype.name]
+    features, final = features_of(weights, token_ids, config=config, tapped_layers=tapped_layers, run=run)
 
     def choose(part: tuple[Array, Array, Array | None, Array]) -> tuple[Array, Array]:
         hidden, following, own_keys, positions = part
         logits = gpt_oss.logits(weights, hidden)
-        if drawn is None:
-            return _greedy(logits, following, run.shards)
-        if own_keys is None:
-            return _drawn_elsewhere(logits, following, drawn.temperature, run.shards)
-        return _drawn(logits, following, own_keys, positions, drawn, slack, run.shards)
+        precision = weights.embedding.dtype.name
+        return choices.choice(logits, following, own_keys, positions, drawn, precision, run.shards)
 
     size = math.gcd(LOGITS_TOKENS, token_ids.size)
     following = jnp.roll(token_ids, -1, axis=1).reshape(-1, size)
-    hidden = out.hidden.reshape(*following.shape, config.hidden_size)
+    hidden = final.reshape(*following.shape, config.hidden_size)
     positions = jnp.broadcast_to(jnp.arange(1, token_ids.shape[1] + 1), token_ids.shape).reshape(following.shape)
     if keys is not None:
         keys = jnp.repeat(keys, token_ids.shape[1], axis=0).reshape(*following.shape, 2)
     next_ids, shortfall = jax.lax.map(choose, (hidden, following, keys, positions))
-    features = out.features.astype(jnp.bfloat16)  # what the draft is trained on and served with
     return features, next_ids.reshape(token_ids.shape), shortfall.reshape(token_ids.shape)
-
-
-def _greedy(
-    logits: Float[Array, "T local"], following: Int[Array, " T"], shards: Shards
-) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
-    return shards.argmax(logits), shards.max(logits.max(axis=-1)) - shards.at(logits, following)
-
-
-def _drawn(
-    logits: Float[Array, "T local"],
-    following: Int[Array, " T"],
-    keys: UInt32[Array, "T two"],
-    positions: Int[Array, " T"],
-    how: Sampling,
-    slack: float,
-    shards: Shards,
-) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
-    """What the text's own noise chooses here, and how far the text's token lies below that.
-
-    The nucleus ends where masses differ by rounding: a token may be in it here and was not where the text was
-    written. So the choice is made from a nucleus that is smaller by `slack`, and the text's token may lie in one that
-    is larger. A token outside of that one has its distance from the most likely.
-    """
-    scaled = logits / how.temperature
-    noisy = scaled + sampling.noise(keys, positions, logits.shape[-1], shards)
-    own, own_noisy = shards.at(scaled, following), shards.at(noisy, following)
-    top_p = how.top_p if how.top_p >= 1 else max(how.top_p - slack, LEAST_TOP_P)
-    among = jnp.where(sampling.nucleus(scaled, top_p, shards), noisy, -jnp.inf)
-    shortfall = jnp.maximum(shards.max(among.max(axis=-1)) - own_noisy, 0)
-    if how.top_p < 1:
-        best = shards.max(scaled.max(axis=-1))
-        mass = jnp.exp(scaled - best[:, None])
-        above = shards.sum(jnp.where(scaled > own[:, None], mass, 0).sum(axis=-1)) / shards.sum(mass.sum(axis=-1))
-        shortfall = jnp.where(above < how.top_p + slack, shortfall, best - own)
-    return shards.argmax(among), how.temperature * shortfall
-
-
-def _drawn_elsewhere(
-    logits: Float[Array, "T local"], following: Int[Array, " T"], temperature: float, shards: Shards
-) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
-    """The most likely token, and the surprise of the text's less the entropy: -log p(x) + sum p log p."""
-    scaled = logits / temperature
-    scaled = scaled - shards.max(scaled.max(axis=-1))[:, None]
-    mass = jnp.exp(scaled)
-    total = shards.sum(mass.sum(axis=-1))
-    expected = shards.sum((mass * scaled).sum(axis=-1)) / total  # log of the total is in both, and cancels
-    return shards.argmax(logits), expected - shards.at(scaled, following)

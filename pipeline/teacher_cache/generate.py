@@ -38,6 +38,14 @@ class Answered:
     finish_reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A prompt that got no answer, and why."""
+
+    prompt: Prompt
+    reason: str
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, split: str
 ) -> list[Rendered]:

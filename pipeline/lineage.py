@@ -12,9 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline import artifacts, hub
+from pipeline import artifacts, hub, places
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import ArchitectureConfig, PipelineConfig, PromptSource, plain
+from pipeline.config import ArchitectureConfig, FeatureSource, FeatureStore, PipelineConfig, PromptSource, plain
 from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.dflash.contract import (
     Contract,
@@ -28,6 +28,7 @@ from pipeline.model import checkpoints
 from pipeline.model.draft import DraftConfig
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
+from pipeline.places import Place
 from pipeline.prompts import sources
 from pipeline.prompts import tokenizer as tokenizers_of_ours
 
@@ -265,8 +266,9 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         if not file.is_file():
             raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
         prompts["path"] = artifacts.file_sha256(file)
-    cache = plain(config.teacher_cache)
-    del cache["path"]
+    cache = plain(config.teacher_cache) | {"features": feature_store(config).value}
+    for key in ("path", "verify", "writer", "num_writers"):  # where, by whom, how thoroughly checked
+        del cache[key]
     return {
         "target": target.fingerprint,
         "precision": config.target.precision.value,
@@ -277,10 +279,17 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
     }
 
 
-def teacher_cache_address(config: PipelineConfig, target: Target) -> Path:
-    """Where the teacher cache of this configuration lives."""
+def feature_store(config: PipelineConfig) -> FeatureStore:
+    """How this configuration's teacher cache keeps features."""
+    given = config.teacher_cache.features
+    is_live = config.train.features is FeatureSource.live
+    return given or (FeatureStore.none if is_live else FeatureStore.bfloat16)
+
+
+def teacher_cache_address(config: PipelineConfig, target: Target) -> Place:
+    """Where the teacher cache of this configuration lives: a directory, or a place in a bucket."""
     if config.teacher_cache.path is not None:
-        return Path(config.teacher_cache.path)
+        return places.place_of(config.teacher_cache.path)
     settings = teacher_cache_settings(config, target)
     return artifacts.address(Path(config.output_dir), TEACHER_CACHE, config.target.name, settings)
 

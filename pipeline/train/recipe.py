@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Split:
     """The devices of a training: `data` copies of the weights, each split over `fsdp` x `tensor` of them.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import urllib.parse
 from typing import Any
 
 from pipeline.artifacts import PipelineError
@@ -102,11 +103,22 @@ def _prompts(prompts: PromptsConfig) -> list[str]:
     return broken
 
 
+def _is_plain_url(url: str) -> bool:
+    parts = urllib.parse.urlsplit(url)
+    secretive = parts.username is not None or parts.password is not None or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not secretive
+
+
 def _teacher_cache(cache: TeacherCacheConfig) -> list[str]:
     broken = []
     if cache.generator is Generator.openai and (cache.openai.url is None or cache.openai.model is None):
         given = f"url is {cache.openai.url}, model is {cache.openai.model}"
         broken.append(f"teacher_cache.openai: {given}; teacher_cache.generator=openai needs both")
+    if cache.openai.url is not None and not _is_plain_url(cache.openai.url):
+        broken.append(
+            "teacher_cache.openai.url is no plain address; it must be such as http://localhost:8000/v1, without user, "
+            "password or query: the key goes in the environment variable named by teacher_cache.openai.api_key_env"
+        )
     if cache.temperature < 0:
         broken.append(f"teacher_cache.temperature is {cache.temperature}; it must not be negative")
     if not 0 < cache.top_p <= 1:

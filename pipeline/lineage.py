@@ -7,6 +7,7 @@ fingerprints, so each stage finds what the stage before it made under the same o
 import dataclasses
 import functools
 import json
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from tokenizers import Tokenizer
 
 from pipeline import artifacts, hub, places
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import ArchitectureConfig, FeatureSource, FeatureStore, PipelineConfig, PromptSource, plain
+from pipeline.config import (
+    ArchitectureConfig,
+    FeatureSource,
+    FeatureStore,
+    Generator,
+    PipelineConfig,
+    PromptSource,
+    plain,
+)
 from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.dflash.contract import (
     Contract,
@@ -267,8 +276,11 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
             raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
         prompts["path"] = artifacts.file_sha256(file)
     cache = plain(config.teacher_cache) | {"features": feature_store(config).value}
-    for key in ("path", "verify", "writer", "num_writers"):  # where, by whom, how thoroughly checked
+    for key in ("path", "verify", "writer", "num_writers", "openai"):  # where, by whom, how thoroughly checked
         del cache[key]
+    if config.teacher_cache.generator is Generator.openai:
+        asked = plain(config.teacher_cache.openai)
+        cache["openai"] = {"host": host_of(asked["url"]), **{key: asked[key] for key in ("model", "api", "extra")}}
     return {
         "target": target.fingerprint,
         "precision": config.target.precision.value,
@@ -277,6 +289,12 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         "tapped_layers": list(draft_config(config, target).tapped_layers),
         "seed": config.seed,
     }
+
+
+def host_of(url: str) -> str:
+    """The host of a URL and its port, where one is given."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
 
 
 def feature_store(config: PipelineConfig) -> FeatureStore:

@@ -133,7 +133,8 @@ class Api:
             prompt = render_prompt(self._tokenizer, asked.messages, asked.effort or self._effort)
         except PipelineError as error:
             raise Refusal(str(error), param="messages") from error
-        replies = ChatReplies(f"chatcmpl-{secrets.token_hex(12)}", self.model)
+        told = prompt if asked.return_token_ids else None
+        replies = ChatReplies(f"chatcmpl-{secrets.token_hex(12)}", self.model, told)
         return await self._answer(http, asked, [tuple(prompt)], replies)
 
     def models(self) -> dict[str, Any]:

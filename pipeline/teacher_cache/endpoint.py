@@ -5,7 +5,6 @@ import collections
 import dataclasses
 import json
 import logging
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,12 +55,6 @@ class Endpoint:
         """A text without the key, cut short."""
         text = text.replace(self.key, "(key)") if self.key else text
         return text if len(text) <= REASON_CHARACTERS else text[: REASON_CHARACTERS - 3] + "..."
-
-
-def host_of(url: str) -> str:
-    """The host and the port of a URL, for people and artifacts: what else it holds may be secret."""
-    parts = urllib.parse.urlsplit(url)
-    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
 
 
 class Correspondence:

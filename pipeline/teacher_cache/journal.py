@@ -19,7 +19,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._file = open(path, "a+b")
+        self._file = open(path, "a+b")  # noqa: SIM115 (__exit__ closes it)
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
         torn = len(lines.pop())

@@ -19,16 +19,13 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._file = open(path, "a+b")  # noqa: SIM115 (__exit__ closes it)
-        self._file.seek(0)
-        lines = self._file.read().split(b"\n")
+        lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         torn = len(lines.pop())
+        parsed = [self._parsed(line, number) for number, line in enumerate(lines, start=1)]
+        self.entries: dict[str, dict[str, Any]] = {entry["key"]: entry for entry in parsed}
+        self._file = open(path, "ab")  # noqa: SIM115 (__exit__ closes it)
         if torn:
             self._file.truncate(self._file.tell() - torn)
-        self.entries: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(lines, start=1):
-            entry = self._parsed(line, number)
-            self.entries[entry["key"]] = entry
 
     def __enter__(self) -> "Journal":
         return self

@@ -29,7 +29,11 @@ def spoken(tokenizer, *pieces):
     return channels(channel_tokens(tokenizer), token_ids, len(prompt)).tolist(), wanted
 
 
-ANALYSIS = [("<|channel|>analysis<|message|>", Channel.other), ("one two", Channel.analysis), ("<|end|>", Channel.other)]
+ANALYSIS = [
+    ("<|channel|>analysis<|message|>", Channel.other),
+    ("one two", Channel.analysis),
+    ("<|end|>", Channel.other),
+]
 FINAL = [("<|start|>assistant<|channel|>final<|message|>", Channel.other), ("three", Channel.final)]
 
 

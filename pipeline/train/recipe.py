@@ -22,7 +22,8 @@ class Split:
 class Recipe:
     """How a draft is trained; `loss_decay` is `blocks.slot_weights`'s, `dtype` that of the arithmetic.
 
-    `remat` as in `draft.denoise_blocks`; without `ema_decay` no average of the weights is kept.
+    `dpace_smoothing` and `distillation` as in `loss.draft_sums`, `remat` as in `draft.denoise_blocks`. A batch goes
+    through in `accumulation` parts. Without `ema_decay` no average of the weights is kept.
     """
 
     steps: int
@@ -41,6 +42,9 @@ class Recipe:
     seed: int
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    dpace_smoothing: float | None = None
+    distillation: float = 0.0
+    accumulation: int = 1
     split: Split = Split()
 
     def evaluates_at(self, step: int) -> bool:

@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pipeline import artifacts, chips, lineage
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import FeatureSource, PipelineConfig, TrainConfig
+from pipeline.config import FeatureSource, LossWeights, PipelineConfig, TrainConfig
 from pipeline.dflash import blocks
 from pipeline.dflash.contract import Contract
 from pipeline.lineage import Target
@@ -24,7 +23,7 @@ from pipeline.model.draft import DraftConfig, DraftWeights, weight_shapes
 from pipeline.model.linear import Kernel
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
-from pipeline.train import best, environment, flops
+from pipeline.train import best, environment, flops, vocabulary
 from pipeline.train.batches import Batches
 from pipeline.train.best import Evaluation
 from pipeline.train.evaluate import evaluate
@@ -99,6 +98,9 @@ def recipe_of(train: TrainConfig, draft: DraftConfig, seed: int, dtype: jnp.dtyp
         dtype=dtype if train.precision is None else jnp.dtype(train.precision.value),
         remat=train.remat,
         split=split,
+        dpace_smoothing=train.dpace_smoothing if train.loss_weights is LossWeights.dpace else None,
+        distillation=train.distillation,
+        accumulation=train.accumulation,
     )
 
 
@@ -225,21 +227,15 @@ def _evaluate(scratch: Path, given: Given, step: int, weights: DraftWeights) -> 
     """Score a draft, in the precision it is served in, on held-out texts and on as many train texts."""
     embedding, head = given.served
     weights = jax.tree.map(lambda array: array.astype(embedding.dtype), weights)
-    rows = _rows_beside(weights)
-    embedding, head = jax.device_put((embedding, head), NamedSharding(rows.mesh, PartitionSpec()))
+    mesh = weights.norm.sharding.mesh
+    ends = vocabulary.share_out(embedding, head, mesh)
     count = min(EVALUATED_SEQUENCES, *(split.num_sequences for split in given.splits.values()))
     filled = None if given.live is None else given.live.filled
     scores: dict[str, Score] = {
-        name: evaluate(weights, given.draft, embedding, head, split, num_sequences=count, filled=filled, rows=rows)
+        name: evaluate(weights, given.draft, *ends, split, num_sequences=count, filled=filled, mesh=mesh)
         for name, split in given.splits.items()
     }
     return best.add(scratch, step, scores)
-
-
-def _rows_beside(weights: DraftWeights) -> NamedSharding:
-    """Where rows of a batch lie on the devices that hold these weights."""
-    mesh = weights.norm.sharding.mesh
-    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def _report(tracker: Run, made: Artifact, verb: str) -> None:

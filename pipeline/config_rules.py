@@ -1,6 +1,7 @@
 """The rules that the values of a configuration must keep, and one error that lists all that break them."""
 
 import dataclasses
+import math
 import re
 import urllib.parse
 from typing import Any
@@ -74,7 +75,7 @@ def validate(config: PipelineConfig) -> None:
         broken.append(f"train.warmup_ratio is {config.train.warmup_ratio}; it must be at least 0 and below 1")
     if config.train.weight_decay < 0:
         broken.append(f"train.weight_decay is {config.train.weight_decay}; it must not be negative")
-    broken += _prompts(config.prompts) + _teacher_cache(config.teacher_cache) + _train(config)
+    broken += _prompts(config.prompts, config.serve.date) + _teacher_cache(config.teacher_cache) + _train(config)
     if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
         broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
     if uses_hosts(config.mesh) and config.stage not in (Stage.serve, Stage.bench):
@@ -86,15 +87,16 @@ def validate(config: PipelineConfig) -> None:
         raise PipelineError("configuration: " + "\n  ".join(broken))
 
 
-def _prompts(prompts: PromptsConfig) -> list[str]:
+def _prompts(prompts: PromptsConfig, serve_date: str | None) -> list[str]:
     broken = []
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", prompts.date):
-        broken.append(f"prompts.date is {prompts.date!r}; it must be a day such as 2025-08-05")
+    for key, day in (("prompts.date", prompts.date), ("serve.date", serve_date)):
+        if day is not None and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", day):
+            broken.append(f"{key} is {day!r}; it must be a day such as 2025-08-05")
     mix = prompts.effort_mix
     unknown = sorted(mix.keys() - {"low", "medium", "high"})
     if (
         unknown
-        or any(share < 0 for share in mix.values())
+        or not all(0 <= share < math.inf for share in mix.values())
         or (prompts.effort is Effort.mixed and not sum(mix.values()))
     ):
         broken.append(

@@ -23,7 +23,10 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """A function that may be called; `parameters` is its JSON Schema as text, None for one without parameters."""
+    """A function that may be called; `parameters` is their JSON Schema as text, None for one without parameters.
+
+    The schema's own order is kept, because templates write properties in it.
+    """
 
     name: str
     description: str
@@ -70,6 +73,47 @@ def tool_calls_of(value: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
     """The calls of a list without problem; arguments given as an object are written as JSON."""
     functions = [call["function"] for call in value]
     return tuple(ToolCall(function["name"], json_text(function["arguments"])) for function in functions)
+
+
+def tools_problem(value: Any) -> str | None:
+    """What is wrong with the functions that a conversation offers, or None."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return f"tools is {shown(value)}; wanted a list of functions"
+    problems = ((index, _tool_problem(tool)) for index, tool in enumerate(value))
+    found = next((f"tools[{index}] {problem}" for index, problem in problems if problem is not None), None)
+    if found is not None:
+        return found
+    names = [tool["function"]["name"] for tool in value]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    return f"tools has {', '.join(repeated)} more than once; wanted each function once" if repeated else None
+
+
+def _tool_problem(tool: Any) -> str | None:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
+        return f'is {shown(tool)}; wanted {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}'
+    name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        return f"is named {shown(name)}; wanted letters, digits, dots, dashes and underscores"
+    if not isinstance(description, str | None):
+        return f"({name}) has description {shown(description)}; wanted a string"
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    if not isinstance(parameters, Mapping | None) or not isinstance(properties, Mapping | None):
+        return f"({name}) has parameters {shown(parameters)}; wanted the JSON Schema of an object"
+    return None
+
+
+def tools_of(value: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
+    """The functions of a list without problem; what templates do not write (`strict`) is left out."""
+    functions = [tool["function"] for tool in value]
+    return tuple(
+        Tool(
+            function["name"],
+            function.get("description") or "",
+            json_text(function["parameters"]) if function.get("parameters") else None,
+        )
+        for function in functions
+    )
 
 
 def json_text(value: Any) -> str:

@@ -9,7 +9,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.machine import ONE_DEVICE, Machine
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
-from pipeline.prompts.chat_format import render_prompt
+from pipeline.prompts.chat_format import prompt_token_ids
 from pipeline.prompts.sources import Prompt
 from pipeline.serve.engine import Engine, Finished
 from pipeline.serve.scheduler import Request
@@ -47,13 +47,13 @@ class Failed:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, split: str
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, split: str, *, date: str
 ) -> list[Rendered]:
-    """Every prompt of a split in Harmony's tokens, each either usable or marked with why it is skipped.
+    """Every prompt of a split in Harmony's tokens on the day `date`, each usable or marked with why it is skipped.
 
     Raises PipelineError when none is usable.
     """
-    rendered = [_render(tokenizer, prompt, max_prompt_tokens) for prompt in prompts]
+    rendered = [_render(tokenizer, prompt, max_prompt_tokens, date) for prompt in prompts]
     if all(row.skipped for row in rendered):
         reasons = "\n  ".join(f"{row.prompt.prompt_id[:12]}: {row.skipped}" for row in rendered[:SHOWN_SKIPS])
         raise PipelineError(
@@ -63,10 +63,9 @@ def render(
     return rendered
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_prompt_tokens: int) -> Rendered:
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_prompt_tokens: int, date: str) -> Rendered:
     try:
-        messages = [message.as_dict() for message in prompt.messages]
-        token_ids = tuple(render_prompt(tokenizer, messages, prompt.effort))
+        token_ids = tuple(prompt_token_ids(tokenizer, prompt, date=date))
     except PipelineError as error:  # one unusable prompt of a large set is told, counted and left out
         return Rendered(prompt, (), str(error))
     if len(token_ids) > max_prompt_tokens:

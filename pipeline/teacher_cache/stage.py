@@ -283,7 +283,8 @@ def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     sides = split_by_hash(found.prompts, config.prompts.heldout_fraction)
     longest = config.teacher_cache.max_prompt_tokens
     rows = {
-        split: render(tokenizer, prompts, longest, split) for split, prompts in zip(store.SPLITS, sides, strict=True)
+        split: render(tokenizer, prompts, longest, split, date=config.prompts.date)
+        for split, prompts in zip(store.SPLITS, sides, strict=True)
     }
     skipped = [row for split in rows.values() for row in split if row.skipped]
     used = {split: sum(row.skipped is None for row in several) for split, several in rows.items()}
@@ -489,6 +490,7 @@ def _prompt_lines(rows: Mapping[str, Sequence[Rendered]], failed: Mapping[str, s
             "split": split,
             "effort": row.prompt.effort,
             "messages": [message.as_dict() for message in row.prompt.messages],
+            **({"tools": [tool.as_dict() for tool in row.prompt.tools]} if row.prompt.tools else {}),
             "num_tokens": len(row.token_ids),
             "skipped": row.skipped,
             "failed": failed.get(row.prompt.prompt_id),

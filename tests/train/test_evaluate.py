@@ -72,5 +72,5 @@ def test_rounds_are_those_of_a_decoder(tmp_path, monkeypatch, num_sequences):
         weights, DRAFT, embedding, head, store.open_split(tmp_path, "heldout"), num_sequences=num_sequences
     )
     kept = [count for _, rounds in texts[:num_sequences] for count in rounds]
-    assert found.histogram == tuple(np.bincount(kept, minlength=DRAFT.block_size))
-    assert num_sequences or min(found.histogram) > 0
+    assert found.total.histogram == tuple(np.bincount(kept, minlength=DRAFT.block_size))
+    assert num_sequences or min(found.total.histogram) > 0

@@ -41,6 +41,7 @@ log = logging.getLogger("pipeline")
 
 SUMMARY, PROMPTS = "summary.json", "prompts.jsonl"
 MIB = 2**20
+TRIAL_WORTH = 16  # batches of answers, from which on a trial is made first
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
@@ -67,6 +68,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         journal = staging.with_suffix(".answers.jsonl")
         elsewhere = _asked(config, [one for one in mine if one.path not in reports], tokenizer, journal)
         teacher = dataclasses.replace(_teacher(config, target.path, draft, tokenizer), elsewhere=elsewhere)
+        _tell_trial(teacher, [row for one in mine if one.path not in reports for row in one.rows])
         _clear(config, path, mine, reports)
         seconds, num_new = _make_shards(mine, reports, teacher, layout, staging)
         journal.unlink(missing_ok=True)
@@ -389,6 +391,22 @@ def _make_shards(
             if index == 0 and len(missing) > 1:
                 _tell_time(time.monotonic() - started, one, missing[1:], reports[one.path])
     return time.monotonic() - started, num_new
+
+
+def _tell_trial(teacher: Teacher, rows: Sequence[Rendered]) -> None:
+    """How long the answers will take, before the first is kept; of few answers the trial would take as long."""
+    if teacher.elsewhere is not None or len(rows) < TRIAL_WORTH * teacher.slots:
+        return
+    prefill, decode = shards.trial(teacher, rows)
+    log.info(
+        "teacher_cache: %d answers to go, tried with %d: %.1f ms of prefill each and %.0f tokens/s take at most about "
+        "%.1f hours",
+        len(rows),
+        teacher.slots,
+        1000 * prefill,
+        1 / decode if decode else 0.0,
+        len(rows) * (prefill + teacher.max_new_tokens * decode) / 3600,
+    )
 
 
 def _tell_time(seconds: float, first: Plan, rest: Sequence[Plan], report: Mapping[str, Any]) -> None:

@@ -139,7 +139,7 @@ def _given(config: PipelineConfig, target: Target, cache: Path, draft: DraftConf
     if config.train.features is FeatureSource.live:
         here = machine(config.mesh, target.path)
         model, weights = read_target(config, target.path, here)
-        live = LiveTarget(weights, model, draft.tapped_layers, here)
+        live = LiveTarget(weights, model, draft.tapped_layers, here, distils=recipe.distillation > 0)
     ends = {dtype: checkpoints.load_ends(target.path, dtype) for dtype in {recipe.dtype, served}}
     return Given(
         draft=draft,

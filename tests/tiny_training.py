@@ -79,7 +79,7 @@ def weights_of(seed: int, config: draft.DraftConfig = DRAFT) -> draft.DraftWeigh
 
 def make_target(directory: Path) -> Path:
     """An HF directory: random weights, a tokenizer with a mask token, a template."""
-    directory.mkdir()
+    directory.mkdir(parents=True)
     weights = gpt_oss_weights.random_weights(TARGET, jax.random.key(3))
     token_ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     checkpoints.save_target(directory, TARGET, weights, token_ids)

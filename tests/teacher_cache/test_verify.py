@@ -77,7 +77,7 @@ def _features_moved(sequence: CachedSequence) -> CachedSequence:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (_token_changed, r"tokens are not those that the target chooses"),
+        (_token_changed, r"\d+ tokens are not those that the target chooses"),
         (_feature_changed, r"the features of 1 of \d+ tokens are not the target's \(the worst is off by"),
         (_features_moved, r"the features of \d+ of \d+ tokens are not the target's"),
         (_channel_changed, r"has other channels than its control tokens tell"),

@@ -192,12 +192,12 @@ class _Round:
             async with endpoint.client() as client:
                 count = min(endpoint.concurrency, len(self._rows))
                 workers = [asyncio.create_task(self._work(client, waiting, progress)) for _ in range(count)]
-                ended, others = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                _, others = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
                 for worker in others:
                     worker.cancel()
-                await asyncio.gather(*others, return_exceptions=True)
-                for worker in ended:
-                    worker.result()
+                for ended in await asyncio.gather(*workers, return_exceptions=True):
+                    if isinstance(ended, Exception):  # what was cancelled has another cause
+                        raise ended
         self._require_enough(is_over=True)
 
     async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[Rendered], progress: Progress) -> None:

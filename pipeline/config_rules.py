@@ -20,6 +20,8 @@ from pipeline.config import (
     uses_hosts,
 )
 
+ON_HOSTS = (Stage.train, Stage.serve, Stage.bench)
+
 
 def validate(config: PipelineConfig) -> None:
     """Raise one PipelineError that lists every value breaking its rule, as `key is value; rule`."""
@@ -78,9 +80,9 @@ def validate(config: PipelineConfig) -> None:
     broken += _prompts(config.prompts, config.serve.date) + _teacher_cache(config.teacher_cache) + _train(config)
     if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
         broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
-    if uses_hosts(config.mesh) and config.stage not in (Stage.serve, Stage.bench):
-        stage = config.stage and config.stage.value
-        broken.append(f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run stage=serve and stage=bench")
+    if uses_hosts(config.mesh) and config.stage not in ON_HOSTS:
+        stage, known = config.stage and config.stage.value, ", ".join(f"stage={one.value}" for one in ON_HOSTS)
+        broken.append(f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run {known}")
     if not 0 <= config.serve.port < 65536:
         broken.append(f"serve.port is {config.serve.port}; it must be 0 to 65535")
     if broken:

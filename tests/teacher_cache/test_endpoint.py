@@ -12,14 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
-from teacher_cache.fake_endpoint import Reply, endpoint
+from serve.fake_engine import FakeEngine
+from serve.serving import serving
+from teacher_cache.fake_endpoint import Fake, Reply, endpoint
 
 from pipeline.artifacts import PipelineError
+from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.corpus import conversation
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
 from pipeline.prompts.tokenizer import train_tokenizer
+from pipeline.prompts.tools import Tool, ToolCall
 from pipeline.teacher_cache.endpoint import Correspondence, Endpoint
 from pipeline.teacher_cache.generate import Answered, Failed, Rendered
 from pipeline.teacher_cache.origin import Origin
@@ -58,11 +62,11 @@ def asked_about(body, *numbers):
     return body["messages"][-1]["content"] in [f"Count to {number}." for number in numbers]
 
 
-def correspondence(tokenizer, fake, journal, **values):
+def correspondence(tokenizer, fake, journal, longest=80, **values):
     options = {"url": fake.url, "key": KEY, "concurrency": 4, "timeout_seconds": 20.0, "retries": 2}
     origin = Origin(endpoint="tiny at 127.0.0.1")
-    asking = Asking(api=Api.chat, model="tiny", origin=origin, max_new_tokens=80, has_efforts=True)
-    return Correspondence(Endpoint(**(options | values)), asking, Reader(tokenizer, 80), journal)
+    asking = Asking(api=Api.chat, model="tiny", origin=origin, max_new_tokens=longest, has_efforts=True)
+    return Correspondence(Endpoint(**(options | values)), asking, Reader(tokenizer, longest), journal)
 
 
 def outcomes(found, rows):
@@ -251,6 +255,29 @@ def test_another_prompt_than_ours_is_told(tokenizer, rows, tmp_path, caplog):
     with endpoint(script) as fake:
         outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
     assert "tiny at 127.0.0.1 read 3 of 24 prompts as other tokens than they have here" in caplog.text
+
+
+def test_the_text_of_our_own_servers_chat_becomes_the_tokens_that_its_engine_gave(tokenizer, rows, tmp_path):
+    answer = render_completion(tokenizer, "Easy: one, two.", "1 2 🎉")
+    call = render_completion(tokenizer, "Look.", tool_calls=[ToolCall("lookup", '{"q": [1, "é"]}')])
+    with_tools = prompt_of([Message("user", "Look it up.")], "low", [Tool("lookup", "Finds")])
+    asked = [*rows[:3], Rendered(with_tools, (5, 6), None)]
+
+    def script(request):
+        given = call if "# Tools" in tokenizer.decode(request.prompt_ids) else answer
+        return given[: request.max_new_tokens]
+
+    for longest, reason in ((80, "stop"), (9, "length")):
+        engine = FakeEngine(script, stop_token_ids(tokenizer), max_length=400)
+        with serving(engine, tokenizer) as address:
+            fake = Fake(f"{address}/v1")
+            found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal", longest=longest), asked)
+        for row, outcome in zip(asked[:3], found, strict=False):
+            wanted = tuple(answer[:longest])
+            assert outcome == Answered(row.prompt, row.token_ids + wanted, len(row.token_ids), reason)
+        made = found[3].token_ids[2:]
+        assert made == tuple(call[: len(made)])  # what was cut off right behind the analysis lacks the end of that
+        assert len(made) == len(call) if reason == "stop" else len(made) in (8, 9)
 
 
 FETCHING = """

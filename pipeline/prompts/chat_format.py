@@ -97,6 +97,10 @@ def render_prompt(
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
     except (TemplateError, TypeError) as error:  # TypeError: the official one joins a tool's defaults as texts
         raise PipelineError(f"the chat template refuses the conversation: {error}; change it") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise PipelineError(f"the conversation is not valid Unicode ({error}); correct its texts") from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 

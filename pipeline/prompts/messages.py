@@ -116,7 +116,8 @@ def _place_problem(messages: Sequence[Mapping[str, Any]], index: int) -> str | N
     calls = before.get("tool_calls") or ()
     if not calls:
         return "is a tool's; wanted the assistant's call right before it"
-    wanted, found = (one.get(key) for one, key in ((calls[0], "id"), (message, "tool_call_id")))
-    if wanted is not None and found is not None and wanted != found:
-        return f"has tool_call_id {shown(found)}; wanted that of the call before it, {shown(wanted)}"
+    called = {"tool_call_id": calls[0].get("id"), "name": calls[0]["function"]["name"]}
+    for key, wanted in called.items():
+        if wanted is not None and message.get(key) not in (None, wanted):
+            return f"has {key} {shown(message[key])}; wanted that of the call before it, {shown(wanted)}"
     return None

@@ -178,6 +178,10 @@ def _row_problem(row: Any) -> str | None:
         return f"is not JSON ({row.msg} at column {row.colno}); wanted one object a line"
     if not isinstance(row, dict):
         return f"is a {type(row).__name__}; wanted an object with prompt or messages"
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"is not valid Unicode ({error}); wanted text that UTF-8 can write"
     if ("prompt" in row) == ("messages" in row):
         fields = ", ".join(map(str, row)) or "none"
         return f"has the fields {fields}; wanted exactly one of prompt and messages"

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import operator
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +29,6 @@ from pipeline.teacher_cache.generate import Answered, Failed, Rendered, answer
 from pipeline.teacher_cache.origin import ENGINE, Divergence, Origin
 
 log = logging.getLogger("pipeline")
-
-TRIAL_TOKENS = (2, 18)  # of each answer: the time between is decoding's
 
 # How far a token may lie below the best logit and still pass for a tie: float32 sums in another order differ
 # by 1e-5, bfloat16 logits of 16 to 32 are 0.125 apart.
@@ -131,22 +128,6 @@ def _pieces(root: Place) -> set[Place]:
         return {functools.reduce(operator.truediv, name.split("/")[:2], root) for name in places.files(root)}
     splits = {root / split for split in store.SPLITS if (root / split).is_dir()}
     return ({*root.iterdir()} - splits).union(*(split.iterdir() for split in splits))
-
-
-def trial(teacher: Teacher, rows: Sequence[Rendered]) -> tuple[float, float]:
-    """Seconds of prefill for an answer and of decoding for a token, with all slots full; compiles what answers need."""
-
-    def seconds(num_tokens: int) -> float:
-        started = time.perf_counter()
-        length = teacher.max_prompt_tokens + teacher.max_new_tokens  # the same cache, so the same programs
-        short = dataclasses.replace(teacher, max_new_tokens=num_tokens, max_prompt_tokens=length - num_tokens)
-        short.answer(rows[: teacher.slots], lambda _: None)
-        return time.perf_counter() - started
-
-    seconds(TRIAL_TOKENS[0])
-    first, last = (seconds(num_tokens) for num_tokens in TRIAL_TOKENS)
-    more = (TRIAL_TOKENS[1] - TRIAL_TOKENS[0]) * teacher.slots
-    return first / teacher.slots, max(last - first, 0.0) / more
 
 
 def make(

@@ -18,8 +18,9 @@ from pipeline.artifacts import Artifact, PipelineError
 from pipeline.config import FeatureSource, FeatureStore, PipelineConfig
 from pipeline.places import BucketPath, Place
 from pipeline.prompts.channels import Channel
-from pipeline.teacher_cache import shards, stage, store
+from pipeline.teacher_cache import forecast, shards, stage, store
 from pipeline.teacher_cache.store import open_split
+from pipeline.teacher_cache.writers import Writer
 from pipeline.tracking import Run
 from pipeline.train.batches import Batches
 
@@ -296,12 +297,12 @@ def test_features_have_an_address_of_their_own(config: PipelineConfig) -> None:
 def test_many_answers_are_tried_before_they_are_begun(
     config: PipelineConfig, tracker: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "TRIAL_WORTH", 4)
+    monkeypatch.setattr(forecast, "TRIAL_WORTH", 4)
 
     def enough(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "_clear", enough)
+    monkeypatch.setattr(Writer, "clear", enough)
     with caplog.at_level(logging.INFO, "pipeline"), pytest.raises(KeyboardInterrupt):
         stage.run(config, tracker)
     assert "26 answers to go, tried with 4" in caplog.text

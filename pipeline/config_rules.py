@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import math
 import re
+import urllib.parse
 from typing import Any
 
 from pipeline.artifacts import PipelineError
@@ -19,6 +20,8 @@ from pipeline.config import (
     TeacherCacheConfig,
     uses_hosts,
 )
+
+ON_HOSTS = (Stage.train, Stage.serve, Stage.bench)
 
 
 def validate(config: PipelineConfig) -> None:
@@ -78,9 +81,9 @@ def validate(config: PipelineConfig) -> None:
     broken += _prompts(config.prompts, config.serve.date) + _teacher_cache(config.teacher_cache) + _train(config)
     if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
         broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
-    if uses_hosts(config.mesh) and config.stage not in (Stage.serve, Stage.bench):
-        stage = config.stage and config.stage.value
-        broken.append(f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run stage=serve and stage=bench")
+    if uses_hosts(config.mesh) and config.stage not in ON_HOSTS:
+        stage, known = config.stage and config.stage.value, ", ".join(f"stage={one.value}" for one in ON_HOSTS)
+        broken.append(f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run {known}")
     if not 0 <= config.serve.port < 65536:
         broken.append(f"serve.port is {config.serve.port}; it must be 0 to 65535")
     if broken:
@@ -112,11 +115,22 @@ def _is_day(text: str) -> bool:
         return False
 
 
+def _is_plain_url(url: str) -> bool:
+    parts = urllib.parse.urlsplit(url)
+    secretive = parts.username is not None or parts.password is not None or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not secretive
+
+
 def _teacher_cache(cache: TeacherCacheConfig) -> list[str]:
     broken = []
     if cache.generator is Generator.openai and (cache.openai.url is None or cache.openai.model is None):
         given = f"url is {cache.openai.url}, model is {cache.openai.model}"
         broken.append(f"teacher_cache.openai: {given}; teacher_cache.generator=openai needs both")
+    if cache.openai.url is not None and not _is_plain_url(cache.openai.url):
+        broken.append(
+            "teacher_cache.openai.url is no plain address; it must be such as http://localhost:8000/v1, without user, "
+            "password or query: the key goes in the environment variable named by teacher_cache.openai.api_key_env"
+        )
     if cache.temperature < 0:
         broken.append(f"teacher_cache.temperature is {cache.temperature}; it must not be negative")
     if not 0 < cache.top_p <= 1:

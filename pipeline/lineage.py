@@ -7,6 +7,7 @@ fingerprints, so each stage finds what the stage before it made under the same o
 import dataclasses
 import functools
 import json
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.config import (
     Effort,
     FeatureSource,
     FeatureStore,
+    Generator,
     PipelineConfig,
     PromptSource,
     plain,
@@ -288,8 +290,11 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
     if config.prompts.effort is not Effort.mixed:
         del prompts["effort_mix"]
     cache = plain(config.teacher_cache) | {"features": feature_store(config).value}
-    for key in ("path", "verify", "writer", "num_writers"):  # where, by whom, how thoroughly checked
+    for key in ("path", "verify", "writer", "num_writers", "openai"):  # where, by whom, how thoroughly checked
         del cache[key]
+    if config.teacher_cache.generator is Generator.openai:
+        asked = plain(config.teacher_cache.openai)
+        cache["openai"] = {"host": host_of(asked["url"]), **{key: asked[key] for key in ("model", "api", "extra")}}
     return {
         "target": target.fingerprint,
         "precision": config.target.precision.value,
@@ -298,6 +303,12 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         "tapped_layers": list(draft_config(config, target).tapped_layers),
         "seed": config.seed,
     }
+
+
+def host_of(url: str) -> str:
+    """The host of a URL and its port, where one is given."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
 
 
 def feature_store(config: PipelineConfig) -> FeatureStore:

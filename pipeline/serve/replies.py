@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.serve.answer import Answer, usage
-from pipeline.serve.text import ANALYSIS, FINAL, TEXT, Call, Channel
+from pipeline.serve.text import ANALYSIS, FINAL, TEXT, TextChannel, ToolChannel
 
 
 class CompletionReplies:
@@ -32,7 +32,7 @@ class CompletionReplies:
         """Chunks sent before any text: none."""
         yield from ()
 
-    def chunks(self, index: int, pieces: list[tuple[Channel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
+    def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
         """Chunks for new pieces of an answer."""
         new = answer.token_ids[self._sent.get(index, 0) :]
         if pieces or answer.finish_reason is not None or (new and self._token_ids):
@@ -56,18 +56,23 @@ class CompletionReplies:
 
 
 class ChatReplies:
-    """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use; calls are apart."""
+    """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use; calls are apart.
+
+    With `prompt_ids` a whole reply carries them, and its choices the tokens of their answers (as vLLM's).
+    """
 
     prompt_param = "messages"
 
-    def __init__(self, reply_id: str, model: str) -> None:
+    def __init__(self, reply_id: str, model: str, prompt_ids: Sequence[int] | None = None) -> None:
         self.reply_id = reply_id
         self._model = model
         self._created = int(time.time())
-        self._told: set[tuple[int, Call]] = set()  # calls whose id and name are sent, by choice
+        self._prompt_ids = prompt_ids
+        self._told: set[tuple[int, ToolChannel]] = set()  # calls whose id and name are sent, by choice
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The reply in one."""
+        told = {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids)}
         choices = []
         for index, answer in enumerate(answers):
             analysis = answer.texts.get(ANALYSIS)
@@ -77,18 +82,19 @@ class ChatReplies:
             if calls:
                 message["content"] = message["content"] or None
                 message["tool_calls"] = [self._call(index, call, answer.texts[call]) for call in calls]
-            choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": _reason(answer)})
-        return {**self._reply("chat.completion", choices), "usage": usage(answers)}
+            choice = {"index": index, "message": message, "logprobs": None, "finish_reason": _reason(answer)}
+            choices.append({**choice, "token_ids": answer.token_ids} if told else choice)
+        return {**self._reply("chat.completion", choices), **told, "usage": usage(answers)}
 
     def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
         """Chunks sent before any text: who speaks."""
         for index in range(num_answers):
             yield self._delta(index, {"role": "assistant", "content": ""}, None)
 
-    def chunks(self, index: int, pieces: list[tuple[Channel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
+    def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
         """Chunks for new pieces of an answer."""
         for channel, text in pieces:
-            if isinstance(channel, Call):
+            if isinstance(channel, ToolChannel):
                 yield self._delta(index, {"tool_calls": [self._call_delta(index, channel, text)]}, None)
                 continue
             names = ("reasoning_content", "reasoning") if channel == ANALYSIS else ("content",)
@@ -100,12 +106,12 @@ class ChatReplies:
         """The object around choices."""
         return self._reply("chat.completion.chunk", choices)
 
-    def _call(self, index: int, call: Call, arguments: str) -> dict[str, Any]:
+    def _call(self, index: int, call: ToolChannel, arguments: str) -> dict[str, Any]:
         """A call with an id of its own."""
         function = {"name": call.name, "arguments": arguments}
         return {"id": f"call-{self.reply_id}-{index}-{call.index}", "type": "function", "function": function}
 
-    def _call_delta(self, index: int, call: Call, text: str) -> dict[str, Any]:
+    def _call_delta(self, index: int, call: ToolChannel, text: str) -> dict[str, Any]:
         """A call's first piece has its id and name, the later ones more of its arguments."""
         if (index, call) in self._told:
             return {"index": call.index, "function": {"arguments": text}}

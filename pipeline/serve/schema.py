@@ -48,7 +48,7 @@ _HARMLESS = ("seed", "user", "metadata", "store", "service_tier", "safety_identi
 _COMMON = ("model", "stream", "stream_options", "max_tokens", "stop", *_HARMLESS)
 _COMPLETION = ("prompt", "return_token_ids", *_COMMON)
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
-_CHAT = ("messages", "max_completion_tokens", "reasoning_effort", *_TOOLS, *_COMMON)
+_CHAT = ("messages", "max_completion_tokens", "reasoning_effort", "return_token_ids", *_TOOLS, *_COMMON)
 _FIELDS = {  # of a message beside its role and content
     "assistant": (*THINKING, "tool_calls"),
     "tool": ("tool_call_id", "name"),
@@ -97,6 +97,7 @@ class Chat(Options):
     messages: list[dict[str, Any]]
     tools: list[Any]
     effort: str | None
+    return_token_ids: bool
 
 
 def read_completion(body: Any, model: str) -> Completion:
@@ -124,7 +125,11 @@ def read_chat(body: Any, model: str) -> Chat:
         told = " and ".join(f"{key} is {value}" for key, value in limits.items())
         raise Refusal(f"{told}; give one of them, or the same value", param="max_completion_tokens")
     options["max_tokens"] = next(iter(limits.values()), None)
-    return Chat(messages=_messages(given.get("messages")), tools=_tools(given), effort=effort, **options)
+    token_ids = _flag(given, "return_token_ids")
+    if token_ids and options["stream"]:
+        raise Refusal("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
+    messages, tools = _messages(given.get("messages")), _tools(given)
+    return Chat(messages=messages, tools=tools, effort=effort, return_token_ids=token_ids, **options)
 
 
 def _given(

@@ -13,6 +13,7 @@ from pipeline.prompts.chat_format import prompt_token_ids
 from pipeline.prompts.sources import Prompt
 from pipeline.serve.engine import Engine, Finished
 from pipeline.serve.scheduler import Request
+from pipeline.teacher_cache.origin import ENGINE, Origin
 
 PREFILL_CHUNK = 64
 SHOWN_SKIPS = 5
@@ -35,6 +36,14 @@ class Answered:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A prompt that got no answer, and why."""
+
+    prompt: Prompt
+    reason: str
 
 
 def render(
@@ -74,9 +83,10 @@ def answer(
     max_prompt_tokens: int,
     max_new_tokens: int,
     on_finished: Callable[[Finished], None],
+    origin: Origin = ENGINE,
     here: Machine = ONE_DEVICE,
 ) -> list[Answered]:
-    """The target's greedy answers, in the order of `rows`.
+    """The target's answers, in the order of `rows`.
 
     The engine is made anew, so that the answers depend on these rows alone and not on what ran before.
     """
@@ -87,11 +97,13 @@ def answer(
         slots=slots,
         max_length=max_prompt_tokens + max_new_tokens,
         prefill_chunk=min(PREFILL_CHUNK, max_prompt_tokens),
+        sampling=origin.sampling,
         run=here.run,
         mesh=here.mesh,
     )
+    keys = origin.keys([row.prompt.prompt_id for row in rows]) or [None] * len(rows)
     requests = [
-        Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens)
+        Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens, key=keys[index])
         for index, row in enumerate(rows)
     ]
     finished = {}

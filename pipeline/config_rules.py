@@ -95,6 +95,9 @@ def _prompts(prompts: PromptsConfig, serve_date: str | None) -> list[str]:
     for key, day in (("prompts.date", prompts.date), ("serve.date", serve_date)):
         if day is not None and not _is_day(day):
             broken.append(f"{key} is {day!r}; it must be a day such as 2025-08-05")
+    for name, value in (("dataset_subset", prompts.dataset_subset), ("dataset_revision", prompts.dataset_revision)):
+        if value is not None and prompts.source is not PromptSource.dataset:
+            broken.append(f"prompts.{name} is {value}; it goes with prompts.source=dataset")
     mix = prompts.effort_mix
     unknown = sorted(mix.keys() - {"low", "medium", "high"})
     if (

@@ -123,6 +123,18 @@ def test_a_completion_carries_text_reason_and_exact_usage(client, tokenizer):
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + num_tokens
 
 
+def test_a_chat_reply_carries_its_tokens_when_they_are_wanted(client, tokenizer):
+    options = {"model": MODEL, "messages": [USER], "max_tokens": 90}
+    bare = client.chat.completions.create(**options).model_dump()
+    told = client.chat.completions.create(**options, extra_body={"return_token_ids": True}).model_dump()
+    assert told["prompt_token_ids"] == render_prompt(tokenizer, [USER], "low")
+    assert told["choices"][0]["token_ids"] == render_completion(tokenizer, ANALYSIS, FINAL)
+    assert told["choices"][0]["message"] == bare["choices"][0]["message"]
+    assert "token_ids" not in bare["choices"][0]
+    with pytest.raises(openai.BadRequestError, match="return_token_ids is served without stream alone"):
+        client.chat.completions.create(**options, stream=True, extra_body={"return_token_ids": True})
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
 def test_max_tokens_is_exact(client, count):
     reply = client.completions.create(

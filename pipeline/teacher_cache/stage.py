@@ -23,6 +23,7 @@ from pipeline.places import Place
 from pipeline.progress import Progress
 from pipeline.prompts.channels import channel_tokens, channels
 from pipeline.prompts.chat_format import chat_format_of, stop_token_ids
+from pipeline.prompts.sources import PromptSet
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Finished
@@ -54,7 +55,7 @@ class _Work:
     layout: Layout
     tokenizer: PreTrainedTokenizerBase
     rows: dict[str, list[Rendered]]
-    num_duplicates: int
+    found: PromptSet
     plans: list[Plan]
     writer: Writer
     staging: Path  # a shard on its way to a bucket
@@ -103,7 +104,7 @@ def _work(config: PipelineConfig, target: lineage.Target) -> _Work:
     path, settings = lineage.teacher_cache_address(config, target), lineage.teacher_cache_settings(config, target)
     draft, tokenizer = lineage.draft_config(config, target), load_tokenizer(target.path)
     _require_positions(config, draft)
-    rows, num_duplicates = _rendered(config, tokenizer)
+    rows, found = _rendered(config, tokenizer)
     writer = Writer(config.teacher_cache.writer, config.teacher_cache.num_writers)
     name = f"{artifacts.fingerprint_of(settings)[:12]}-{writer.index}.upload"
     return _Work(
@@ -115,7 +116,7 @@ def _work(config: PipelineConfig, target: lineage.Target) -> _Work:
         layout=_layout(config, draft),
         tokenizer=tokenizer,
         rows=rows,
-        num_duplicates=num_duplicates,
+        found=found,
         plans=shards.plan(artifacts.scratch_of(path), rows, config.teacher_cache.shard_sequences, settings),
         writer=writer,
         staging=Path(config.output_dir) / lineage.TEACHER_CACHE / name,
@@ -134,7 +135,7 @@ def _complete(work: _Work, reports: Mapping[Place, dict[str, Any]], teacher: Tea
     checked = _check(config, root, answered(rows["heldout"], failed), teacher, work.draft)
     verified = _verified(config, root, answered(rows["train"], failed), teacher, work.tokenizer)
     tapped = work.draft.tapped_layers
-    summary = summarise(rows, work.num_duplicates, work.plans, reports, tapped_layers=tapped, layout=work.layout)
+    summary = summarise(rows, work.found, work.plans, reports, tapped_layers=tapped, layout=work.layout)
     artifacts.write_bytes(root / PROMPTS, prompt_lines(rows, failed))
     artifacts.write_json(root / SUMMARY, summary)
     provenance = artifacts.provenance("teacher_cache", work.settings, {"target": work.target.fingerprint})
@@ -288,7 +289,9 @@ def _require_positions(config: PipelineConfig, draft: DraftConfig) -> None:
         )
 
 
-def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[Rendered]], int]:
+def _rendered(
+    config: PipelineConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, list[Rendered]], PromptSet]:
     found = lineage.prompt_set(config)
     sides = split_by_hash(found.prompts, config.prompts.heldout_fraction)
     longest = config.teacher_cache.max_prompt_tokens
@@ -299,12 +302,13 @@ def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     skipped = [row for split in rows.values() for row in split if row.skipped]
     used = {split: sum(row.skipped is None for row in several) for split, several in rows.items()}
     log.info(
-        "teacher_cache: %d prompts = %d train + %d held out + %d skipped (and %d repeated)",
+        "teacher_cache: %d prompts = %d train + %d held out + %d skipped (and %d repeated, %d over prompts.count)",
         len(found.prompts),
         used["train"],
         used["heldout"],
         len(skipped),
         found.num_duplicates,
+        found.num_over,
     )
     if skipped:
         first = skipped[0]
@@ -315,7 +319,7 @@ def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tup
             first.prompt.prompt_id[:12],
             first.skipped,
         )
-    return rows, found.num_duplicates
+    return rows, found
 
 
 def _teacher(

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.places import Place
 from pipeline.prompts.channels import Channel
+from pipeline.prompts.sources import PromptSet
 from pipeline.teacher_cache.generate import Rendered
 from pipeline.teacher_cache.origin import Divergence
 from pipeline.teacher_cache.shards import Plan
@@ -29,7 +30,7 @@ def answered(rows: Sequence[Rendered], failed: Mapping[str, str]) -> list[Render
 
 def summarise(
     rows: Mapping[str, Sequence[Rendered]],
-    num_duplicates: int,
+    found: PromptSet,
     plans: Sequence[Plan],
     reports: Mapping[Place, dict[str, Any]],
     *,
@@ -65,7 +66,8 @@ def summarise(
         assert sum(counted) == len(several), splits[split]
     return {
         "splits": splits,
-        "num_duplicates": num_duplicates,
+        "num_duplicates": found.num_duplicates,
+        "num_over_count": found.num_over,
         "num_sequences": sum(split["num_sequences"] for split in splits.values()),
         "num_tokens": sum(split["num_tokens"] for split in splits.values()),
         "num_skipped": sum(split["num_skipped"] for split in splits.values()),

@@ -149,9 +149,22 @@ def sha256(file: Place) -> str:
 def entry(file: Place) -> dict[str, Any]:
     """What a list of files says of one: its size and its sha256."""
     if isinstance(file, BucketPath):
-        data = file.read_bytes()
-        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return entry_of(file.read_bytes())
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def entry_of(data: bytes) -> dict[str, Any]:
+    """The same of bytes that have been read."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """In what a file's entry differs from the one that was written; where no sha256 was found, in size alone."""
+    if found["bytes"] != wanted["bytes"]:
+        return f"{found['bytes']} bytes, written with {wanted['bytes']}"
+    if found.get("sha256", wanted["sha256"]) != wanted["sha256"]:
+        return "sha256 differs from the one written"
+    return None
 
 
 def damage(root: Place, entries: Mapping[str, Mapping[str, Any]], *, verify: bool) -> list[str]:
@@ -167,11 +180,7 @@ def _problem(file: Place, wanted: Mapping[str, Any], verify: bool) -> str | None
         found = entry(file) if verify else {"bytes": file.stat().st_size}
     except (FileNotFoundError, IsADirectoryError):
         return "missing"
-    if found["bytes"] != wanted["bytes"]:
-        return f"{found['bytes']} bytes, written with {wanted['bytes']}"
-    if verify and found["sha256"] != wanted["sha256"]:
-        return "sha256 differs from the one written"
-    return None
+    return difference(found, wanted)
 
 
 def _missing_or_short(root: BucketPath, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:

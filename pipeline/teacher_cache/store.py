@@ -305,7 +305,7 @@ class _Shard:
         try:
             arrays = {name: np.asarray(read.result()) for name, read in reads.items()}
         except (ValueError, OSError) as error:  # tensorstore reports damaged data as ValueError
-            raise PipelineError(f"teacher cache shard {self.path}, row {row}: {error}; {MEND}") from error
+            raise _failure(self.path, f"row {row}", error) from error
         token_ids, channels = arrays.pop("tokens"), arrays.pop("channels")
         bad = np.flatnonzero(~codec.is_finite(arrays))
         if len(bad):
@@ -326,7 +326,7 @@ class _Shard:
             spec = _zarr(self.path / name)
             array = tensorstore.open(spec, open=True, read=True, context=places.context()).result()
         except (ValueError, OSError) as error:
-            raise PipelineError(f"teacher cache shard {self.path}: {name} cannot be opened: {error}; {MEND}") from error
+            raise _failure(self.path, f"{name} cannot be opened", error) from error
         if tuple(array.shape) != shape or array.dtype.name != dtype:
             raise PipelineError(
                 f"teacher cache shard {self.path}: {name} is {array.dtype.name} {list(array.shape)}, wanted "
@@ -342,6 +342,12 @@ class _Shard:
     def _require(self, damage: list[str]) -> None:
         if damage:
             raise PipelineError(f"teacher cache shard {self.path} is damaged ({'; '.join(damage)}); {MEND}")
+
+
+def _failure(path: Place, what: str, error: Exception) -> PipelineError:
+    if places.is_unreachable(path, error):
+        return places.unreachable(path, error)
+    return PipelineError(f"teacher cache shard {path}, {what}: {error}; {MEND}")
 
 
 def _files_of(name: str, first: int, end: int) -> list[str]:

@@ -9,6 +9,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.config import (
     DraftConfig,
     Effort,
+    Generator,
     PipelineConfig,
     Precision,
     PretrainedConfig,
@@ -63,6 +64,26 @@ def test_defaults_are_valid():
         pytest.param(
             {"prompts__effort": Effort.mixed, "prompts__effort_mix": {"low": 0.0}}, "one above it", id="no share"
         ),
+        pytest.param(
+            {"prompts__dataset_revision": "abc"}, "prompts.dataset_revision is abc; it goes with", id="stray revision"
+        ),
+        pytest.param({"teacher_cache__temperature": -1.0}, "teacher_cache.temperature is -1.0", id="temperature"),
+        pytest.param({"teacher_cache__top_p": 0.0}, "teacher_cache.top_p is 0.0; it must be above 0", id="no nucleus"),
+        pytest.param(
+            {"teacher_cache__generator": Generator.openai, "teacher_cache__openai__url": "http://here/v1"},
+            "teacher_cache.openai: url is http://here/v1, model is None",
+            id="endpoint without a model",
+        ),
+        *(
+            pytest.param({"teacher_cache__openai__url": url}, "teacher_cache.openai.url is no plain address", id=url)
+            for url in (
+                "localhost:8000",
+                "ftp://here/v1",
+                "http:///v1",
+                "https://me:pw@here/v1",
+                "https://here/v1?key=1",
+            )
+        ),
         pytest.param({"draft__block_size": 1}, "draft.block_size is 1", id="a block of the anchor alone"),
         pytest.param({"draft__num_key_value_heads": 3}, "draft.num_attention_heads is 4", id="heads not grouped"),
         pytest.param({"draft__tapped_layers": [3, 1]}, "draft.tapped_layers is [3, 1]", id="descending layers"),
@@ -74,6 +95,12 @@ def test_a_broken_rule_is_told_with_its_key_and_value(changes, told):
     with pytest.raises(PipelineError) as raised:
         validate(valid_config(**changes))
     assert told in str(raised.value)
+
+
+def test_a_url_that_holds_a_password_is_not_repeated():
+    with pytest.raises(PipelineError) as raised:
+        validate(valid_config(teacher_cache__openai__url="https://me:secret@here/v1"))
+    assert "secret" not in str(raised.value)
 
 
 def test_all_broken_rules_are_told_at_once():

@@ -49,6 +49,8 @@ CACHE_CHANGES = {
     "date": lambda config: setattr(config.prompts, "date", "2026-01-01"),
     "length of answers": lambda config: setattr(config.teacher_cache, "max_new_tokens", 31),
     "shard size": lambda config: setattr(config.teacher_cache, "shard_sequences", 3),
+    "temperature": lambda config: setattr(config.teacher_cache, "temperature", 0.7),
+    "nucleus": lambda config: setattr(config.teacher_cache, "top_p", 0.9),
     "layers": lambda config: setattr(config.draft, "tapped_layers", [0, 1]),
     "precision": lambda config: setattr(config.target, "precision", Precision.bfloat16),
 }
@@ -60,6 +62,7 @@ OTHERS = {
     "RoPE of the draft": lambda config: setattr(config.draft, "rope_theta", 1e4),
 }
 NOWHERE = {
+    "endpoint that is not asked": lambda config: setattr(config.teacher_cache.openai, "model", "other"),
     "log steps": lambda config: setattr(config.train, "log_steps", 3),
     "bench": lambda config: setattr(config.bench, "slots", 3),
     "port": lambda config: setattr(config.serve, "port", 1234),
@@ -124,6 +127,19 @@ def test_a_prompt_file_counts_by_its_bytes_not_by_its_name(config, tmp_path):
     config.prompts.path = str(tmp_path / "three")
     with pytest.raises(PipelineError, match=r"prompts.path is .*three, which is no file"):
         cache_address(config)
+
+
+def test_a_local_dataset_counts_by_its_files_not_by_where_it_is(config, tmp_path):
+    config.prompts.source = PromptSource.dataset
+    addresses = []
+    for name, text in (("one", "a"), ("two", "a"), ("two", "b")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "part.jsonl").write_text(text)
+        for place in (tmp_path / name, tmp_path / name / "part.jsonl"):
+            config.prompts.dataset = str(place)
+            addresses.append(cache_address(config))
+    assert addresses[:2] == addresses[2:4]
+    assert len(set(addresses)) == 4
 
 
 def test_a_trained_targets_address_follows_its_recipe_and_a_missing_one_names_its_command(tmp_path):

@@ -1,0 +1,70 @@
+"""Saves a draft as EasyDeL does, its kernels split over a mesh of forced CPU devices.
+
+    saved_on_a_mesh.py DIRECTORY DATAxFSDPxTENSOR
+
+A program of its own, because the number of devices is fixed when JAX starts.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+DIRECTORY, SIZES = Path(sys.argv[1]), [int(size) for size in sys.argv[2].split("x")]
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={math.prod(SIZES)}"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pipeline.model import hf_draft
+from pipeline.model.draft import DraftConfig
+from pipeline.model.rope import Rope
+from pipeline.train import environment
+
+DRAFT = DraftConfig(
+    vocab_size=37,
+    hidden_size=24,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=12,
+    rope=Rope(theta=10000.0),
+    tapped_layers=(0, 2),
+    num_target_layers=4,
+    block_size=5,
+    mask_token_id=36,
+    attention_bias=True,
+)
+AXES = ("dp", "fsdp", "ep", "tp", "sp")
+
+
+def main() -> None:
+    environment.prepare()
+    from easydel.infra.base_state import EasyDeLState
+
+    from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
+
+    data, fsdp, tensor = SIZES
+    mesh = Mesh(np.array(jax.devices()).reshape(data, fsdp, 1, tensor, 1), AXES)
+    config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
+    module = DraftModule(config=config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    state = EasyDeLState.create(step=3, model=module, tx=optax.adamw(1e-3), init_opt_state=True)
+
+    def split(path: tuple, leaf: jax.Array) -> jax.Array:
+        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+        kernel = next((name for name in KERNELS if name in names), None)
+        spec = PartitionSpec() if kernel is None or leaf.ndim < 2 else KERNELS[kernel]
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    state = jax.tree_util.tree_map_with_path(split, state)
+    state.save_state(DIRECTORY, float_dtype=jnp.float32, save_optimizer=True)
+
+
+if __name__ == "__main__":
+    main()

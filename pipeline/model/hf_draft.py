@@ -168,8 +168,8 @@ def _impossible(found: dict[str, Any]) -> list[str]:
     ids, last = found["tapped_layers"], found["num_target_layers"] - 2
     if not ids or any(not _is_whole(one) for one in ids) or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] > last:
         wrong.append(
-            f"target_layer_ids: found {ids}, wanted ascending layers of 0..{last} (runtimes take their features in that "
-            "order, and the last layer's output never leaves them un-normalised)"
+            f"target_layer_ids: found {ids}, wanted ascending layers of 0..{last} (runtimes take features in "
+            "ascending order, and the last layer's output only after the final norm)"
         )
     mask = found["mask_token_id"]
     if not _is_whole(mask) or not 0 <= mask < found["vocab_size"]:

@@ -5,12 +5,11 @@
 in:  features [T, L*D], noise_embedding [K, D]
 out: hidden [K, D], the block at positions T..T+K-1 after the final norm
 
-Prints one JSON line: what the parser read, the base of RoPE, and of the loader the tensors it found no file for, and the
-parameters that were still untouched after it. Its Pallas attention runs on TPUs alone, so attention is written out here.
+Prints one JSON line: what the parser read, the base of RoPE, and of the loader the tensors it found no file for and the
+parameters that it left untouched. Its Pallas attention runs on TPUs alone, so attention is written out here.
 """
 
 import argparse
-import glob
 import json
 import logging
 from pathlib import Path
@@ -62,7 +61,7 @@ class Block:
 
 def stored_names(directory):
     names = set()
-    for file in glob.glob(str(directory / "*.safetensors")):
+    for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="numpy") as opened:
             names |= set(opened.keys())
     return names

@@ -1,8 +1,8 @@
-"""What speculators' converter makes of a draft, and its own training forward of what it made.
+"""What speculators' converter makes of a draft, opened again by speculators.
 
     speculators_convert.py --draft DIRECTORY --target DIRECTORY --converted DIRECTORY
 
-Prints one JSON line: the converted config's values, and the tensors of the draft that the converted model has bit for bit.
+Prints one JSON line: the converted config, and which of the draft's tensors the converted model has bit for bit.
 """
 
 import argparse

@@ -12,7 +12,9 @@ from pathlib import Path
 import transformers
 from transformers import AutoConfig
 
-KEPT = "block_size num_target_layers target_hidden_size is_causal dflash_config layer_types head_dim attention_bias".split()
+KEPT = (
+    "block_size num_target_layers target_hidden_size is_causal dflash_config layer_types head_dim attention_bias"
+).split()
 
 
 def rope_of(config) -> dict:

@@ -1,18 +1,12 @@
-"""Saves a draft as EasyDeL does, its kernels split over a mesh of forced CPU devices.
+"""Saves a random draft as EasyDeL does, its kernels split over all devices there are.
 
     saved_on_a_mesh.py DIRECTORY DATAxFSDPxTENSOR
 
 A program of its own, because the number of devices is fixed when JAX starts.
 """
 
-import math
-import os
 import sys
 from pathlib import Path
-
-DIRECTORY, SIZES = Path(sys.argv[1]), [int(size) for size in sys.argv[2].split("x")]
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={math.prod(SIZES)}"
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +44,7 @@ def main() -> None:
 
     from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
 
-    data, fsdp, tensor = SIZES
+    directory, (data, fsdp, tensor) = Path(sys.argv[1]), map(int, sys.argv[2].split("x"))
     mesh = Mesh(np.array(jax.devices()).reshape(data, fsdp, 1, tensor, 1), AXES)
     config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
     module = DraftModule(config=config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -63,7 +57,7 @@ def main() -> None:
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
     state = jax.tree_util.tree_map_with_path(split, state)
-    state.save_state(DIRECTORY, float_dtype=jnp.float32, save_optimizer=True)
+    state.save_state(directory, float_dtype=jnp.float32, save_optimizer=True)
 
 
 if __name__ == "__main__":

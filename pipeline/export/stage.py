@@ -4,20 +4,22 @@ import json
 import logging
 from pathlib import Path
 
-from pipeline import artifacts, lineage
+from pipeline import artifacts, lineage, places
 from pipeline.artifacts import Artifact, PipelineError
 from pipeline.config import PipelineConfig
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.dflash.contract import Contract
-from pipeline.export.card import model_card
-from pipeline.export.run_directory import read_checkpoint
+from pipeline.export.card import Training, model_card
+from pipeline.export.run_directory import MEND, PREFIX, read_checkpoint
 from pipeline.export.write import write_draft
 from pipeline.model import checkpoints, hf_draft
+from pipeline.places import Place
 from pipeline.tracking import Run
 
 log = logging.getLogger("pipeline")
 
 CARD = "README.md"
+TARGET_CHOICE = "target=local target.path=<the target's directory>"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -40,7 +42,9 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         scratch = artifacts.open_scratch(path, resume=False)  # made in seconds: begun anew when interrupted
         parity = write_draft(scratch, draft, weights, _token_ids(target.path))
         artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
-        artifacts.write_bytes(scratch / CARD, model_card(draft, contract, evaluation).encode())
+        artifacts.write_bytes(
+            scratch / CARD, model_card(draft, contract, evaluation, _training(config, contract, trained)).encode()
+        )
         made = artifacts.seal(path, kind=lineage.DRAFT, settings=settings, contract=contract.to_json())
     tracker.log_metrics(
         {"export/max_difference": parity.max_difference, "export/relative_error": parity.relative_error}
@@ -52,11 +56,29 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     _report(tracker, made, "is made")
 
 
-def _run_directory(trained: Artifact) -> Path:
-    found = sorted(trained.path.glob("run-*"))
+def _run_directory(trained: Artifact) -> Place:
+    """Where the weights are, every byte of them as it was written."""
+    found = {name.partition("/")[0] for name in trained.files if name.startswith("run-")}
     if len(found) != 1:
         raise PipelineError(f"{trained.path} holds {len(found)} run directories, wanted one; run stage=train again")
-    return found[0]
+    run = found.pop()
+    weights = {name: entry for name, entry in trained.files.items() if name.startswith(f"{run}/{PREFIX}/")}
+    damaged = places.damage(trained.path, weights, verify=True)
+    if damaged:
+        raise PipelineError(f"{trained.path} is damaged; {MEND}\n  " + "\n  ".join(damaged))
+    return trained.path / run
+
+
+def _training(config: PipelineConfig, contract: Contract, trained: Artifact) -> Training:
+    is_on_hub = contract.target.revision is not None
+    choice = f"target={config.target.name}" if config.target.path is None or is_on_hub else TARGET_CHOICE
+    return Training(
+        base_model=config.target.path if is_on_hub else None,
+        choice=choice,
+        settings=trained.settings,
+        data=json.loads((trained.path / lineage.DATA).read_text()),
+        fingerprint=trained.fingerprint,
+    )
 
 
 def _token_ids(target: Path) -> dict[str, int]:

@@ -186,7 +186,7 @@ def _data(data: Mapping[str, Any]) -> str:
 def _identity(contract: Contract, training: Training) -> str:
     target, text = contract.target, contract.text
     rows = {
-        "target": f"{training.base_model or target.name}, revision {target.revision or 'of this machine'}",
+        "target": f"{training.base_model or target.name}, revision {target.revision or 'none: a directory'}",
         "its config (sha256)": target.config_fingerprint,
         "its weights (sha256)": target.weights_fingerprint,
         "precision it was run in": target.weight_precision,

@@ -37,7 +37,7 @@ def _pipeline(target_choice: str) -> Runtime:
     return Runtime(
         name="this pipeline",
         command=f"python -m pipeline stage=serve {target_choice} export.path={DRAFT_PLACE}",
-        tried="ran: the numbers above were measured with it; an OpenAI-style server on CPU, GPU or TPU",
+        tried="measured the numbers above",
     )
 
 
@@ -75,8 +75,8 @@ def _vllm(config: DraftConfig, target: str) -> Runtime:
 
 def _sglang_jax(config: DraftConfig, target: str) -> Runtime:
     notes = [
-        "it is greedy alone; in 0.1.0rc0 a request with a temperature or for logprobs ends the server, and answers may "
-        "be longer than max_tokens",
+        "it decodes greedily and refuses requests with a temperature; in 0.1.0rc0 a request for logprobs ends the "
+        "server, and answers may be longer than max_tokens",
         "it has no GPT-OSS model of its own (0.1.0rc0): one must be registered before its server is started",
         "it warns of a missing tensor and goes on with random weights: look for 'No file found' in its log",
     ]

@@ -1,16 +1,17 @@
 """What a draft was trained on, in numbers: what an exported draft's card tells of it."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from pipeline.teacher_cache.store import CacheSplit
+from pipeline.artifacts import Artifact
+from pipeline.teacher_cache.store import open_split
 
 PROMPTS = ("source", "dataset", "dataset_split", "effort")
 ANSWERS = ("generator", "temperature", "top_p")
 
 
-def told(splits: Mapping[str, CacheSplit], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As data.json has it: counts of each split, and of the teacher cache's settings those that say how it was made."""
+def told(cache: Artifact) -> dict[str, Any]:
+    """As data.json has it: counts of each split of a teacher cache, and how its texts were made."""
+    splits = {name: open_split(cache.path, name) for name in ("train", "heldout")}
     counts = {
         name: {
             "num_sequences": split.num_sequences,
@@ -19,8 +20,8 @@ def told(splits: Mapping[str, CacheSplit], settings: Mapping[str, Any]) -> dict[
         }
         for name, split in splits.items()
     }
-    made = {key: settings["prompts"].get(key) for key in PROMPTS}
-    made |= {key: settings["teacher_cache"].get(key) for key in ANSWERS}
+    made = {key: cache.settings["prompts"].get(key) for key in PROMPTS}
+    made |= {key: cache.settings["teacher_cache"].get(key) for key in ANSWERS}
     return {
         "splits": counts,
         "longest_tokens": max(int(split.num_tokens.max()) for split in splits.values()),

@@ -1,7 +1,8 @@
 """Saves a random draft as EasyDeL does, its kernels split over all devices there are.
 
-    saved_on_a_mesh.py DIRECTORY DATAxFSDPxTENSOR
+    saved_on_a_mesh.py DIRECTORY DATAxFSDPxTENSOR [averaged]
 
+With `averaged` the optimizer keeps an average of the weights, here their halves.
 A program of its own, because the number of devices is fixed when JAX starts.
 """
 
@@ -19,6 +20,7 @@ from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig
 from pipeline.model.rope import Rope
 from pipeline.train import environment
+from pipeline.train.optimizer import averaged
 
 DRAFT = DraftConfig(
     vocab_size=37,
@@ -48,13 +50,16 @@ def main() -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(data, fsdp, 1, tensor, 1), AXES)
     config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
     module = DraftModule(config=config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    state = EasyDeLState.create(step=3, model=module, tx=optax.adamw(1e-3), init_opt_state=True)
+    optimizer = optax.adamw(1e-3)
+    if sys.argv[3:] == ["averaged"]:
+        optimizer = optax.chain(optimizer, averaged(0.9))
+    state = EasyDeLState.create(step=3, model=module, tx=optimizer, init_opt_state=True)
 
     def split(path: tuple, leaf: jax.Array) -> jax.Array:
         names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
         kernel = next((name for name in KERNELS if name in names), None)
         spec = PartitionSpec() if kernel is None or leaf.ndim < 2 else KERNELS[kernel]
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return jax.device_put(leaf / 2 if "average" in names else leaf, NamedSharding(mesh, spec))
 
     state = jax.tree_util.tree_map_with_path(split, state)
     state.save_state(directory, float_dtype=jnp.float32, save_optimizer=True)

@@ -4,6 +4,7 @@ However many devices wrote an array, in however many chunks, it is read whole; f
 """
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -18,18 +19,20 @@ from pipeline.model.checkpoints import weight_paths
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.places import Place
 
-INDEX, PREFIX = "tensorstore_index.json", "model"
+INDEX = "tensorstore_index.json"
+WEIGHTS = re.compile("(model/)()")
+AVERAGE = re.compile(r"(tx/\d+/average/).*(/value)$")  # train/optimizer.py keeps it, in a place of the chain
 MEND = "delete the checkpoint and run stage=train again"
 
 
 def read_checkpoint(run: Place, config: DraftConfig) -> DraftWeights:
-    """The float32 weights of a run directory (`run-<step>`).
+    """The float32 weights that a run directory (`run-<step>`) stands for: the average of them, where one is kept.
 
     Raises PipelineError naming every array that is missing, wholly or in part, unexpected, misshapen or not finite.
     """
-    stored = _stored(run)
+    stored, (head, tail) = _stored(run)
     shapes = draft.weight_shapes(config)
-    wanted = {f"{PREFIX}/{path.replace('.', '/')}": shape for path, shape in weight_paths(shapes)}
+    wanted = {f"{head}{path.replace('.', '/')}{tail}": shape for path, shape in weight_paths(shapes)}
     found = _read_all(run, wanted.keys() & stored)
     problems = [f"{path}: unexpected" for path in sorted(stored - wanted.keys())]
     problems += [
@@ -42,13 +45,23 @@ def read_checkpoint(run: Place, config: DraftConfig) -> DraftWeights:
     return jax.tree.unflatten(jax.tree.structure(shapes), [jnp.asarray(found[path]) for path in wanted])
 
 
-def _stored(run: Place) -> set[str]:
-    """The arrays that EasyDeL says it wrote."""
+def holds_weights(name: str) -> bool:
+    """Whether a file of a run directory is a part of what `read_checkpoint` reads, or may be."""
+    return name == INDEX or name.startswith("model/") or "/average/" in name
+
+
+def _stored(run: Place) -> tuple[set[str], tuple[str, str]]:
+    """The weights' arrays that EasyDeL says it wrote, and how their paths begin and end."""
     try:
         index = json.loads((run / INDEX).read_text())
-        return {entry["path"] for entry in index["prefixes"][PREFIX]}
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        paths = [entry["path"] for entries in index["prefixes"].values() for entry in entries]
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise PipelineError(f"{run} is no run directory of EasyDeL's ({INDEX}: {error!r}); {MEND}") from error
+    for kind in (AVERAGE, WEIGHTS):
+        found = {path: match.groups() for path in paths if (match := kind.match(path))}
+        if len(set(found.values())) == 1:
+            return set(found), next(iter(found.values()))
+    raise PipelineError(f"{run} holds no weights ({INDEX} names {len(paths)} other arrays); {MEND}")
 
 
 def _problem(array: np.ndarray | str, shape: jax.ShapeDtypeStruct) -> str | None:

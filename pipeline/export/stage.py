@@ -10,7 +10,7 @@ from pipeline.config import PipelineConfig
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.dflash.contract import Contract
 from pipeline.export.card import Training, model_card
-from pipeline.export.run_directory import MEND, PREFIX, read_checkpoint
+from pipeline.export.run_directory import MEND, holds_weights, read_checkpoint
 from pipeline.export.write import write_draft
 from pipeline.model import checkpoints, hf_draft
 from pipeline.places import Place
@@ -62,8 +62,8 @@ def _run_directory(trained: Artifact) -> Place:
     if len(found) != 1:
         raise PipelineError(f"{trained.path} holds {len(found)} run directories, wanted one; run stage=train again")
     run = found.pop()
-    weights = {name: entry for name, entry in trained.files.items() if name.startswith(f"{run}/{PREFIX}/")}
-    damaged = places.damage(trained.path, weights, verify=True)
+    read = {name: entry for name, entry in trained.files.items() if holds_weights(name.removeprefix(f"{run}/"))}
+    damaged = places.damage(trained.path, read, verify=True)
     if damaged:
         raise PipelineError(f"{trained.path} is damaged; {MEND}\n  " + "\n  ".join(damaged))
     return trained.path / run

@@ -155,6 +155,14 @@ def test_the_config_of_a_gpt_oss_draft_is_the_recommended_one_key_by_key(gpt_oss
     assert written == CONFIG
 
 
+def test_the_example_config_of_the_reference_is_read(gpt_oss_draft):
+    """../shared/reference/dflash_gptoss20b_example_config.json: the recommended one, with GPT-OSS's own theta."""
+    inner = {key: value for key, value in CONFIG["dflash_config"].items() if key != "causal"}
+    theta = {"rope_theta": 150000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}
+    found = hf_draft.config_from_hf(CONFIG | theta | {"dflash_config": inner})
+    assert found == dataclasses.replace(gpt_oss_draft, rope=Rope(theta=150000.0))
+
+
 @pytest.mark.parametrize("block_size", [8, 10, 16])
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
 def test_every_reader_finds_what_it_reads(gpt_oss_draft, reader, block_size):

@@ -18,14 +18,14 @@ TESTS = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 300
 
 
-def saved(directory, mesh):
+def saved(directory, mesh, *options):
     num_devices = int(np.prod([int(size) for size in mesh.split("x")]))
     environment = os.environ | {
         "PYTHONPATH": str(TESTS.parent),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     }
-    command = [sys.executable, str(TESTS / "saved_on_a_mesh.py"), str(directory), mesh]
+    command = [sys.executable, str(TESTS / "saved_on_a_mesh.py"), str(directory), mesh, *options]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert made.returncode == 0, made.stderr[-4000:]
     return directory
@@ -56,6 +56,16 @@ def test_a_draft_that_eight_devices_saved_in_parts_is_the_one_that_one_device_sa
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_draft_of_averaged_weights_is_the_average_that_training_evaluates(split, tmp_path):
+    averaged = saved(tmp_path / "run-3", "1x2x2", "averaged")
+    leaves = [jax.tree.leaves(read_checkpoint(run, DRAFT)) for run in (split, averaged)]
+    for weights, halves in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(weights / 2, halves)
+    shutil.rmtree(averaged / "tx" / "1" / "average" / "norm")
+    with pytest.raises(PipelineError, match="tx/1/average/norm/value: missing"):
+        read_checkpoint(averaged, DRAFT)
+
+
 def test_a_part_that_is_missing_is_not_read_as_zeros(damaged):
     (damaged / "model" / "fuse" / "1.0").unlink()
     shutil.rmtree(damaged / "model" / "norm")
@@ -79,5 +89,5 @@ def test_a_part_that_is_torn_is_named(damaged):
 def test_a_directory_without_a_readable_index_is_no_run_directory(damaged, index):
     file = damaged / "tensorstore_index.json"
     file.unlink() if index is None else file.write_text(index)
-    with pytest.raises(PipelineError, match="no run directory of EasyDeL's"):
+    with pytest.raises(PipelineError, match="no run directory of EasyDeL's|holds no weights"):
         read_checkpoint(damaged, DRAFT)

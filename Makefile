@@ -4,8 +4,9 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # The oracles' torch: python3.11 where it runs, else the one above
 ORACLE_BASE ?= $(shell python3.11 -c 'import ensurepip' 2>/dev/null && echo python3.11 || echo $(PYTHON))
 
-# sglang-jax wants 3.12 or later
-LATE_BASE ?= $(shell for python in python3.12 python3.13; do $$python -c 'import ensurepip' 2>/dev/null && echo $$python && break; done)
+# sglang-jax wants 3.12 or later; pyenv hides what it has not been told to use
+LATE_BASE ?= $(shell for python in python3.12 python3.13 $$HOME/.pyenv/versions/3.1[23].*/bin/python; do \
+  $$python -c 'import ensurepip' 2>/dev/null && echo $$python && break; done)
 
 VENV ?= .venv
 ORACLE_VENV ?= .venv-oracle
@@ -90,6 +91,7 @@ CONFORMANCE := transformers4 transformers5 sglang_jax speculators
 conformance-env: $(CONFORMANCE:%=$(CONFORMANCE_VENVS)/%/.installed)
 
 $(CONFORMANCE_VENVS)/%/.created:
+	@test -n "$(LATE_BASE)" || { echo "error: sglang-jax needs Python 3.12 or 3.13; give it: make LATE_BASE=/path/to/python" >&2; exit 2; }
 	$(if $(filter sglang_jax,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
 	@touch $@
 

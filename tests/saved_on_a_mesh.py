@@ -1,8 +1,8 @@
 """Saves a random draft as EasyDeL does, its kernels split over all devices there are.
 
-    saved_on_a_mesh.py DIRECTORY DATAxFSDPxTENSOR [averaged]
+    saved_on_a_mesh.py DIRECTORY DATAxFSDPxTENSOR
 
-With `averaged` the optimizer keeps an average of the weights, here their halves.
+The optimizer keeps an average of the weights, here their halves.
 A program of its own, because the number of devices is fixed when JAX starts.
 """
 
@@ -50,9 +50,7 @@ def main() -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(data, fsdp, 1, tensor, 1), AXES)
     config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
     module = DraftModule(config=config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    optimizer = optax.adamw(1e-3)
-    if sys.argv[3:] == ["averaged"]:
-        optimizer = optax.chain(optimizer, averaged(0.9))
+    optimizer = optax.chain(optax.adamw(1e-3), averaged(0.9))
     state = EasyDeLState.create(step=3, model=module, tx=optimizer, init_opt_state=True)
 
     def split(path: tuple, leaf: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from pathlib import Path
 import urllib.parse
 from typing import Any
 

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import re
-from pathlib import Path
 import urllib.parse
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import PipelineError

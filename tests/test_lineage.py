@@ -94,7 +94,7 @@ def test_an_address_follows_its_parents_fingerprint(config):
     target = lineage.target(config)
     other = dataclasses.replace(target, fingerprint="another target")
     assert lineage.teacher_cache_address(config, other) != lineage.teacher_cache_address(config, target)
-    assert lineage.export_settings("one") != lineage.export_settings("other")
+    assert lineage.export_settings(config, "one") != lineage.export_settings(config, "other")
 
 
 def test_other_weights_in_the_same_place_are_another_target(tmp_path):

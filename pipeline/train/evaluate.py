@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pipeline.dflash import acceptance, blocks
 from pipeline.dflash.acceptance import Acceptance
+from pipeline.dflash.scored import ScoredText, acceptance_of
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.linear import Kernel
 from pipeline.teacher_cache.store import CachedSequence, CacheSplit
@@ -27,7 +28,21 @@ def evaluate(
     *,
     num_sequences: int | None = None,
 ) -> Acceptance:
-    """The rounds of an engine that decodes the first `num_sequences` texts of a split (default: all).
+    """The rounds of `score`, all together."""
+    texts = score(weights, config, embedding, head, split, num_sequences=num_sequences)
+    return acceptance_of(texts, config.block_size)
+
+
+def score(
+    weights: DraftWeights,
+    config: DraftConfig,
+    embedding: Float[Array, "V D"],
+    head: Kernel,
+    split: CacheSplit,
+    *,
+    num_sequences: int | None = None,
+) -> list[ScoredText]:
+    """The rounds of an engine that decodes the first `num_sequences` texts of a split (default: all), in order.
 
     A block is drafted at every generated position, over the cached features before it; walking from the
     first generated token by what each block keeps gives exactly the rounds that greedy decoding runs.
@@ -35,14 +50,19 @@ def evaluate(
     count = split.num_sequences if num_sequences is None else min(num_sequences, split.num_sequences)
     num_generated = split.num_tokens[:count] - split.prompt_tokens[:count]
     order = np.argsort(num_generated, kind="stable")  # rows of a pass have about as many blocks
-    total = acceptance.empty(config.block_size)
+    found: dict[int, ScoredText] = {}
     for start in range(0, count, SEQUENCES_PER_PASS):
-        sequences = split.read([int(index) for index in order[start : start + SEQUENCES_PER_PASS]])
+        indices = [int(index) for index in order[start : start + SEQUENCES_PER_PASS]]
+        sequences = split.read(indices)
         kept_at = _kept_everywhere(weights, config, embedding, head, sequences, padded_length(split.num_tokens))
-        for sequence, kept in zip(sequences, kept_at, strict=True):
-            rounds = acceptance.walk(kept, sequence.prompt_tokens, len(sequence.token_ids))
-            total += Acceptance.of(rounds, config.block_size)
-    return total
+        for index, sequence, kept in zip(indices, sequences, kept_at, strict=True):
+            found[index] = ScoredText(
+                prompt_id=split.prompt_ids[index],
+                prompt_tokens=sequence.prompt_tokens,
+                token_ids=tuple(sequence.token_ids.tolist()),
+                kept=tuple(acceptance.walk(kept, sequence.prompt_tokens, len(sequence.token_ids))),
+            )
+    return [found[index] for index in range(count)]
 
 
 def _kept_everywhere(

@@ -1,6 +1,5 @@
 """`stage=train`: teacher cache -> trained draft, as EasyDeL's last run directory and what it scored."""
 
-import functools
 import json
 import logging
 import shutil
@@ -17,6 +16,7 @@ from pipeline.config import PipelineConfig, TrainConfig
 from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.dflash.contract import Contract
+from pipeline.dflash.scored import ScoredText, acceptance_of, to_lines
 from pipeline.model import checkpoints, hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights, weight_shapes
 from pipeline.model.linear import Kernel
@@ -24,7 +24,7 @@ from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
 from pipeline.train import environment, runs
 from pipeline.train.batches import Batches
-from pipeline.train.evaluate import evaluate
+from pipeline.train.evaluate import score
 from pipeline.train.journal import Journal, log_acceptance
 from pipeline.train.recipe import Recipe
 
@@ -53,10 +53,11 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         frozen = _frozen(target.path, dtype)
         splits = {split: open_split(cache.path, split) for split in ("train", "heldout")}
         weights = _fit(scratch, draft, config.train, config.seed, dtype, frozen, splits, tracker)
-        evaluation = _evaluated(weights, draft, dtype, frozen, splits)
+        scored = _scored(weights, draft, dtype, frozen, splits)
         _keep_only(scratch, runs.path_of(scratch, config.train.steps))
         artifacts.write_json(scratch / lineage.DRAFT_CONFIG, hf_draft.config_to_hf(draft, "float32", {}))
-        artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
+        artifacts.write_json(scratch / lineage.EVALUATION, _evaluation(scored, draft.block_size))
+        artifacts.write_bytes(scratch / lineage.HELDOUT_TEXTS, to_lines(scored["heldout"]))
         made = artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
     _report(tracker, made, "is made")
 
@@ -125,9 +126,12 @@ def _fit(
         num_anchors=train.anchors_per_sequence,
         seed=seed,
     )
-    score = functools.partial(_score, draft=draft, dtype=dtype, frozen=frozen, split=splits["heldout"])
+
+    def evaluate(weights: DraftWeights) -> Acceptance:
+        return acceptance_of(_score(weights, draft, dtype, frozen, splits["heldout"]), draft.block_size)
+
     with Journal(
-        tracker, steps=train.steps, log_steps=train.log_steps, eval_steps=train.eval_steps, evaluate=score
+        tracker, steps=train.steps, log_steps=train.log_steps, eval_steps=train.eval_steps, evaluate=evaluate
     ) as journal:
         return trainer.fit(scratch, draft, recipe, *frozen, batches.at, journal.begin, journal.step)
 
@@ -139,24 +143,29 @@ def _score(
     frozen: tuple[Array, Kernel],
     split: CacheSplit,
     num_sequences: int = EVALUATED_SEQUENCES,
-) -> Acceptance:
+) -> list[ScoredText]:
     weights = jax.tree.map(lambda array: array.astype(dtype), weights)  # the precision it is served in
-    return evaluate(weights, draft, *frozen, split, num_sequences=num_sequences)
+    return score(weights, draft, *frozen, split, num_sequences=num_sequences)
 
 
-def _evaluated(
+def _scored(
     weights: DraftWeights,
     draft: DraftConfig,
     dtype: jnp.dtype,
     frozen: tuple[Array, Kernel],
     splits: dict[str, CacheSplit],
-) -> dict[str, Any]:
-    """Acceptance on held-out texts and on as many train texts, as evaluation.json has it."""
+) -> dict[str, list[ScoredText]]:
+    """Held-out texts and as many train texts, with the rounds over them."""
     count = min(EVALUATED_SEQUENCES, *(split.num_sequences for split in splits.values()))
-    found = {name: _score(weights, draft, dtype, frozen, split, num_sequences=count) for name, split in splits.items()}
+    return {name: _score(weights, draft, dtype, frozen, split, count) for name, split in splits.items()}
+
+
+def _evaluation(scored: dict[str, list[ScoredText]], block_size: int) -> dict[str, Any]:
+    """Acceptance of each split, as evaluation.json has it."""
+    found = {name: (len(texts), acceptance_of(texts, block_size)) for name, texts in scored.items()}
     return {
-        name: {"num_sequences": count, "histogram": list(score.histogram), **score.metrics()}
-        for name, score in found.items()
+        name: {"num_sequences": count, "histogram": list(total.histogram), **total.metrics()}
+        for name, (count, total) in found.items()
     }
 
 

@@ -57,20 +57,18 @@ def configuration(root: Path) -> PipelineConfig:
             ),
             pretrain=PretrainConfig(
                 num_conversations=1200,
-                steps=120,
+                steps=80,
                 batch_tokens=1536,
                 sequence_length=96,
                 learning_rate=4e-3,
-                checkpoint_steps=120,
+                checkpoint_steps=80,
             ),
         ),
         prompts=PromptsConfig(count=160, heldout_fraction=0.15),
-        teacher_cache=TeacherCacheConfig(
-            max_prompt_tokens=160, max_new_tokens=40, batch_size=32, shard_sequences=200
-        ),
+        teacher_cache=TeacherCacheConfig(max_prompt_tokens=160, max_new_tokens=40, batch_size=32, shard_sequences=200),
         draft=DraftConfig(
             block_size=6,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             tapped_layers=list(TAPPED_LAYERS),
             num_attention_heads=4,
             num_key_value_heads=2,

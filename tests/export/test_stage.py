@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_loop
 import tiny_training
 from tiny_training import Recorder
 
@@ -19,10 +20,12 @@ from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.teacher_cache.store import open_split
 from pipeline.train.evaluate import evaluate
 
+RUN = f"run-{tiny_loop.STEPS}"
+
 
 @pytest.fixture(scope="module")
 def trained():
-    config = tiny_training.trained()
+    config = tiny_loop.trained()
     return lineage.checkpoint(config, lineage.target(config))
 
 
@@ -33,19 +36,19 @@ def draft_config(trained):
 
 @pytest.fixture(scope="module")
 def weights(trained, draft_config):
-    return read_checkpoint(trained.path / "run-12", draft_config)
+    return read_checkpoint(trained.path / RUN, draft_config)
 
 
 @pytest.fixture
 def config(tmp_path):
     """The trained configuration, with an output of its own for the exported draft."""
-    config = tiny_training.configuration(tiny_training.root_of(tiny_training.trained()))
+    config = tiny_loop.copy(tiny_loop.trained())
     config.export.path = str(tmp_path / "dflash-mine")
     return config
 
 
 def test_weights_read_without_easydel_score_what_the_trainer_scored(trained, draft_config, weights):
-    config = tiny_training.trained()
+    config = tiny_loop.trained()
     target = lineage.target(config)
     _, of_target = checkpoints.load_target(target.path, WeightsForm())
     split = open_split(lineage.teacher_cache(config, target).path, "heldout")
@@ -62,7 +65,9 @@ def test_the_exported_draft_is_the_trained_one_in_bfloat16(config, weights):
         np.testing.assert_array_equal(np.asarray(left.astype(jnp.bfloat16).astype(jnp.float32)), right)
     assert set(made.files) == {"README.md", "config.json", "contract.json", "evaluation.json", "model.safetensors"}
     written = json.loads((made.path / "config.json").read_text())
-    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (0, 1, 2)
+    ids = checkpoints.read_config(lineage.target(config).path)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert written[key] == ids[key]
     assert 0 < tracker.metrics["export/relative_error", None] < 1e-2
     assert "accept_length" in (made.path / "README.md").read_text()
 
@@ -85,8 +90,8 @@ def test_before_training_it_says_which_stage_to_run(tmp_path):
 
 
 def test_a_run_directory_that_does_not_fit_is_refused_with_every_fault(trained, draft_config, tmp_path):
-    run = tmp_path / "run-12"
-    shutil.copytree(trained.path / "run-12", run)
+    run = tmp_path / RUN
+    shutil.copytree(trained.path / RUN, run)
     shutil.rmtree(run / "model" / "layers" / "0" / "key")
     index = json.loads((run / "tensorstore_index.json").read_text())
     entries = [one for one in index["prefixes"]["model"] if one["path"] != "model/norm"]

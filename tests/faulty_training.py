@@ -52,7 +52,7 @@ class Trained:
         checkpoint = lineage.checkpoint(config, target)
         sizes = lineage.own_draft_config(checkpoint)
         weights = read_checkpoint(checkpoint.path / RUN, sizes)
-        return cls(config, target, checkpoint, sizes, weights, scored.read(checkpoint.path / lineage.HELDOUT_TEXTS))
+        return cls(config, target, checkpoint, sizes, weights, scored.read(checkpoint.path / scored.FILE))
 
 
 def seal(
@@ -76,7 +76,7 @@ def seal(
         evaluation = json.loads((scratch / lineage.EVALUATION).read_text())
         evaluation["heldout"] |= {"histogram": list(total.histogram), **total.metrics()}
         artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
-        artifacts.write_bytes(scratch / lineage.HELDOUT_TEXTS, scored.to_lines(texts))
+        artifacts.write_bytes(scratch / scored.FILE, scored.to_lines(texts))
     contract = lineage.draft_contract(config, trained.target, {}).to_json()
     artifacts.seal(path, kind=lineage.CHECKPOINT, settings=trained.checkpoint.settings, contract=contract)
     config = tiny_loop.copy(config)

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from pipeline.artifacts import PipelineError
 from pipeline.dflash.acceptance import Acceptance
+from pipeline.places import Place
+
+FILE = "heldout.jsonl"  # in a checkpoint: what its evaluation read, and the rounds that it counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ def to_lines(texts: Sequence[ScoredText]) -> bytes:
     return "".join(json.dumps(dataclasses.asdict(text), sort_keys=True) + "\n" for text in texts).encode()
 
 
-def read(file: Path) -> list[ScoredText]:
+def read(file: Place) -> list[ScoredText]:
     """What `to_lines` wrote. Raises PipelineError when there is no such file or it holds something else."""
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]

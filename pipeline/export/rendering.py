@@ -6,18 +6,20 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import PipelineError
 from pipeline.dflash.scored import ScoredText
-from pipeline.prompts.chat_format import render_prompt
+from pipeline.prompts.chat_format import prompt_token_ids
 from pipeline.prompts.sources import Prompt
 
 SHOWN_TOKENS = 8
 
 
 def require_rendering(
-    texts: Sequence[ScoredText], prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase
+    texts: Sequence[ScoredText], prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase, date: str
 ) -> None:
     """Raise PipelineError when the prompt of a text is not the rendering of the prompt of its id."""
     wrong = [
-        problem for text in texts if (problem := _problem(text, prompts.get(text.prompt_id), tokenizer)) is not None
+        problem
+        for text in texts
+        if (problem := _problem(text, prompts.get(text.prompt_id), tokenizer, date)) is not None
     ]
     if wrong:
         raise PipelineError(
@@ -27,11 +29,11 @@ def require_rendering(
         )
 
 
-def _problem(text: ScoredText, prompt: Prompt | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _problem(text: ScoredText, prompt: Prompt | None, tokenizer: PreTrainedTokenizerBase, date: str) -> str | None:
     name = f"prompt {text.prompt_id[:12]}"
     if prompt is None:
         return f"{name}: not in the prompt set of this configuration"
-    wanted = render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
+    wanted = prompt_token_ids(tokenizer, prompt, date=date)
     found = list(text.prompt_ids)
     if found == wanted:
         return None

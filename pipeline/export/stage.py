@@ -80,10 +80,10 @@ def _nothing_left(path: Path) -> Iterator[None]:
 
 def _texts(config: PipelineConfig, trained: Artifact, target: lineage.Target) -> list[ScoredText]:
     """The first held-out texts that the training evaluation read, their prompts rendered as serving does."""
-    texts = scored.read(trained.path / lineage.HELDOUT_TEXTS)[: config.export.num_prompts]
+    texts = scored.read(trained.path / scored.FILE)[: config.export.num_prompts]
     if config.train.path is None:  # a checkpoint given by its path may be of other prompts than this configuration's
         prompts = {prompt.prompt_id: prompt for prompt in lineage.prompt_set(config).prompts}
-        require_rendering(texts, prompts, load_tokenizer(target.path))
+        require_rendering(texts, prompts, load_tokenizer(target.path), config.prompts.date)
     return texts
 
 

@@ -45,7 +45,8 @@ from pipeline.prompts.efforts import EffortMix
 
 REMEMBERED = "sha256.json"  # of large files, under output_dir
 TARGET, TEACHER_CACHE, CHECKPOINT, DRAFT = "target", "teacher_cache", "checkpoint", "draft"
-DRAFT_CONFIG, EVALUATION = "draft_config.json", "evaluation.json"  # in a checkpoint; the latter in a draft too
+DRAFT_CONFIG, DATA = "draft_config.json", "data.json"  # in a checkpoint
+EVALUATION = "evaluation.json"  # in a checkpoint and in a draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,10 +345,10 @@ def checkpoint_settings(config: PipelineConfig, target: Target, cache_fingerprin
     return {"teacher_cache": cache_fingerprint, "draft": draft, "train": train, "seed": config.seed}
 
 
-def checkpoint_address(config: PipelineConfig, target: Target) -> Path:
-    """Where the trained checkpoint of this configuration lives."""
+def checkpoint_address(config: PipelineConfig, target: Target) -> Place:
+    """Where the trained checkpoint of this configuration lives; one that was copied to a bucket is read from there."""
     if config.train.path is not None:
-        return Path(config.train.path)
+        return places.place_of(config.train.path)
     settings = checkpoint_settings(config, target, teacher_cache(config, target).fingerprint)
     return artifacts.address(Path(config.output_dir), CHECKPOINT, config.target.name, settings)
 

@@ -7,19 +7,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import artifacts, lineage
+from pipeline import artifacts, lineage, places
 from pipeline.artifacts import Artifact, PipelineError
 from pipeline.config import PipelineConfig
 from pipeline.dflash import scored
 from pipeline.dflash.contract import Contract
 from pipeline.dflash.scored import ScoredText
-from pipeline.export.card import model_card
+from pipeline.export.card import Training, model_card
 from pipeline.export.rendering import require_rendering
-from pipeline.export.run_directory import read_checkpoint
+from pipeline.export.run_directory import MEND, PREFIX, read_checkpoint
 from pipeline.export.trial import Trial, require_agreement, run_trial
 from pipeline.export.write import write_draft
 from pipeline.machine import machine, read_draft, read_target
 from pipeline.model import checkpoints
+from pipeline.places import Place
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Draft
@@ -28,6 +29,7 @@ from pipeline.tracking import Run
 log = logging.getLogger("pipeline")
 
 CARD = "README.md"
+TARGET_CHOICE = "target=local target.path=<the target's directory>"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -56,7 +58,9 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         require_agreement(trial, config.export.tolerance)
         evaluation["engine"] = trial.to_json()
         artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
-        artifacts.write_bytes(scratch / CARD, model_card(sizes, contract, evaluation).encode())
+        artifacts.write_bytes(
+            scratch / CARD, model_card(sizes, contract, evaluation, _training(config, contract, trained)).encode()
+        )
         made = artifacts.seal(path, kind=lineage.DRAFT, settings=settings, contract=contract.to_json())
     tracker.log_metrics(
         {"export/max_difference": parity.max_difference, "export/relative_error": parity.relative_error}
@@ -104,11 +108,29 @@ def _tried(config: PipelineConfig, directory: Path, target: lineage.Target, text
     )
 
 
-def _run_directory(trained: Artifact) -> Path:
-    found = sorted(trained.path.glob("run-*"))
+def _run_directory(trained: Artifact) -> Place:
+    """Where the weights are, every byte of them as it was written."""
+    found = {name.partition("/")[0] for name in trained.files if name.startswith("run-")}
     if len(found) != 1:
         raise PipelineError(f"{trained.path} holds {len(found)} run directories, wanted one; run stage=train again")
-    return found[0]
+    run = found.pop()
+    weights = {name: entry for name, entry in trained.files.items() if name.startswith(f"{run}/{PREFIX}/")}
+    damaged = places.damage(trained.path, weights, verify=True)
+    if damaged:
+        raise PipelineError(f"{trained.path} is damaged; {MEND}\n  " + "\n  ".join(damaged))
+    return trained.path / run
+
+
+def _training(config: PipelineConfig, contract: Contract, trained: Artifact) -> Training:
+    is_on_hub = contract.target.revision is not None
+    choice = f"target={config.target.name}" if config.target.path is None or is_on_hub else TARGET_CHOICE
+    return Training(
+        base_model=config.target.path if is_on_hub else None,
+        choice=choice,
+        settings=trained.settings,
+        data=json.loads((trained.path / lineage.DATA).read_text()),
+        fingerprint=trained.fingerprint,
+    )
 
 
 def _token_ids(target: Path) -> dict[str, int]:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_loop
 import tiny_training
+from buckets import EMULATORS
 from tiny_training import Recorder
 
-from pipeline import artifacts, lineage
+from pipeline import artifacts, lineage, places
 from pipeline.artifacts import PipelineError
 from pipeline.export import stage
 from pipeline.export.run_directory import read_checkpoint
@@ -29,6 +30,12 @@ def trained():
     return lineage.checkpoint(config, lineage.target(config))
 
 
+def run_of(trained):
+    """The directory of the best step, whichever that was."""
+    (found,) = trained.path.glob("run-*")
+    return found
+
+
 @pytest.fixture(scope="module")
 def draft_config(trained):
     return hf_draft.config_from_hf(json.loads((trained.path / "draft_config.json").read_text()))
@@ -36,7 +43,7 @@ def draft_config(trained):
 
 @pytest.fixture(scope="module")
 def weights(trained, draft_config):
-    return read_checkpoint(trained.path / RUN, draft_config)
+    return read_checkpoint(run_of(trained), draft_config)
 
 
 @pytest.fixture
@@ -53,7 +60,9 @@ def test_weights_read_without_easydel_score_what_the_trainer_scored(trained, dra
     _, of_target = checkpoints.load_target(target.path, WeightsForm())
     split = open_split(lineage.teacher_cache(config, target).path, "heldout")
     found = evaluate(weights, draft_config, of_target.embedding, of_target.head, split)
-    assert json.loads((trained.path / "evaluation.json").read_text())["heldout"]["histogram"] == list(found.histogram)
+    assert json.loads((trained.path / "evaluation.json").read_text())["heldout"]["histogram"] == list(
+        found.total.histogram
+    )
 
 
 def test_the_exported_draft_is_the_trained_one_in_bfloat16(config, weights):
@@ -90,8 +99,8 @@ def test_before_training_it_says_which_stage_to_run(tmp_path):
 
 
 def test_a_run_directory_that_does_not_fit_is_refused_with_every_fault(trained, draft_config, tmp_path):
-    run = tmp_path / RUN
-    shutil.copytree(trained.path / RUN, run)
+    run = tmp_path / "run-12"
+    shutil.copytree(run_of(trained), run)
     shutil.rmtree(run / "model" / "layers" / "0" / "key")
     index = json.loads((run / "tensorstore_index.json").read_text())
     entries = [one for one in index["prefixes"]["model"] if one["path"] != "model/norm"]
@@ -110,3 +119,31 @@ def test_a_run_directory_that_does_not_fit_is_refused_with_every_fault(trained, 
         "model/fuse: float32",
     ):
         assert fault in message
+
+
+def test_a_flipped_byte_of_the_weights_is_found_before_they_are_read(config, trained, tmp_path):
+    copied = tmp_path / "checkpoint"
+    shutil.copytree(trained.path, copied)
+    chunk = next(path for path in sorted((copied / run_of(trained).name / "model").rglob("*")) if path.name == "0.0")
+    data = bytearray(chunk.read_bytes())
+    data[-1] ^= 1
+    chunk.write_bytes(data)
+    config.train.path = str(copied)
+    with pytest.raises(PipelineError, match=f"{chunk.parent.name}/0.0: sha256 differs"):
+        stage.run(config, Recorder())
+
+
+def test_a_checkpoint_in_a_bucket_is_exported_as_one_on_a_disk(config, trained, tmp_path, monkeypatch):
+    stage.run(config, Recorder())
+    with EMULATORS["gs"]() as (bucket, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        place = places.place_of(f"{bucket}/checkpoints/mine")
+        for name in places.files(trained.path):
+            (place / name).write_bytes((trained.path / name).read_bytes())
+        config.train.path = str(place)
+        config.export.path = str(tmp_path / "dflash-from-the-bucket")
+        stage.run(config, Recorder())
+    for name in ("config.json", "model.safetensors", "README.md", "evaluation.json"):
+        one, other = (tmp_path / directory / name for directory in ("dflash-mine", "dflash-from-the-bucket"))
+        assert one.read_bytes() == other.read_bytes()

@@ -393,6 +393,8 @@ def own_draft_config(made: Artifact) -> DraftConfig:
     Raises PipelineError when the artifact's contract describes another one: runtimes read the file alone.
     """
     name, stage = (DRAFT_CONFIG, "train") if made.kind == CHECKPOINT else ("config.json", "export")
+    if name not in made.files:
+        raise PipelineError(f"{made.path} holds no {name}; delete it and run: {command(stage)}")
     draft = hf_draft.config_from_hf(json.loads((made.path / name).read_text()))
     contract = Contract.from_json(made.contract)
     features = FeatureIdentity(tapped_layers=list(draft.tapped_layers))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_loop
-from faulty_training import Trained, patched, refit
+from faulty_training import Trained, patched, train
 from recorder import Recorder
 
 from pipeline import artifacts, lineage
@@ -74,7 +74,9 @@ def refused(config):
     found = re.search(
         r"accept_length is ([\d.]+) in the training evaluation and ([\d.]+) in the engine", str(caught.value)
     )
-    return float(found[1]), float(found[2])
+    before, after = float(found[1]), float(found[2])
+    print(f"accept_length {before:.3f} in training, {after:.3f} in the engine")
+    return before, after
 
 
 def test_without_a_fault_the_draft_is_published_with_what_training_and_the_engine_said(published):
@@ -92,7 +94,6 @@ def test_without_a_fault_the_draft_is_published_with_what_training_and_the_engin
 MISLABELLED = {
     "layer ids + 1": {"tapped_layers": [layer + 1 for layer in TAPPED]},
     "layer ids - 1": {"tapped_layers": [layer - 1 for layer in TAPPED]},
-    "swapped tap order": {"tapped_layers": TAPPED[::-1]},
     "wrong mask id": {"mask_token": "<|endoftext|>"},
     "RoPE base changed": {"rope_theta": 1e4},
 }
@@ -105,36 +106,44 @@ def test_a_draft_trained_otherwise_than_it_says_is_not_published(trained, publis
     before, after = refused(config)
     assert before == pytest.approx(published[1]["export/accept_length_training"], abs=1e-3)
     assert after < (1 - COST) * before
-    print(f"accept_length {before:.3f} in training, {after:.3f} in the engine")
 
 
-def anchor_visible(anchors, num_positions):
-    return jnp.arange(num_positions) <= anchors[..., None]
+def test_a_draft_trained_on_swapped_taps_is_not_published(trained, config, tmp_path):
+    fuse, half = trained.weights.fuse, len(trained.weights.fuse) // 2  # its rows are those of the features
+    weights = dataclasses.replace(trained.weights, fuse=jnp.concatenate([fuse[half:], fuse[:half]]))
+    before, after = refused(faulty_training.seal(trained, tmp_path / "checkpoint", config, weights=weights))
+    assert after < (1 - COST) * before
+
+
+def anchor_visible(anchors, num_positions, first=0):
+    places = jnp.arange(num_positions)
+    return (places <= anchors[..., None]) & (places >= jnp.asarray(first)[..., None])
 
 
 def all_masked(anchor_ids, mask_token_id, block_size):
     return jnp.full((*anchor_ids.shape, block_size), mask_token_id, anchor_ids.dtype)
 
 
+LATE = [1, 3]  # layers that know what the anchor is followed by
 TRAINED_WRONG = {
-    "anchor feature visible": (lambda: patched(blocks, "context_visible", anchor_visible), {}),
-    "slot 0 masked": (lambda: patched(blocks, "block_token_ids", all_masked), {}),
-    "embedding used as head": (contextlib.nullcontext, {"embedding_is_head": True}),
+    "anchor feature visible": (lambda: patched(blocks, "context_visible", anchor_visible), LATE, {}),
+    "slot 0 masked": (lambda: patched(blocks, "block_token_ids", all_masked), TAPPED, {}),
+    "embedding used as head": (contextlib.nullcontext, TAPPED, {"embedding_is_head": True}),
 }
 
 
-@pytest.mark.parametrize(("fault", "options"), TRAINED_WRONG.values(), ids=TRAINED_WRONG.keys())
-def test_a_draft_trained_under_a_fault_is_not_published(trained, config, tmp_path, fault, options):
-    weights, texts = refit(trained, fault(), **options)
+@pytest.mark.parametrize(("fault", "layers", "options"), TRAINED_WRONG.values(), ids=TRAINED_WRONG.keys())
+def test_a_draft_trained_under_a_fault_is_not_published(trained, config, tmp_path, fault, layers, options):
+    config.draft.tapped_layers = layers
+    weights, texts = train(trained, config, fault(), **options)
     config = faulty_training.seal(trained, tmp_path / "checkpoint", config, weights=weights, texts=texts)
     before, after = refused(config)
     assert after < (1 - COST) * before
-    print(f"accept_length {before:.3f} in training, {after:.3f} in the engine")
 
 
 @pytest.mark.slow  # the first test shows it of a draft that the stages trained
 def test_the_same_training_without_a_fault_is_published(trained, config, tmp_path):
-    weights, texts = refit(trained, contextlib.nullcontext())
+    weights, texts = train(trained, config, contextlib.nullcontext())
     config = faulty_training.seal(trained, tmp_path / "checkpoint", config, weights=weights, texts=texts)
     tracker = Recorder()
     export.run(config, tracker)
@@ -173,7 +182,7 @@ def no_mask_token(values):
 CHANGED_FILES = {
     "layer ids + 1": (layer_ids(2, 3), r"features.tapped_layers: found \[2, 3\], wanted \[1, 2\]"),
     "layer ids - 1": (layer_ids(0, 1), r"features.tapped_layers: found \[0, 1\], wanted \[1, 2\]"),
-    "swapped tap order": (layer_ids(2, 1), r"features.tapped_layers: found \[2, 1\], wanted \[1, 2\]"),
+    "swapped tap order": (layer_ids(2, 1), r"target_layer_ids: found \[2, 1\], wanted ascending layers"),
     "wrong mask id": (lambda values: values["dflash_config"].update(mask_token_id=7), "draft.mask_token_id: found 7"),
     "no mask id": (no_mask_token, "mask_token_id: missing"),
     "RoPE base changed": (rope_base, "draft.rope.rope_theta: found 10000.0, wanted 1000000.0"),
@@ -220,12 +229,8 @@ def test_neither_server_nor_benchmark_runs_a_draft_that_lacks_a_tensor(published
 
 
 def test_a_checkpoint_whose_draft_is_not_the_one_of_its_contract_is_not_exported(trained, config, tmp_path):
-    config = faulty_training.seal(trained, tmp_path / "checkpoint", config)
-    file = tmp_path / "checkpoint" / lineage.DRAFT_CONFIG
-    file.write_text(file.read_text().replace('"mask_token_id": ', '"mask_token_id": 1'))
-    made = json.loads((tmp_path / "checkpoint" / artifacts.MANIFEST).read_text())
-    made["files"][lineage.DRAFT_CONFIG]["bytes"] = file.stat().st_size
-    artifacts.write_json(tmp_path / "checkpoint" / artifacts.MANIFEST, made)
+    other = dataclasses.replace(trained.sizes, mask_token_id=1)
+    config = faulty_training.seal(trained, tmp_path / "checkpoint", config, sizes=other)
     with pytest.raises(PipelineError, match=r"draft_config.json does not fit.*\n  draft.mask_token_id: found 1"):
         export.run(config, Recorder())
 

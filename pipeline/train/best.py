@@ -89,6 +89,8 @@ def take(root: Path) -> Evaluation:
     texts = _texts_of(root, best.step)
     if texts.exists():
         os.rename(texts, root / scored.FILE)
+    if not (root / scored.FILE).is_file():
+        raise PipelineError(f"{root} holds no texts of step {best.step}'s evaluation; delete it and train again")
     return best
 
 

@@ -19,7 +19,7 @@ from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Draft
 from pipeline.teacher_cache import store
 from pipeline.teacher_cache.capture import capture
-from pipeline.train.evaluate import score
+from pipeline.train.evaluate import evaluate
 
 NUM_SAMPLED = 12
 
@@ -67,14 +67,18 @@ def test_the_engine_goes_along_texts_that_it_would_not_write_as_the_training_eva
     captured = dict(capture(weights, model, trained.sizes.tapped_layers, rows))
     sequences = [
         store.CachedSequence(
-            token_ids=np.array(row, np.int32), prompt_tokens=text.prompt_tokens, features=captured[index].features
+            token_ids=np.array(row, np.int32),
+            channels=np.zeros(len(row), np.uint8),
+            prompt_tokens=text.prompt_tokens,
+            features=captured[index].features,
         )
         for index, (row, text) in enumerate(zip(rows, greedy, strict=True))
     ]
     shards = tiny_training.write_split(tmp_path, "heldout", sequences)
-    store.write_header(tmp_path, trained.sizes.feature_size, {"train": 0, "heldout": shards})
+    layout = tiny_training.layout_of(trained.sizes.feature_size)
+    store.write_header(tmp_path, layout, {"train": 0, "heldout": shards})
     split = store.open_split(tmp_path, "heldout")
-    texts = score(trained.weights, trained.sizes, weights.embedding, weights.head, split)
+    texts = evaluate(trained.weights, trained.sizes, weights.embedding, weights.head, split).texts
     assert [text.token_ids for text in texts] == rows
     assert len({sum(text.kept) for text in texts}) > 3  # some texts keep much, some nothing
 

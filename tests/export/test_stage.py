@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_loop
 import tiny_training
 from buckets import EMULATORS
 from tiny_training import Recorder
@@ -20,10 +21,12 @@ from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.teacher_cache.store import open_split
 from pipeline.train.evaluate import evaluate
 
+RUN = f"run-{tiny_loop.STEPS}"
+
 
 @pytest.fixture(scope="module")
 def trained():
-    config = tiny_training.trained()
+    config = tiny_loop.trained()
     return lineage.checkpoint(config, lineage.target(config))
 
 
@@ -46,13 +49,13 @@ def weights(trained, draft_config):
 @pytest.fixture
 def config(tmp_path):
     """The trained configuration, with an output of its own for the exported draft."""
-    config = tiny_training.configuration(tiny_training.root_of(tiny_training.trained()))
+    config = tiny_loop.copy(tiny_loop.trained())
     config.export.path = str(tmp_path / "dflash-mine")
     return config
 
 
 def test_weights_read_without_easydel_score_what_the_trainer_scored(trained, draft_config, weights):
-    config = tiny_training.trained()
+    config = tiny_loop.trained()
     target = lineage.target(config)
     _, of_target = checkpoints.load_target(target.path, WeightsForm())
     split = open_split(lineage.teacher_cache(config, target).path, "heldout")
@@ -71,7 +74,9 @@ def test_the_exported_draft_is_the_trained_one_in_bfloat16(config, weights):
         np.testing.assert_array_equal(np.asarray(left.astype(jnp.bfloat16).astype(jnp.float32)), right)
     assert set(made.files) == {"README.md", "config.json", "contract.json", "evaluation.json", "model.safetensors"}
     written = json.loads((made.path / "config.json").read_text())
-    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (0, 1, 2)
+    ids = checkpoints.read_config(lineage.target(config).path)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert written[key] == ids[key]
     assert 0 < tracker.metrics["export/relative_error", None] < 1e-2
     assert "accept_length" in (made.path / "README.md").read_text()
 

@@ -4,20 +4,30 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # The oracles' torch: python3.11 where it runs, else the one above
 ORACLE_BASE ?= $(shell python3.11 -c 'import ensurepip' 2>/dev/null && echo python3.11 || echo $(PYTHON))
 
+# sglang-jax wants 3.12 or later; pyenv hides what it has not been told to use
+LATE_BASE ?= $(shell for python in python3.12 python3.13 $$HOME/.pyenv/versions/3.1[23].*/bin/python; do \
+  $$python -c 'import ensurepip' 2>/dev/null && echo $$python && break; done)
+
 VENV ?= .venv
 ORACLE_VENV ?= .venv-oracle
+CONFORMANCE_VENVS ?= .venv-conformance
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 export ORACLE_PYTHON ?= $(abspath $(ORACLE_VENV))/bin/python
+override CONFORMANCE_VENVS := $(abspath $(CONFORMANCE_VENVS))
+export CONFORMANCE_VENVS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity peer lint smoke env test-env oracle-env clean
+.PHONY: demo test conformance parity peer lint smoke env test-env oracle-env conformance-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
 
 test: lint oracle-env
 	$(BIN)/python -m pytest
+
+conformance: test-env oracle-env conformance-env # what each runtime's own reader makes of an exported draft
+	$(BIN)/python -m pytest -m conformance
 
 peer: env oracle-env # plain decoding beside transformers' generate; another target: make peer ARGS=experiment=smollm2
 	$(BIN)/python -m pipeline stage=target $(ARGS)
@@ -76,6 +86,41 @@ $(ORACLE_VENV)/.installed-harmony: $(ORACLE_VENV)/.installed tests/oracles/harmo
 	rm -rf $(ORACLE_VENV)/wheels
 	@touch $@
 
+# one environment for each program that opens drafts, with as much of it as its reader imports; 3 GB in all
+CONFORMANCE := transformers4 transformers5 sglang_jax speculators
+conformance-env: $(CONFORMANCE:%=$(CONFORMANCE_VENVS)/%/.installed)
+
+$(CONFORMANCE_VENVS)/%/.created:
+	@test -n "$(LATE_BASE)" || { echo "error: sglang-jax needs Python 3.12 or 3.13; give it: make LATE_BASE=/path/to/python" >&2; exit 2; }
+	$(if $(filter sglang_jax,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
+	@touch $@
+
+.PRECIOUS: $(CONFORMANCE_VENVS)/%/.created
+IN_VENV = $(@D)/bin/python -m pip install $(PIP_FLAGS)
+
+$(CONFORMANCE_VENVS)/transformers4/.installed: $(CONFORMANCE_VENVS)/transformers4/.created
+	$(IN_VENV) transformers==4.57.6
+	@touch $@
+
+$(CONFORMANCE_VENVS)/transformers5/.installed: $(CONFORMANCE_VENVS)/transformers5/.created
+	$(IN_VENV) transformers==5.24.0
+	@touch $@
+
+# without the 4 GB that its server and other models want
+$(CONFORMANCE_VENVS)/sglang_jax/.installed: $(CONFORMANCE_VENVS)/sglang_jax/.created
+	$(IN_VENV) 'jax[cpu]==0.10.2' flax==0.12.4 transformers==4.57.6 huggingface-hub==0.34.6 safetensors==0.6.2 numpy==2.2.6
+	$(IN_VENV) fastapi==0.165.0 orjson==3.13.0 partial-json-parser==0.2.1.1.post7 psutil==7.2.2 pyzmq==27.3.0 requests==2.34.2
+	$(IN_VENV) --no-deps sglang-jax==0.1.0rc0
+	@touch $@
+
+# SpecForge beside it: its draft class alone, of which it pins another transformers
+$(CONFORMANCE_VENVS)/speculators/.installed: $(CONFORMANCE_VENVS)/speculators/.created
+	$(IN_VENV) torch==2.13.0
+	$(IN_VENV) transformers==5.19.0 safetensors==0.8.0 datasets==5.1.0 hs-connectors==0.9.0 loguru==0.7.3
+	$(IN_VENV) openai==3.57.0 pydantic==2.14.4 pydantic-settings==2.16.3
+	$(IN_VENV) --no-deps speculators==0.9.0 specforge==0.2.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(ORACLE_VENV) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(ORACLE_VENV) $(CONFORMANCE_VENVS) .pytest_cache .ruff_cache .import_linter_cache
 	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ import datetime
 import math
 import re
 import urllib.parse
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import PipelineError
@@ -79,6 +80,11 @@ def validate(config: PipelineConfig) -> None:
     if config.train.weight_decay < 0:
         broken.append(f"train.weight_decay is {config.train.weight_decay}; it must not be negative")
     broken += _prompts(config.prompts, config.serve.date) + _teacher_cache(config.teacher_cache) + _train(config)
+    exported = config.export.path
+    if exported and "://" in exported:
+        broken.append(f"export.path is {exported}; a draft is written to a disk and served from one: give a directory")
+    if config.stage in (Stage.export, Stage.all) and exported and "dflash" not in Path(exported).name.lower():
+        broken.append(f"export.path is {exported}; its last part must contain dflash, by which vLLM knows the method")
     if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
         broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
     if uses_hosts(config.mesh) and config.stage not in ON_HOSTS:

@@ -89,6 +89,14 @@ def test_defaults_are_valid():
         pytest.param({"draft__tapped_layers": [3, 1]}, "draft.tapped_layers is [3, 1]", id="descending layers"),
         pytest.param({"draft__tapped_layers": [1, 1]}, "draft.tapped_layers is [1, 1]", id="a layer twice"),
         pytest.param({"serve__port": 65536}, "serve.port is 65536", id="port out of range"),
+        pytest.param(
+            {"export__path": "gs://bucket/dflash"}, "export.path is gs://bucket/dflash", id="draft in a bucket"
+        ),
+        pytest.param(
+            {"stage": Stage.export, "export__path": "drafts/mine"},
+            "export.path is drafts/mine",
+            id="a name without dflash",
+        ),
     ],
 )
 def test_a_broken_rule_is_told_with_its_key_and_value(changes, told):

@@ -21,9 +21,10 @@ from pipeline.machine import machine, read_target
 from pipeline.model import checkpoints, hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights, weight_shapes
 from pipeline.model.linear import Kernel
+from pipeline.places import BucketPath
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
-from pipeline.train import best, environment, flops, vocabulary
+from pipeline.train import best, data, environment, flops, vocabulary
 from pipeline.train.batches import Batches
 from pipeline.train.best import Evaluation
 from pipeline.train.evaluate import evaluate
@@ -58,6 +59,11 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     if artifacts.exists(path):
         _report(tracker, lineage.checkpoint(config, target), "stands")
         return
+    if isinstance(path, BucketPath):
+        raise PipelineError(
+            f"train.path is {path}; training writes to a disk: give it a directory, and copy that to the bucket when "
+            "it is complete (stage=export reads it from there)"
+        )
     cache = lineage.teacher_cache(config, target)
     draft = lineage.draft_config(config, target)
     settings = lineage.checkpoint_settings(config, target, cache.fingerprint)
@@ -74,6 +80,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
             found = best.take(scratch)
             artifacts.write_json(scratch / lineage.DRAFT_CONFIG, hf_draft.config_to_hf(draft, "float32", {}))
             artifacts.write_json(scratch / lineage.EVALUATION, best.as_json(found))
+            artifacts.write_json(scratch / lineage.DATA, data.told(cache))
             artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
         hosts.meet("training is over")
     _report(tracker, lineage.checkpoint(config, target), "is made")
@@ -248,7 +255,7 @@ def _report(tracker: Run, made: Artifact, verb: str) -> None:
     scores = {split: Score.from_json(found[split]) for split in ("heldout", "train")}
     log_scores(tracker, scores, step)
     tracker.log_json(artifacts.CONTRACT, made.contract)
-    tracker.log_artifact(made.path / lineage.EVALUATION)
+    tracker.log_json(lineage.EVALUATION, found)
     heldout, trained = scores["heldout"].total, scores["train"].total
     log.info(
         "train: the draft %s at %s; the best of its evaluations is that of step %d of %d; accept_length %.3f of %d on "

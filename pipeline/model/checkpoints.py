@@ -229,4 +229,4 @@ def _is_place(value: Any) -> bool:
 
 
 def _first_device() -> Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -190,6 +190,7 @@ def _fit(scratch: Path, config: PipelineConfig, given: Given, tracker: Run) -> N
         num_sequences=train.batch_sequences,
         num_anchors=train.anchors_per_sequence,
         seed=config.seed,
+        host=(jax.process_index(), jax.process_count()),
     )
     evaluations = best.read(scratch)
     if hosts.is_first():

@@ -231,7 +231,7 @@ def test_any_draft_given_by_path_is_served_that_shares_the_target(config, tmp_pa
     ("key", "value", "problem"),
     [
         ("mask_token_id", 5, "draft.mask_token_id: found 5, wanted 60"),
-        ("target_layer_ids", [2, 0], r"features.tapped_layers: found \[2, 0\], wanted \[0, 2\]"),
+        ("target_layer_ids", [0, 1], r"features.tapped_layers: found \[0, 1\], wanted \[0, 2\]"),
     ],
 )
 def test_a_draft_whose_file_is_not_what_its_contract_says_is_refused(config, tmp_path, key, value, problem):

@@ -26,6 +26,7 @@ from pipeline.train import environment, runs
 from pipeline.train.batches import Batches
 from pipeline.train.evaluate import evaluate
 from pipeline.train.journal import Journal, log_acceptance
+from pipeline.train.packed_batches import PackedBatches
 from pipeline.train.recipe import Recipe
 
 log = logging.getLogger("pipeline")
@@ -122,17 +123,29 @@ def _fit(
     from pipeline.train import trainer  # imports EasyDeL, which only now can be
 
     recipe = recipe_of(train, draft, seed, dtype)
-    batches = Batches(
-        splits["train"],
-        num_sequences=train.batch_sequences,
-        num_anchors=train.anchors_per_sequence,
-        seed=seed,
-    )
+    batches = _batches(splits["train"], train, seed)
     score = functools.partial(_score, draft=draft, dtype=dtype, frozen=frozen, split=splits["heldout"])
     with Journal(
         tracker, steps=train.steps, log_steps=train.log_steps, eval_steps=train.eval_steps, evaluate=score
     ) as journal:
         return trainer.fit(scratch, draft, recipe, *frozen, batches.at, journal.begin, journal.step)
+
+
+def _batches(split: CacheSplit, train: TrainConfig, seed: int) -> Batches | PackedBatches:
+    """Rows of one sequence each, or of `train.pack_tokens` tokens."""
+    num_rows, num_anchors = train.batch_sequences, train.anchors_per_sequence
+    if train.pack_tokens is None:
+        return Batches(split, num_sequences=num_rows, num_anchors=num_anchors, seed=seed)
+    batches = PackedBatches(split, num_rows=num_rows, row_tokens=train.pack_tokens, num_anchors=num_anchors, seed=seed)
+    log.info(
+        "train: %d sequences are packed into %d rows of %d tokens (%.0f%% full) and %d blocks",
+        split.num_sequences,
+        batches.num_filled,
+        train.pack_tokens,
+        100 * split.num_tokens.sum() / (batches.num_filled * train.pack_tokens),
+        batches.row_anchors,
+    )
+    return batches
 
 
 def _score(

@@ -9,19 +9,15 @@ losses, the other metrics of the last step, and the bytes of embedding and head 
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
-from pipeline.train import environment
-
-environment.prepare()
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from easydel.infra.base_state import EasyDeLState
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -29,8 +25,7 @@ from pipeline.dflash import blocks
 from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig
 from pipeline.model.rope import Rope
-from pipeline.train import lowered, trainer, vocabulary
-from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+from pipeline.train import environment, vocabulary
 from pipeline.train.recipe import Recipe
 
 NUM_ROWS, NUM_POSITIONS, NUM_ANCHORS, NUM_STEPS = 16, 32, 6, 5
@@ -74,6 +69,11 @@ def batch_at(step: int, *, packed: bool, teacher: bool) -> dict[str, np.ndarray]
 
 def trained(sizes: list[int], case: dict) -> dict:
     """The losses of a few steps on a mesh of `sizes`."""
+    from easydel.infra.base_state import EasyDeLState  # which only now can be imported
+
+    from pipeline.train import lowered, trainer
+    from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+
     data, fsdp, tensor = sizes
     packed = case.pop("packed")
     devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, 1, tensor, 1)
@@ -90,7 +90,7 @@ def trained(sizes: list[int], case: dict) -> dict:
         seed=0,
         **case,
     )
-    optimizer, schedule = trainer.arguments_of(lowered.Path("run"), recipe).get_optimizer_and_scheduler(NUM_STEPS)
+    optimizer, schedule = trainer.arguments_of(Path("run"), recipe).get_optimizer_and_scheduler(NUM_STEPS)
     module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
     module = DraftModule(config=module_config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     state = EasyDeLState.create(step=0, model=module, tx=optimizer, init_opt_state=True)
@@ -113,4 +113,5 @@ def trained(sizes: list[int], case: dict) -> dict:
 
 
 if __name__ == "__main__":
+    environment.prepare()
     print(json.dumps([trained(sizes, case) for sizes, case in json.loads(sys.argv[1])]))

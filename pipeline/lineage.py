@@ -12,9 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline import artifacts, hub
+from pipeline import artifacts, hub, places
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import ArchitectureConfig, PipelineConfig, PromptSource, plain
+from pipeline.config import ArchitectureConfig, FeatureSource, FeatureStore, PipelineConfig, PromptSource, plain
 from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.dflash.contract import (
     Contract,
@@ -28,6 +28,7 @@ from pipeline.model import checkpoints
 from pipeline.model.draft import DraftConfig
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
+from pipeline.places import Place
 from pipeline.prompts import sources
 from pipeline.prompts import tokenizer as tokenizers_of_ours
 
@@ -151,9 +152,38 @@ def _token_id(tokenizer: Path, changed_ns: int, token: str) -> int | None:
 
 
 def draft_config(config: PipelineConfig, target: Target) -> DraftConfig:
-    """The draft of this configuration for this target; raises PipelineError as `draft_sizes` does."""
+    """The draft of this configuration for this target; raises PipelineError as `draft_sizes` does.
+
+    With `train.init` it is that draft, whatever `draft` says: biases, RoPE and block size belong to its weights.
+    """
     model = GptOssConfig.from_hf(checkpoints.read_config(target.path))
+    begun_with = initial_draft(config)
+    if begun_with is not None:
+        return _fitting(checkpoints.read_draft_config(begun_with), model, begun_with)
     return draft_sizes(config, model, mask_token_id(target.path, config, model.vocab_size))
+
+
+def initial_draft(config: PipelineConfig) -> Path | None:
+    """The directory of the draft that `train.init` names."""
+    if config.train.init is None:
+        return None
+    return hub.directory_of(config.train.init, config.train.init_revision, key="train.init")[0]
+
+
+def _fitting(draft: DraftConfig, model: GptOssConfig, directory: Path) -> DraftConfig:
+    """The draft in `directory` if it is one for this model; PipelineError listing what does not fit."""
+    pairs = {
+        "hidden_size": (draft.hidden_size, model.hidden_size),
+        "vocab_size": (draft.vocab_size, model.vocab_size),
+        "num_target_layers": (draft.num_target_layers, model.num_hidden_layers),
+    }
+    wrong = [f"{name}: found {found}, wanted {wanted}" for name, (found, wanted) in pairs.items() if found != wanted]
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise PipelineError(
+            f"train.init {directory} is not a draft for this target; give one that was trained for it\n  {listed}"
+        )
+    return draft
 
 
 def draft_sizes(config: PipelineConfig, model: GptOssConfig, mask_token_id: int) -> DraftConfig:
@@ -236,8 +266,9 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         if not file.is_file():
             raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
         prompts["path"] = artifacts.file_sha256(file)
-    cache = plain(config.teacher_cache)
-    del cache["path"]
+    cache = plain(config.teacher_cache) | {"features": feature_store(config).value}
+    for key in ("path", "verify", "writer", "num_writers"):  # where, by whom, how thoroughly checked
+        del cache[key]
     return {
         "target": target.fingerprint,
         "precision": config.target.precision.value,
@@ -248,10 +279,17 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
     }
 
 
-def teacher_cache_address(config: PipelineConfig, target: Target) -> Path:
-    """Where the teacher cache of this configuration lives."""
+def feature_store(config: PipelineConfig) -> FeatureStore:
+    """How this configuration's teacher cache keeps features."""
+    given = config.teacher_cache.features
+    is_live = config.train.features is FeatureSource.live
+    return given or (FeatureStore.none if is_live else FeatureStore.bfloat16)
+
+
+def teacher_cache_address(config: PipelineConfig, target: Target) -> Place:
+    """Where the teacher cache of this configuration lives: a directory, or a place in a bucket."""
     if config.teacher_cache.path is not None:
-        return Path(config.teacher_cache.path)
+        return places.place_of(config.teacher_cache.path)
     settings = teacher_cache_settings(config, target)
     return artifacts.address(Path(config.output_dir), TEACHER_CACHE, config.target.name, settings)
 
@@ -266,7 +304,10 @@ def teacher_cache(config: PipelineConfig, target: Target) -> Artifact:
 def checkpoint_settings(config: PipelineConfig, target: Target, cache_fingerprint: str) -> dict[str, Any]:
     """What decides the bytes of a trained checkpoint."""
     train = plain(config.train)
-    del train["path"], train["log_steps"]
+    del train["path"], train["log_steps"], train["init_revision"]
+    begun_with = initial_draft(config)
+    if begun_with is not None:
+        train["init"] = checkpoints.weights_fingerprint(begun_with, Path(config.output_dir) / REMEMBERED)
     draft = dataclasses.asdict(draft_identity(draft_config(config, target)))
     return {"teacher_cache": cache_fingerprint, "draft": draft, "train": train, "seed": config.seed}
 

@@ -21,6 +21,7 @@ from pipeline.config import DraftConfig, PipelineConfig, TargetConfig, TeacherCa
 from pipeline.model import checkpoints, draft, gpt_oss_weights
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
+from pipeline.prompts.channels import Channel
 from pipeline.teacher_cache import store
 from pipeline.tracking import Run
 
@@ -115,6 +116,7 @@ def counting(random: np.random.Generator, table: np.ndarray) -> store.CachedSequ
     token_ids = ((first + step * np.arange(length)) % 50 + 5).astype(np.int32)
     return store.CachedSequence(
         token_ids=token_ids,
+        channels=np.full(length, Channel.final, np.uint8),
         prompt_tokens=int(random.integers(3, 9)),
         features=(table[token_ids] + table[step]).astype(ml_dtypes.bfloat16),
     )
@@ -132,9 +134,17 @@ def write_split(root: Path, split: str, sequences: list[store.CachedSequence]) -
             prompt_tokens=[one.prompt_tokens for one in group],
         )
         token_ids = np.concatenate([one.token_ids for one in group])
+        channels = np.concatenate([one.channels for one in group])
         features = np.concatenate([one.features for one in group])
-        store.write_shard(store.shard_path(root, split, index), rows, token_ids, features, fingerprint="", report={})
+        path = store.shard_path(root, split, index)
+        layout = layout_of(features.shape[1])
+        store.write_shard(path, rows, token_ids, channels, features, layout=layout, fingerprint="", report={})
     return len(groups)
+
+
+def layout_of(feature_size: int) -> store.Layout:
+    """Features as served."""
+    return store.Layout(stored="bfloat16", feature_size=feature_size, num_tapped=NUM_TAPPED)
 
 
 def write_store(root: Path, feature_size: int, *, num_train: int = 18, num_heldout: int = 7) -> Path:
@@ -145,7 +155,7 @@ def write_store(root: Path, feature_size: int, *, num_train: int = 18, num_heldo
         split: write_split(root, split, [counting(random, table) for _ in range(count)])
         for split, count in {"train": num_train, "heldout": num_heldout}.items()
     }
-    store.write_header(root, feature_size, shards)
+    store.write_header(root, layout_of(feature_size), shards)
     return root
 
 

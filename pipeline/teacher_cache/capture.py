@@ -72,6 +72,37 @@ def capture(
         yield from _unpack(*running, texts)
 
 
+def feature_program(
+    weights: GptOssWeights,
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    *,
+    run: Execution = PLAIN,
+    mesh: Mesh | None = None,
+) -> Callable[[GptOssWeights, Int[np.ndarray, "B T"]], tuple[Array, Array]]:
+    """The part of `capture` that training with the live target needs, compiled once for every shape.
+
+    Gives features, bfloat16 [B, T, L * D], and the final hidden states, normed, [B, T, D].
+    """
+    step = functools.partial(features_of, config=config, tapped_layers=tapped_layers, run=run)
+    specs = None if mesh is None else placement.target_specs(weights)
+    return placement.on_devices(step, mesh, (specs, placement.ROWS), placement.ROWS)
+
+
+def features_of(
+    weights: GptOssWeights,
+    token_ids: Int[Array, "B T"],
+    *,
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    run: Execution,
+) -> tuple[Array, Float[Array, "B T D"]]:
+    """Features of rows of tokens, as a draft is trained on them and served with them, and final hidden states."""
+    start = jnp.zeros(token_ids.shape[0], jnp.int32)
+    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers, run=run)
+    return out.features.astype(jnp.bfloat16), out.hidden
+
+
 def disagreements(captured: Captured, token_ids: Sequence[int], prompt_tokens: int) -> list[Disagreement]:
     """Every generated token that is not the pass's own choice; equal logits are no disagreement."""
     generated = np.arange(prompt_tokens, len(token_ids))
@@ -122,8 +153,7 @@ def _pass(
     tapped_layers: tuple[int, ...],
     run: Execution,
 ) -> tuple[Float[Array, "B T LD"], Int[Array, "B T"], Float[Array, "B T"]]:
-    start = jnp.zeros(token_ids.shape[0], jnp.int32)
-    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers, run=run)
+    features, final = features_of(weights, token_ids, config=config, tapped_layers=tapped_layers, run=run)
 
     def choose(part: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, following = part
@@ -133,7 +163,6 @@ def _pass(
 
     size = math.gcd(LOGITS_TOKENS, token_ids.size)
     following = jnp.roll(token_ids, -1, axis=1).reshape(-1, size)
-    hidden = out.hidden.reshape(*following.shape, config.hidden_size)
+    hidden = final.reshape(*following.shape, config.hidden_size)
     next_ids, shortfall = jax.lax.map(choose, (hidden, following))
-    features = out.features.astype(jnp.bfloat16)  # what the draft is trained on and served with
     return features, next_ids.reshape(token_ids.shape), shortfall.reshape(token_ids.shape)

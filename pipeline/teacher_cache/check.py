@@ -16,6 +16,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.dflash import acceptance, blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.teacher_cache.capture import Captured, padded_length
+from pipeline.teacher_cache.features import relative_errors
 from pipeline.teacher_cache.store import CachedSequence, CacheSplit
 
 Retake = Callable[[Sequence[Sequence[int]]], Iterable[tuple[int, Captured]]]
@@ -60,7 +61,9 @@ def check(
         if sequence.token_ids[: sequence.prompt_tokens].tolist() != list(prompts[index]):
             wrong_prompts.append(split.prompt_ids[index][:12])
         num_tokens += len(sequence.token_ids)
-        num_off += int((_feature_error(sequence.features, captured.features) > FEATURE_TOLERANCE).sum())
+        if sequence.features is not None:
+            errors = relative_errors(sequence.features, captured.features, split.layout.num_tapped).max(axis=1)
+            num_off += int((errors > FEATURE_TOLERANCE).sum())
         own = _own_tokens(sequence, captured, tie_gap)
         labels = gold_proposals(sequence, block_size)
         guesses = random.integers(0, vocab_size, labels.shape, dtype=np.int32)
@@ -122,11 +125,6 @@ def score(
 def _own_tokens(sequence: CachedSequence, captured: Captured, tie_gap: float) -> Int[np.ndarray, " T"]:
     following = np.append(sequence.token_ids[1:], NO_TOKEN)
     return np.where((captured.shortfall <= tie_gap) & (following != NO_TOKEN), following, captured.next_ids)
-
-
-def _feature_error(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    found, wanted = found.astype(np.float32), wanted.astype(np.float32)  # squares of bfloat16 lose the difference
-    return np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
 
 
 def _problems(gold: Acceptance, chance: Acceptance, block_size: int, is_exact: bool) -> list[str]:

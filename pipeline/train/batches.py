@@ -32,9 +32,10 @@ def stack(sequences: Sequence[CachedSequence], num_positions: int) -> dict[str, 
 def lay_out(rows: Sequence[Sequence[CachedSequence]], num_positions: int) -> dict[str, np.ndarray]:
     """As `stack` for rows that hold any number of sequences, end to end; `starts` [B, T] says where each begins."""
     shape = (len(rows), num_positions)
-    width = next(sequence.features.shape[1] for row in rows for sequence in row)
+    with_features = rows[0][0].features is not None
     token_ids = np.zeros(shape, dtype=np.int32)
     generated = np.zeros(shape, dtype=bool)
+    width = rows[0][0].features.shape[1] if with_features else 0
     features = np.zeros((*shape, width), dtype=ml_dtypes.bfloat16)
     starts = np.full(shape, num_positions, dtype=np.int32)
     for row, sequences in enumerate(rows):
@@ -43,7 +44,8 @@ def lay_out(rows: Sequence[Sequence[CachedSequence]], num_positions: int) -> dic
             end = start + len(sequence.token_ids)
             token_ids[row, start:end] = sequence.token_ids
             generated[row, start + sequence.prompt_tokens : end] = True
-            features[row, start:end] = sequence.features
+            if with_features:
+                features[row, start:end] = sequence.features
             starts[row, start:end] = start
             start = end
     return {"token_ids": token_ids, "generated": generated, "features": features, "starts": starts}
@@ -65,6 +67,7 @@ class Batches:
         self._seed = seed
         self.lengths = (padded_length(split.num_tokens, divisor=2), padded_length(split.num_tokens))
         self.steps_per_epoch = -(-split.num_sequences // num_sequences)
+        self.sequences_per_step = float(num_sequences)
         self._epoch = functools.lru_cache(maxsize=2)(self._drawn)
 
     def at(self, step: int) -> dict[str, np.ndarray]:

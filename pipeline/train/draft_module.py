@@ -87,6 +87,13 @@ class DraftModule(EasyDeLBaseModule):
         layers = tuple(DraftLayerWeights(**_values(layer, DraftLayerWeights)) for layer in self.layers)
         return DraftWeights(**_values(self, DraftWeights), layers=layers)
 
+    def begin_with(self, weights: DraftWeights) -> None:
+        """Put `weights` in the place of the random ones."""
+        for node, values in [(self, weights), *zip(self.layers, weights.layers, strict=True)]:
+            for name, array in _arrays(values).items():
+                parameter = getattr(node, name)
+                parameter[...] = jax.device_put(array.astype(parameter[...].dtype), parameter[...].sharding)
+
     def craft_sharding(self, **_options: Any) -> dict[str, PartitionSpec]:
         """As that of `Parameters`."""
         return _partition(self)

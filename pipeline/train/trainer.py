@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import easydel as ed
 import jax
@@ -35,6 +35,7 @@ from pipeline.train.batches import made_ahead
 from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
 from pipeline.train.interrupt import between_steps
 from pipeline.train.loss import Batch, Sums, draft_sums, normaliser
+from pipeline.train.optimizer import average_in, optimizer_of, schedule_of
 from pipeline.train.recipe import Recipe
 from pipeline.train.report import StepReport
 
@@ -46,39 +47,49 @@ def fit(
     embedding: Float[Array, "V D"],
     head: Kernel,
     batch_at: Callable[[int], dict[str, np.ndarray]],
-    on_start: Callable[[int], None],
+    on_start: Callable[[StepReport], None],
     on_step: Callable[[StepReport], None],
-) -> DraftWeights:
+    initial: DraftWeights | None = None,
+    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
     """Train to `recipe.steps`, going on from the last complete run directory under `directory`.
 
-    `batch_at(step)` gives the fields of a `Batch`; `on_start` is told how many steps an earlier run made.
-    Leaves exactly one run directory, of the last step. Raises PipelineError when EasyDeL did not do what it
-    was told, and whatever the callbacks raise.
+    `batch_at(step)` gives the fields of a `Batch`, or what `complete` makes them of when their turn comes. `on_start`
+    is told of the step that an earlier run made last (0) and the weights that it left. Training begins with `initial`
+    (float32), or with random weights. Leaves exactly one run directory, of the last step. Raises PipelineError when
+    EasyDeL did not do what it was told, and whatever the callbacks raise.
     """
     done = runs.latest(directory)
     runs.keep_only(directory, runs.path_of(directory, done) if done else None)
     arguments = arguments_of(directory, recipe)
-    module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(config, "float32", {}))
+    split = recipe.split
     module = DraftModule(
-        config=module_config,
+        config=DraftModuleConfig(
+            draft=hf_draft.config_to_hf(config, "float32", {}),
+            sharding_axis_dims=(split.data, split.fsdp, 1, split.tensor, 1),
+        ),
         dtype=recipe.dtype,
         param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
         rngs=nnx.Rngs(recipe.seed),
     )
+    if initial is not None:
+        module.begin_with(initial)
     with between_steps() as check_interrupt:
 
         def on_step_or_interrupt(report: StepReport) -> None:
             on_step(report)
             check_interrupt()
 
-        trainer = DraftTrainer(arguments, module, config, recipe, (embedding, head), batch_at, on_step_or_interrupt)
+        trainer = DraftTrainer(
+            arguments, module, config, recipe, (embedding, head), batch_at, on_step_or_interrupt, complete
+        )
         began = trainer.began_at()
         if began != done:
             raise PipelineError(
                 f"{directory} holds a checkpoint of step {done}, EasyDeL began at {began}; "
                 f"delete {directory} to begin anew"
             )
-        on_start(done)
+        on_start(StepReport(done, {}, lambda: weights_in(trainer.model_state)))
         state = trainer.train().state
         if trainer.failure is not None:
             raise trainer.failure
@@ -87,23 +98,32 @@ def fit(
             f"training ended at step {int(state.step)} with a checkpoint of step {runs.latest(directory)}, wanted "
             f"{recipe.steps}; the same command goes on from there"
         )
-    return state.model.weights()
 
 
-def arguments_of(directory: Path, recipe: Recipe) -> ed.TrainingArguments:
+def weights_in(state: EasyDeLState) -> DraftWeights:
+    """The weights that a state stands for: their average, where one is kept."""
+    average = average_in(state.opt_state)
+    return (state.model if average is None else state.merge(average)).weights()
+
+
+class Arguments(ed.TrainingArguments):
+    """EasyDeL's arguments, with our optimizer."""
+
+    recipe: ClassVar[Recipe]  # of an object, which is no field that EasyDeL would write to a file
+
+    def get_optimizer_and_scheduler(self, steps: int | None = None) -> tuple[Any, Any]:
+        """Ours, whatever number of steps EasyDeL asks for: it asks for 2^63 when it reads a checkpoint."""
+        return optimizer_of(self.recipe), schedule_of(self.recipe)
+
+
+def arguments_of(directory: Path, recipe: Recipe) -> Arguments:
     """EasyDeL's arguments for a training that writes to `directory`."""
-    return ed.TrainingArguments(
+    arguments = Arguments(
         save_directory=str(directory.parent),
         model_name=directory.name,
         max_training_steps=recipe.steps,
         num_train_epochs=1,
         total_batch_size=recipe.batch_sequences,
-        learning_rate=recipe.learning_rate,
-        optimizer="adamw",
-        scheduler="cosine",
-        warmup_steps=round(recipe.warmup_ratio * recipe.steps),
-        weight_decay=recipe.weight_decay,
-        clip_grad=recipe.clip_grad,
         do_eval=False,
         save_steps=None,  # DraftTrainer says when
         save_total_limit=None,
@@ -119,6 +139,8 @@ def arguments_of(directory: Path, recipe: Recipe) -> ed.TrainingArguments:
         use_data_collator=False,
         step_partition_spec=vocabulary.ROWS_SPEC,
     )
+    arguments.recipe = recipe
+    return arguments
 
 
 class DraftTrainer(ed.Trainer):
@@ -133,6 +155,7 @@ class DraftTrainer(ed.Trainer):
         frozen: tuple[Array, Kernel],
         batch_at: Callable[[int], dict[str, np.ndarray]],
         on_step: Callable[[StepReport], None],
+        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self.failure: BaseException | None = None
         self._draft = config
@@ -140,6 +163,7 @@ class DraftTrainer(ed.Trainer):
         self._frozen = vocabulary.share_out(*frozen, module.mesh)
         self._batch_at = batch_at
         self._on_step = on_step
+        self._complete = complete
         super().__init__(arguments=arguments, model=module, data_collator=lambda batch: batch)
 
     def began_at(self) -> int:
@@ -162,7 +186,14 @@ class DraftTrainer(ed.Trainer):
         return data_iter  # it begins at the right step already
 
     def _preprocess_batch_input(self, state: EasyDeLState, batch: dict, is_train: bool) -> tuple[dict, dict]:
-        return batch, {}  # EasyDeL's own drops bfloat16 arrays, which are no numbers to NumPy
+        """The batch where the step wants it; EasyDeL's own drops bfloat16 arrays, which are no numbers to NumPy.
+
+        The target of a live training runs here, on the thread that runs the step: devices of several hosts must be
+        given their programs in one order.
+        """
+        rows = NamedSharding(self.model.mesh, vocabulary.ROWS_SPEC)
+        batch = batch if self._complete is None else self._complete(batch)
+        return jax.device_put(batch, rows), {}
 
     def configure_functions(self) -> TrainerConfigureFunctionOutput:
         """The jitted step, whose state is donated."""
@@ -190,9 +221,9 @@ class DraftTrainer(ed.Trainer):
             values["seconds"] = float(metrics.execution_time)
             if not np.isfinite(values["loss"]):
                 raise PipelineError(f"the loss is {values['loss']} at step {step}; lower train.learning_rate")
-            if step % self._recipe.checkpoint_steps == 0 or step == self._recipe.steps:
+            if self._recipe.saves_at(step):
                 self._save(state, step)
-            self._on_step(StepReport(step, values, lambda: state.model.weights()))
+            self._on_step(StepReport(step, values, lambda: weights_in(state)))
         return state, metrics
 
     def _save_checkpoint_for_step(self, state: EasyDeLState, *, step: int, **options: Any) -> None:

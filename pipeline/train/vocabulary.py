@@ -94,6 +94,11 @@ def num_shares(mesh: Mesh) -> int:
     return shares
 
 
+def num_row_shares(mesh: Mesh | None) -> int:
+    """How many devices share out the rows of a batch."""
+    return 1 if mesh is None else mesh.shape["dp"] * mesh.shape["fsdp"]
+
+
 def table_spec(table: Kernel) -> PartitionSpec:
     """How an embedding or a head that lies [V, D] is split, or a head [D, V] that is no `Transposed`."""
     return PartitionSpec(WORDS, None) if isinstance(table, Transposed) else PartitionSpec(None, WORDS)

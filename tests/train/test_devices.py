@@ -67,8 +67,11 @@ def test_losses_on_every_mesh_are_those_of_one_device(many, mesh, form):
     require_equal(many[ALONE, form], many[mesh, form])
 
 
-def test_a_device_holds_its_own_words_alone(few):
-    tables = 2 * 40 * 4  # bytes of a word in both
+def test_a_device_holds_its_own_words_alone_and_no_table_is_ever_gathered(few):
+    word = 2 * 40 * 4  # bytes of a word in both tables
     form = CASES[0][1]
-    assert few[ALONE, form]["held_bytes"] == 37 * tables
-    assert few[MIXED, form]["held_bytes"] == 40 / 4 * tables  # padded; two copies of the model share out theirs
+    assert few[ALONE, form]["held_bytes"] == 53 * word
+    assert few[MIXED, form]["held_bytes"] == 56 / 4 * word  # padded; two copies of the model share out theirs
+    exchanged = few[MIXED, form]["exchanged"]
+    assert len(exchanged) > 10
+    assert not [sizes for sizes in exchanged if {53, 56} & set(sizes)]

@@ -62,6 +62,13 @@ class Generator(enum.Enum):
     openai = "openai"
 
 
+class OpenAIApi(enum.Enum):
+    """What an endpoint is sent: `chat` sends messages for text, `completions` tokens for tokens, exact both ways."""
+
+    chat = "chat"
+    completions = "completions"
+
+
 class FeatureStore(enum.Enum):
     """How a teacher cache keeps features: as served, as int8 with a scale per token, or not at all."""
 
@@ -178,10 +185,17 @@ class PromptsConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class OpenAIConfig:
-    """The endpoint of `teacher_cache.generator=openai`; its key is read from the environment variable `api_key_env`."""
+    """The endpoint of `teacher_cache.generator=openai`; its key is read from the environment variable `api_key_env`.
+
+    `url` is what stands before /chat/completions. `api=completions` needs an endpoint that takes and tells token ids:
+    vLLM, `stage=serve`. `extra` are further fields of each request. A request is tried again `retries` times after
+    429, 5xx, lost connections and `timeout_seconds` without an answer.
+    """
 
     url: str | None = None
     model: str | None = None
+    api: OpenAIApi = OpenAIApi.chat
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = 32
     timeout_seconds: float = 600.0

@@ -7,6 +7,7 @@ fingerprints, so each stage finds what the stage before it made under the same o
 import dataclasses
 import functools
 import json
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from tokenizers import Tokenizer
 
 from pipeline import artifacts, hub, places
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import ArchitectureConfig, FeatureSource, FeatureStore, PipelineConfig, PromptSource, plain
+from pipeline.config import (
+    ArchitectureConfig,
+    Effort,
+    FeatureSource,
+    FeatureStore,
+    Generator,
+    PipelineConfig,
+    PromptSource,
+    plain,
+)
 from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.dflash.contract import (
     Contract,
@@ -31,6 +41,7 @@ from pipeline.model.rope import Rope
 from pipeline.places import Place
 from pipeline.prompts import sources
 from pipeline.prompts import tokenizer as tokenizers_of_ours
+from pipeline.prompts.efforts import EffortMix
 
 REMEMBERED = "sha256.json"  # of large files, under output_dir
 TARGET, TEACHER_CACHE, CHECKPOINT, DRAFT = "target", "teacher_cache", "checkpoint", "draft"
@@ -216,7 +227,7 @@ def draft_sizes(config: PipelineConfig, model: GptOssConfig, mask_token_id: int)
 
 def prompt_set(config: PipelineConfig) -> sources.PromptSet:
     """The prompts of this configuration; `prompts.count` is the number of generated ones."""
-    prompts, effort = config.prompts, config.prompts.effort.value
+    prompts, effort = config.prompts, _effort(config)
     if prompts.source is PromptSource.jsonl:
         return sources.from_jsonl(Path(prompts.path), effort)
     if prompts.source is PromptSource.dataset:
@@ -225,13 +236,23 @@ def prompt_set(config: PipelineConfig) -> sources.PromptSet:
     return generate(config.seed, prompts.count, effort)
 
 
+def _effort(config: PipelineConfig) -> str | EffortMix:
+    prompts = config.prompts
+    return EffortMix(config.seed, prompts.effort_mix) if prompts.effort is Effort.mixed else prompts.effort.value
+
+
+def default_effort(config: PipelineConfig) -> str:
+    """The effort of a request that names none: the one of the prompts, or under a mix the template's own default."""
+    return Effort.medium.value if config.prompts.effort is Effort.mixed else config.prompts.effort.value
+
+
 def cache_contract(config: PipelineConfig, target: Target, provenance: dict[str, Any]) -> Contract:
     """The contract of a teacher cache: the target's, the efforts rendered and the layers tapped.
 
-    Rows of a file or dataset may bring efforts of their own, so only a generated set's are known here.
+    Which efforts a mix has drawn, or rows of a file or dataset have brought, only the prompts themselves tell.
     """
     generated = config.prompts.source in (PromptSource.generated, PromptSource.everyday)
-    efforts = [config.prompts.effort.value] if generated else None
+    efforts = [config.prompts.effort.value] if generated and config.prompts.effort is not Effort.mixed else None
     tapped = list(draft_config(config, target).tapped_layers)
     return dataclasses.replace(
         target.contract,
@@ -266,9 +287,14 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         if not file.is_file():
             raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
         prompts["path"] = artifacts.file_sha256(file)
+    if config.prompts.effort is not Effort.mixed:
+        del prompts["effort_mix"]
     cache = plain(config.teacher_cache) | {"features": feature_store(config).value}
-    for key in ("path", "verify", "writer", "num_writers"):  # where, by whom, how thoroughly checked
+    for key in ("path", "verify", "writer", "num_writers", "openai"):  # where, by whom, how thoroughly checked
         del cache[key]
+    if config.teacher_cache.generator is Generator.openai:
+        asked = plain(config.teacher_cache.openai)
+        cache["openai"] = {"host": host_of(asked["url"]), **{key: asked[key] for key in ("model", "api", "extra")}}
     return {
         "target": target.fingerprint,
         "precision": config.target.precision.value,
@@ -277,6 +303,12 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         "tapped_layers": list(draft_config(config, target).tapped_layers),
         "seed": config.seed,
     }
+
+
+def host_of(url: str) -> str:
+    """The host of a URL and its port, where one is given."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
 
 
 def feature_store(config: PipelineConfig) -> FeatureStore:

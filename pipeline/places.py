@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 DRIVERS = {"gs://": "gcs", "s3://": "s3"}
 RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}  # tensorstore's own last many minutes
 AT_ONCE = 16  # requests
+NO_SUCH_RANGE = ("OUT_OF_RANGE", "Unexpected Content-Range")  # what tensorstore says of bytes behind an object's end
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketPath:
     """A file or a prefix in a bucket, with what artifacts need of pathlib.Path. Errors name the URL."""
 
-    url: str
+    url: str  # without a slash at its end
 
     def __str__(self) -> str:
         return self.url
@@ -114,8 +115,14 @@ def files(root: Place) -> list[str]:
     """The names of all files below a place, with `/` between their parts, in order."""
     if isinstance(root, Path):
         return sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    import tensorstore
+
+    prefix = root.url[5:].partition("/")[2] + "/"
     with _reached(root):
-        return sorted(key.decode() for key in _store(root / "").list().result())
+        bucket = _store(BucketPath(root.url[: -len(prefix)]))
+        keys = bucket.list(tensorstore.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()  # 0 comes behind /
+    # services that only speak like Google's may list the whole bucket
+    return sorted(key.decode().removeprefix(prefix) for key in keys if key.startswith(prefix.encode()))
 
 
 def remove(place: Place) -> None:
@@ -126,11 +133,9 @@ def remove(place: Place) -> None:
         else:
             place.unlink(missing_ok=True)
         return
-    import tensorstore
-
     with _reached(place):
-        _store(place).write("", None).result()
-        _store(place / "").delete_range(tensorstore.KvStore.KeyRange()).result()
+        for gone in [_store(one).write("", None) for one in (place, *(place / name for name in files(place)))]:
+            gone.result()
 
 
 def sha256(file: Place) -> str:
@@ -183,7 +188,7 @@ def _missing_or_short(root: BucketPath, entries: Mapping[str, Mapping[str, Any]]
                     if read.result().state != "value":
                         problems.append(f"{name}: missing")
                 except ValueError as error:
-                    if "OUT_OF_RANGE" not in str(error):
+                    if not any(text in str(error) for text in NO_SUCH_RANGE):
                         raise
                     problems.append(f"{name}: shorter than the {entries[name]['bytes']} bytes written")
     return problems

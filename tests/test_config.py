@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from pipeline.artifacts import PipelineError
 from pipeline.config import (
     DraftConfig,
+    Effort,
     PipelineConfig,
     Precision,
     PretrainedConfig,
@@ -54,6 +55,14 @@ def test_defaults_are_valid():
         pytest.param({"prompts__heldout_fraction": 1.0}, "prompts.heldout_fraction is 1.0", id="all held out"),
         pytest.param({"prompts__source": PromptSource.jsonl}, "prompts.path is null", id="jsonl without a file"),
         pytest.param({"prompts__source": PromptSource.dataset}, "prompts.dataset is null", id="dataset without a name"),
+        pytest.param({"prompts__date": "5 August"}, "prompts.date is '5 August'; it must be a day", id="date"),
+        pytest.param({"serve__date": "2025"}, "serve.date is '2025'; it must be a day", id="date served"),
+        pytest.param({"prompts__effort_mix": {"max": 1.0}}, "prompts.effort_mix is {'max': 1.0}", id="effort"),
+        pytest.param({"prompts__effort_mix": {"low": -0.5}}, "shares of at least 0", id="negative share"),
+        pytest.param({"prompts__effort_mix": {"low": float("nan")}}, "shares of at least 0", id="share that is none"),
+        pytest.param(
+            {"prompts__effort": Effort.mixed, "prompts__effort_mix": {"low": 0.0}}, "one above it", id="no share"
+        ),
         pytest.param({"draft__block_size": 1}, "draft.block_size is 1", id="a block of the anchor alone"),
         pytest.param({"draft__num_key_value_heads": 3}, "draft.num_attention_heads is 4", id="heads not grouped"),
         pytest.param({"draft__tapped_layers": [3, 1]}, "draft.tapped_layers is [3, 1]", id="descending layers"),

@@ -101,10 +101,17 @@ class EventStream(StreamingResponse):
 
 
 class Api:
-    """The endpoints' state: one served model."""
+    """The endpoints' state: one served model; `date` None is today, for templates that print the date."""
 
     def __init__(
-        self, worker: Worker, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, model: str, effort: str
+        self,
+        worker: Worker,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model: str,
+        effort: str,
+        date: str | None = None,
     ) -> None:
         self.model = model
         self.counters = metrics.Counters()
@@ -112,6 +119,7 @@ class Api:
         self.worker = worker
         self._tokenizer = tokenizer
         self._effort = effort
+        self._date = date
         self._created = int(time.time())
 
     async def completions(self, http: HttpRequest) -> Response:
@@ -130,10 +138,12 @@ class Api:
         if asked.effort is not None and not chat_format_of(self._tokenizer).has_efforts:
             raise Refusal(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
         try:
-            prompt = render_prompt(self._tokenizer, asked.messages, asked.effort or self._effort)
+            effort = asked.effort or self._effort
+            prompt = render_prompt(self._tokenizer, asked.messages, effort, date=self._date)
         except PipelineError as error:
             raise Refusal(str(error), param="messages") from error
-        replies = ChatReplies(f"chatcmpl-{secrets.token_hex(12)}", self.model)
+        told = prompt if asked.return_token_ids else None
+        replies = ChatReplies(f"chatcmpl-{secrets.token_hex(12)}", self.model, told)
         return await self._answer(http, asked, [tuple(prompt)], replies)
 
     def models(self) -> dict[str, Any]:

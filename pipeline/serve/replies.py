@@ -56,26 +56,30 @@ class CompletionReplies:
 
 
 class ChatReplies:
-    """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use."""
+    """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use.
+
+    With `prompt_ids` a whole reply carries them, and its choices the tokens of their answers (as vLLM's).
+    """
 
     prompt_param = "messages"
 
-    def __init__(self, reply_id: str, model: str) -> None:
+    def __init__(self, reply_id: str, model: str, prompt_ids: Sequence[int] | None = None) -> None:
         self.reply_id = reply_id
         self._model = model
         self._created = int(time.time())
+        self._prompt_ids = prompt_ids
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The reply in one."""
+        told = {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids)}
         choices = []
         for index, answer in enumerate(answers):
             analysis = answer.texts.get(ANALYSIS)
             message = {"role": "assistant", "content": answer.texts.get(FINAL, ""), "refusal": None}
             message |= {"reasoning_content": analysis, "reasoning": analysis}
-            choices.append(
-                {"index": index, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
-            )
-        return {**self._reply("chat.completion", choices), "usage": usage(answers)}
+            choice = {"index": index, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+            choices.append({**choice, "token_ids": answer.token_ids} if told else choice)
+        return {**self._reply("chat.completion", choices), **told, "usage": usage(answers)}
 
     def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
         """Chunks sent before any text: who speaks."""

@@ -49,7 +49,10 @@ _UNSERVED_CHAT = {
 _HARMLESS = ("seed", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _COMMON = ("model", "stream", "stream_options", "max_tokens", "stop", *_HARMLESS)
 _COMPLETION = ("prompt", "return_token_ids", *_COMMON)
-_CHAT = ("messages", "max_completion_tokens", "reasoning_effort", "parallel_tool_calls", *_COMMON)
+_CHAT = (
+    *("messages", "max_completion_tokens", "reasoning_effort", "parallel_tool_calls", "return_token_ids"),
+    *_COMMON,
+)
 # what clients send back with an earlier answer; Harmony leaves the analysis of earlier turns out of the prompt
 _PAST_ANALYSIS = ("reasoning_content", "reasoning")
 
@@ -95,6 +98,7 @@ class Chat(Options):
 
     messages: list[dict[str, str]]
     effort: str | None
+    return_token_ids: bool
 
 
 def read_completion(body: Any, model: str) -> Completion:
@@ -122,7 +126,10 @@ def read_chat(body: Any, model: str) -> Chat:
         told = " and ".join(f"{key} is {value}" for key, value in limits.items())
         raise Refusal(f"{told}; give one of them, or the same value", param="max_completion_tokens")
     options["max_tokens"] = next(iter(limits.values()), None)
-    return Chat(messages=_messages(given.get("messages")), effort=effort, **options)
+    token_ids = _flag(given, "return_token_ids")
+    if token_ids and options["stream"]:
+        raise Refusal("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
+    return Chat(messages=_messages(given.get("messages")), effort=effort, return_token_ids=token_ids, **options)
 
 
 def _given(

@@ -48,8 +48,8 @@ def quantize(features: np.ndarray, num_tapped: int) -> tuple[Int8[np.ndarray, "T
     for at in range(0, len(features), 4096):  # in float32 all at once would be three times what is stored
         layers = features[at : at + 4096].astype(np.float32).reshape(-1, num_tapped, features.shape[1] // num_tapped)
         scale = np.abs(layers).max(axis=2) / LARGEST
-        steps = np.divide(layers, scale[..., None], out=np.zeros_like(layers), where=scale[..., None] > 0)
-        steps = np.nan_to_num(np.rint(steps), posinf=0, neginf=0)
+        divides = (np.isfinite(scale) & (scale > 0))[..., None]
+        steps = np.rint(np.divide(layers, scale[..., None], out=np.zeros_like(layers), where=divides))
         quantized[at : at + 4096] = steps.reshape(len(layers), -1).astype(np.int8)
         scales[at : at + 4096] = scale
     return quantized, scales

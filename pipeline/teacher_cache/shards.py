@@ -25,7 +25,8 @@ from pipeline.serve.engine import Finished
 from pipeline.teacher_cache import features as codec
 from pipeline.teacher_cache import store
 from pipeline.teacher_cache.capture import Captured, Disagreement, capture, disagreements
-from pipeline.teacher_cache.generate import Answered, Rendered, answer
+from pipeline.teacher_cache.generate import Answered, Failed, Rendered, answer
+from pipeline.teacher_cache.origin import ENGINE, Divergence, Origin
 
 log = logging.getLogger("pipeline")
 
@@ -46,7 +47,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The target and how it answers; without `tapped_layers` no features are taken."""
+    """The target and how it answers; without `tapped_layers` no features are taken.
+
+    `elsewhere` gives the answers of an endpoint, where that is their origin.
+    """
 
     weights: GptOssWeights
     config: GptOssConfig
@@ -56,12 +60,32 @@ class Teacher:
     slots: int
     max_prompt_tokens: int
     max_new_tokens: int
+    origin: Origin = ENGINE
+    elsewhere: Callable[[Sequence[Rendered], Callable[[Finished], None]], list[Answered | Failed]] | None = None
     here: Machine = ONE_DEVICE
 
-    def capture(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Captured]]:
-        """The features of texts, and what the target says itself (`capture.capture`)."""
+    def answer(self, rows: Sequence[Rendered], on_finished: Callable[[Finished], None]) -> Sequence[Answered | Failed]:
+        """The answers to prompts, in their order."""
+        if self.elsewhere is not None:
+            return self.elsewhere(rows, on_finished)
+        return answer(
+            self.weights,
+            self.config,
+            rows,
+            stop_token_ids=self.stop_token_ids,
+            slots=self.slots,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+            on_finished=on_finished,
+            origin=self.origin,
+            here=self.here,
+        )
+
+    def capture(self, texts: Sequence[Sequence[int]], prompt_ids: Sequence[str]) -> Iterator[tuple[int, Captured]]:
+        """The features of the answers to these prompts, and what the target says itself (`capture.capture`)."""
         run, mesh = self.here.run, self.here.mesh
-        return capture(self.weights, self.config, self.tapped_layers, texts, run=run, mesh=mesh)
+        drawn, keys = self.origin.sampling, self.origin.keys(prompt_ids)
+        return capture(self.weights, self.config, self.tapped_layers, texts, drawn=drawn, keys=keys, run=run, mesh=mesh)
 
     @property
     def precision(self) -> str:
@@ -115,36 +139,41 @@ def make(
 ) -> dict[str, Any]:
     """Answer a shard's prompts, capture the features, write the shard; returns its report.
 
-    Raises PipelineError when features are not finite, or when a float32 target contradicts its own text.
+    Raises PipelineError when features are not finite, when a float32 target contradicts its own text, or when an
+    endpoint's text is not the target's.
     """
-    answers = answer(
-        teacher.weights,
-        teacher.config,
-        one.rows,
-        stop_token_ids=teacher.stop_token_ids,
-        slots=teacher.slots,
-        max_prompt_tokens=teacher.max_prompt_tokens,
-        max_new_tokens=teacher.max_new_tokens,
-        on_finished=on_finished,
-        here=teacher.here,
-    )
+    outcomes = teacher.answer(one.rows, on_finished)
+    answers = [row for row in outcomes if isinstance(row, Answered)]
     lengths = [len(row.token_ids) for row in answers]
     offsets = np.cumsum([0, *lengths])
-    token_ids = np.concatenate([np.array(row.token_ids, np.int32) for row in answers])
-    spoken = [channels(teacher.channel_tokens, np.array(row.token_ids), row.prompt_tokens) for row in answers]
+    token_ids = np.concatenate([np.array(row.token_ids, np.int32) for row in answers] or [np.empty(0, np.int32)])
+    spoken = np.concatenate(
+        [channels(teacher.channel_tokens, np.array(row.token_ids), row.prompt_tokens) for row in answers]
+        or [np.empty(0, np.uint8)]
+    )
     has_features = layout.stored != "none"
     features = np.empty((len(token_ids), layout.feature_size), ml_dtypes.bfloat16) if has_features else None
     differing: dict[int, list[Disagreement]] = {}
+    divergence = Divergence()
     texts = [row.token_ids for row in answers]
-    for index, captured in teacher.capture(texts):
+    for index, captured in teacher.capture(texts, [row.prompt.prompt_id for row in answers]):
         if features is not None:
             _require_finite(captured.features, answers[index])
             features[offsets[index] : offsets[index + 1]] = captured.features
+        if teacher.origin.endpoint is not None:
+            generated = captured.shortfall[answers[index].prompt_tokens - 1 : -1]
+            divergence += Divergence.of(generated, teacher.origin, TIE_GAP[teacher.precision])
+            continue
         found = disagreements(captured, texts[index], answers[index].prompt_tokens)
         if found:
             differing[index] = found
     _judge(differing, answers, teacher.precision)
-    report = _report(answers, np.concatenate(spoken), differing)
+    _judge_endpoint(divergence, teacher.origin)
+    report = _report(answers, spoken, differing)
+    if teacher.origin.endpoint is not None:
+        failed = [row for row in outcomes if isinstance(row, Failed)]
+        report["failed"] = [{"prompt_id": row.prompt.prompt_id, "reason": row.reason} for row in failed]
+        report["divergence"] = dataclasses.asdict(divergence)
     rows = store.Rows(
         prompt_ids=[row.prompt.prompt_id for row in answers],
         efforts=[row.prompt.effort for row in answers],
@@ -156,7 +185,7 @@ def make(
         one.path,
         rows,
         token_ids,
-        np.concatenate(spoken),
+        spoken,
         features,
         layout=layout,
         fingerprint=one.fingerprint,
@@ -189,6 +218,16 @@ def _judge(differing: Mapping[int, list[Disagreement]], answers: Sequence[Answer
         raise PipelineError(
             f"{text}; more than {TIE_GAP[precision]} is no rounding: the engine or the forward pass is wrong, report it"
         )
+    log.warning("teacher_cache: %s", text)
+
+
+def _judge_endpoint(divergence: Divergence, origin: Origin) -> None:
+    problem = divergence.problem(origin)
+    if problem is None:
+        return
+    text, is_refused = problem
+    if is_refused:
+        raise PipelineError(f"{text}: let it serve the target of this configuration, and run the same command again")
     log.warning("teacher_cache: %s", text)
 
 

@@ -6,8 +6,9 @@ import fcntl
 import functools
 import json
 import logging
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,22 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import artifacts, lineage, places
 from pipeline.artifacts import PipelineError
-from pipeline.config import FeatureStore, PipelineConfig, Precision
+from pipeline.config import FeatureStore, Generator, PipelineConfig, Precision
 from pipeline.dflash.contract import Contract
 from pipeline.machine import machine, read_target
 from pipeline.model.draft import DraftConfig
+from pipeline.model.sampling import Sampling
 from pipeline.places import Place
 from pipeline.progress import Progress
 from pipeline.prompts.channels import Channel, channel_tokens, channels
-from pipeline.prompts.chat_format import stop_token_ids
+from pipeline.prompts.chat_format import chat_format_of, stop_token_ids
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Finished
 from pipeline.teacher_cache import shards, store
 from pipeline.teacher_cache.check import Checked, check
 from pipeline.teacher_cache.generate import Rendered, render
+from pipeline.teacher_cache.origin import Divergence, Origin
 from pipeline.teacher_cache.shards import Plan, Teacher
 from pipeline.teacher_cache.store import Layout
 from pipeline.teacher_cache.verify import Verified, sample, verify
@@ -61,9 +64,12 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     _require_space(config, path, staging, plans, reports, layout)
 
     with artifacts.disk_errors(local):
-        teacher = _teacher(config, target.path, draft, tokenizer)
+        journal = staging.with_suffix(".answers.jsonl")
+        elsewhere = _asked(config, [one for one in mine if one.path not in reports], tokenizer, journal)
+        teacher = dataclasses.replace(_teacher(config, target.path, draft, tokenizer), elsewhere=elsewhere)
         _clear(config, path, mine, reports)
         seconds, num_new = _make_shards(mine, reports, teacher, layout, staging)
+        journal.unlink(missing_ok=True)
         reports |= shards.reports_of_complete([one for one in plans if one not in mine], verify=False)
         with _alone(config, path):
             if artifacts.exists(path):
@@ -76,10 +82,11 @@ def run(config: PipelineConfig, tracker: Run) -> None:
             shards.clear_except(root, reports)
             num_shards = {split: sum(one.split == split for one in plans) for split in store.SPLITS}
             store.write_header(root, layout, num_shards)
-            checked = _check(config, root, rows["heldout"], teacher, draft)
-            verified = _verified(config, root, rows["train"], teacher, tokenizer)
+            failed = _failed(reports)
+            checked = _check(config, root, _answered(rows["heldout"], failed), teacher, draft)
+            verified = _verified(config, root, _answered(rows["train"], failed), teacher, tokenizer)
             summary = _summary(rows, num_duplicates, plans, reports, draft, layout)
-            artifacts.write_bytes(root / PROMPTS, _prompt_lines(rows))
+            artifacts.write_bytes(root / PROMPTS, _prompt_lines(rows, failed))
             artifacts.write_json(root / SUMMARY, summary)
             provenance = artifacts.provenance("teacher_cache", settings, {"target": target.fingerprint})
             contract = _contract(lineage.cache_contract(config, target, provenance), rows).to_json()
@@ -104,6 +111,47 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         checked.random.accept_length,
         made.path,
     )
+
+
+def _origin(config: PipelineConfig) -> Origin:
+    cache = config.teacher_cache
+    return Origin(
+        endpoint=f"{cache.openai.model} at {lineage.host_of(cache.openai.url)}"
+        if cache.generator is Generator.openai
+        else None,
+        sampling=Sampling(cache.temperature, cache.top_p) if cache.temperature else None,
+        seed=config.seed,
+    )
+
+
+def _asked(
+    config: PipelineConfig, missing: Sequence[Plan], tokenizer: PreTrainedTokenizerBase, journal: Path
+) -> Callable[..., Any] | None:
+    """The endpoint's answers to the prompts of all shards that are missing; None where our engine answers."""
+    if config.teacher_cache.generator is Generator.engine:
+        return None
+    from pipeline.teacher_cache.endpoint import Correspondence, Endpoint  # here: openai takes a second to import
+    from pipeline.teacher_cache.replies import Api, Asking, Reader
+
+    wanted = config.teacher_cache.openai
+    endpoint = Endpoint(
+        url=wanted.url,
+        key=os.environ.get(wanted.api_key_env),
+        concurrency=wanted.concurrency,
+        timeout_seconds=wanted.timeout_seconds,
+        retries=wanted.retries,
+    )
+    asking = Asking(
+        api=Api[wanted.api.value],
+        model=wanted.model,
+        origin=_origin(config),
+        max_new_tokens=config.teacher_cache.max_new_tokens,
+        has_efforts=chat_format_of(tokenizer).has_efforts,
+        extra=wanted.extra,
+    )
+    correspondence = Correspondence(endpoint, asking, Reader(tokenizer, asking.max_new_tokens), journal)
+    correspondence.fetch([row for one in missing for row in one.rows])
+    return correspondence.answer
 
 
 def _layout(config: PipelineConfig, draft: DraftConfig) -> Layout:
@@ -172,7 +220,9 @@ def _reuse(config: PipelineConfig, target: lineage.Target, settings: dict[str, A
         tokenizer = load_tokenizer(target.path)
         rows, _ = _rendered(config, tokenizer)
         teacher = _teacher(config, target.path, lineage.draft_config(config, target), tokenizer)
-        _log_verified(tracker, _verified(config, made.path, rows["train"], teacher, tokenizer))
+        failed = {line["prompt_id"]: line["failed"] for line in _lines_of(made.path) if line.get("failed")}
+        answered = _answered(rows["train"], failed)
+        _log_verified(tracker, _verified(config, made.path, answered, teacher, tokenizer))
     summary = json.loads((made.path / SUMMARY).read_text())
     _log_summary(tracker, summary, made.contract)
     log.info("teacher_cache: complete, nothing to do (%d tokens): %s", summary["num_tokens"], made.path)
@@ -189,14 +239,14 @@ def _verified(
     if not config.teacher_cache.verify:
         return None
     split = store.open_split(root, "train")
-    greedy = config.teacher_cache.temperature == 0
+    is_ours = config.teacher_cache.generator is Generator.engine
     return verify(
         split,
         sample(split.num_sequences, config.teacher_cache.verify, config.seed),
-        [row.token_ids for row in rows if row.skipped is None],
+        [row.token_ids for row in rows],
         teacher.capture,
         functools.partial(channels, channel_tokens(tokenizer)),
-        tie_gap=shards.TIE_GAP[config.target.precision.value] if greedy else None,
+        tie_gap=shards.TIE_GAP[config.target.precision.value] if is_ours else None,
         is_exact=config.target.precision is Precision.float32,
     )
 
@@ -233,7 +283,8 @@ def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     sides = split_by_hash(found.prompts, config.prompts.heldout_fraction)
     longest = config.teacher_cache.max_prompt_tokens
     rows = {
-        split: render(tokenizer, prompts, longest, split) for split, prompts in zip(store.SPLITS, sides, strict=True)
+        split: render(tokenizer, prompts, longest, split, date=config.prompts.date)
+        for split, prompts in zip(store.SPLITS, sides, strict=True)
     }
     skipped = [row for split in rows.values() for row in split if row.skipped]
     used = {split: sum(row.skipped is None for row in several) for split, several in rows.items()}
@@ -310,6 +361,7 @@ def _teacher(
         slots=config.teacher_cache.batch_size,
         max_prompt_tokens=config.teacher_cache.max_prompt_tokens,
         max_new_tokens=config.teacher_cache.max_new_tokens,
+        origin=_origin(config),
         here=here,
     )
 
@@ -319,7 +371,7 @@ def _make_shards(
 ) -> tuple[float, int]:
     """Make the shards that are missing, adding their reports; returns seconds and tokens generated."""
     total = sum(len(one.rows) for one in plans)
-    done = sum(report["num_sequences"] for report in reports.values())
+    done = sum(report["num_sequences"] + len(report.get("failed", ())) for report in reports.values())
     if done:
         log.info("teacher_cache: going on; %d of %d shards are complete", len(reports), len(plans))
     started, num_new = time.monotonic(), 0
@@ -332,7 +384,8 @@ def _make_shards(
 
         missing = [one for one in plans if one.path not in reports]
         for index, one in enumerate(missing):
-            reports[one.path] = shards.make(one, teacher, layout, count, staging)
+            report = reports[one.path] = shards.make(one, teacher, layout, count, staging)
+            progress.advance(len(report.get("failed", ())))
             if index == 0 and len(missing) > 1:
                 _tell_time(time.monotonic() - started, one, missing[1:], reports[one.path])
     return time.monotonic() - started, num_new
@@ -354,14 +407,25 @@ def _check(
 ) -> Checked:
     return check(
         store.open_split(root, "heldout"),
-        [row.token_ids for row in rows if row.skipped is None],
+        [row.token_ids for row in rows],
         teacher.capture,
         block_size=draft.block_size,
         vocab_size=draft.vocab_size,
         tie_gap=shards.TIE_GAP[config.target.precision.value],
         is_exact=config.target.precision is Precision.float32,
         seed=config.seed,
+        origin=teacher.origin,
     )
+
+
+def _failed(reports: Mapping[Place, dict[str, Any]]) -> dict[str, str]:
+    """The prompts that got no answer, and why."""
+    return {one["prompt_id"]: one["reason"] for report in reports.values() for one in report.get("failed", ())}
+
+
+def _answered(rows: Sequence[Rendered], failed: Mapping[str, str]) -> list[Rendered]:
+    """The rows that have a sequence in the cache."""
+    return [row for row in rows if row.skipped is None and row.prompt.prompt_id not in failed]
 
 
 def _contract(wanted: Contract, rows: Mapping[str, Sequence[Rendered]]) -> Contract:
@@ -386,6 +450,7 @@ def _summary(
         splits[split] = {
             "num_prompts": len(several),
             "num_skipped": sum(row.skipped is not None for row in several),
+            "num_failed": sum(len(report.get("failed", ())) for report in made),
             "num_disagreements": len(gaps),
             "largest_gap": max(gaps, default=0.0),
             "num_tokens_by_channel": {
@@ -397,12 +462,20 @@ def _summary(
                 for key in ("num_sequences", "num_tokens", "num_generated_tokens", "num_stopped")
             },
         }
+        divergence = sum(
+            (Divergence(**report["divergence"]) for report in made if "divergence" in report), Divergence()
+        )
+        if divergence.num_tokens:
+            splits[split]["divergence"] = divergence.mean
+        counted = (splits[split][f"num_{kind}"] for kind in ("sequences", "failed", "skipped"))
+        assert sum(counted) == len(several), splits[split]
     return {
         "splits": splits,
         "num_duplicates": num_duplicates,
         "num_sequences": sum(split["num_sequences"] for split in splits.values()),
         "num_tokens": sum(split["num_tokens"] for split in splits.values()),
         "num_skipped": sum(split["num_skipped"] for split in splits.values()),
+        "num_failed": sum(split["num_failed"] for split in splits.values()),
         "bytes": sum(reports[one.path]["bytes"] for one in plans),
         "features": layout.stored,
         "token_bytes": layout.token_bytes,
@@ -410,20 +483,26 @@ def _summary(
     }
 
 
-def _prompt_lines(rows: Mapping[str, Sequence[Rendered]]) -> bytes:
+def _prompt_lines(rows: Mapping[str, Sequence[Rendered]], failed: Mapping[str, str]) -> bytes:
     lines = [
         {
             "prompt_id": row.prompt.prompt_id,
             "split": split,
             "effort": row.prompt.effort,
             "messages": [message.as_dict() for message in row.prompt.messages],
+            **({"tools": [tool.as_dict() for tool in row.prompt.tools]} if row.prompt.tools else {}),
             "num_tokens": len(row.token_ids),
             "skipped": row.skipped,
+            "failed": failed.get(row.prompt.prompt_id),
         }
         for split, several in rows.items()
         for row in several
     ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def _lines_of(root: Place) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / PROMPTS).read_text().split("\n") if line]
 
 
 def _log_summary(tracker: Run, summary: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
@@ -435,5 +514,6 @@ def _log_summary(tracker: Run, summary: Mapping[str, Any], contract: Mapping[str
             "teacher_cache/num_tokens": summary["num_tokens"],
             "teacher_cache/bytes": summary["bytes"],
             "teacher_cache/skipped": summary["num_skipped"],
+            "teacher_cache/failed": summary["num_failed"],
         }
     )

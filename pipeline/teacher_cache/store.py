@@ -371,7 +371,7 @@ def _zarr(path: Place) -> dict[str, Any]:
 def _create(path: Path, array: np.ndarray, dtype: str) -> tensorstore.TensorStore:
     assert array.dtype == np.dtype(getattr(ml_dtypes, dtype, dtype)), (array.dtype, dtype)
     chunk = [CHUNK_TOKENS, *array.shape[1:]]
-    whole = -(-len(array) // CHUNK_TOKENS) * CHUNK_TOKENS
+    whole = max(-(-len(array) // CHUNK_TOKENS), 1) * CHUNK_TOKENS  # no answer at all is a shard too
     file = [min(whole, FILE_TOKENS) if path.name == "features" else whole, *array.shape[1:]]
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {"chunk_shape": chunk, "codecs": codecs, "index_codecs": codecs}

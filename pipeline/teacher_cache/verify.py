@@ -58,15 +58,16 @@ def verify(
 ) -> Verified:
     """Read the `chosen` sequences again; `prompts` are all rendered prompts of the split, `spoken` gives channels.
 
-    A generated token whose logit lies more than `tie_gap` below the best is not the target's own (None: the text was
-    drawn at random, and any token may be). Unless `is_exact` (float32) a few tokens may differ, as `check` lets them.
-    Raises PipelineError naming shard and row of what differs.
+    A generated token whose logit lies more than `tie_gap` below the best is not the target's own (None: an endpoint's
+    text, judged as a whole when it was stored). Unless `is_exact` (float32) a few tokens may differ, as `check`
+    lets them. Raises PipelineError naming shard and row of what differs.
     """
     found = []
     for at in range(0, len(chosen), READ_SEQUENCES):
         some = chosen[at : at + READ_SEQUENCES]
         sequences = split.read(some)
-        for place, captured in retake([sequence.token_ids.tolist() for sequence in sequences]):
+        texts, names = [sequence.token_ids.tolist() for sequence in sequences], [split.prompt_ids[i] for i in some]
+        for place, captured in retake(texts, names):
             index, sequence = some[place], sequences[place]
             problem = _problem(sequence, prompts[index], spoken)
             found.append(_compared(split.where(index), sequence, captured, split.layout.num_tapped, tie_gap, problem))

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import artifacts
+from pipeline import artifacts, hosts
 from pipeline.artifacts import PipelineError
 from pipeline.train import runs
 from pipeline.train.score import Score
@@ -39,9 +39,10 @@ def read(root: Path) -> list[Evaluation]:
 def add(root: Path, step: int, scores: Mapping[str, Score]) -> Evaluation:
     """Write an evaluation down and keep the run directory of its step if it is the best so far."""
     new = Evaluation(step, scores["heldout"], scores["train"])
-    before = [one for one in read(root) if one.step < step]  # a training may have been set back to a checkpoint
-    artifacts.write_json(root / EVALUATIONS, [as_json(one) for one in (*before, new)])
-    keep(root)
+    if hosts.is_first():
+        before = [one for one in read(root) if one.step < step]  # a training may have been set back to a checkpoint
+        artifacts.write_json(root / EVALUATIONS, [as_json(one) for one in (*before, new)])
+        keep(root)
     return new
 
 

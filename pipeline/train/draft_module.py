@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from easydel.infra.base_config import EasyDeLBaseConfig
 from easydel.infra.base_module import EasyDeLBaseModule
 from easydel.infra.factory import TaskType, register_config, register_module
@@ -92,7 +93,8 @@ class DraftModule(EasyDeLBaseModule):
         for node, values in [(self, weights), *zip(self.layers, weights.layers, strict=True)]:
             for name, array in _arrays(values).items():
                 parameter = getattr(node, name)
-                parameter[...] = jax.device_put(array.astype(parameter[...].dtype), parameter[...].sharding)
+                given = np.asarray(array, parameter[...].dtype)  # every host has all of it
+                parameter[...] = jax.device_put(given, parameter[...].sharding)
 
     def craft_sharding(self, **_options: Any) -> dict[str, PartitionSpec]:
         """As that of `Parameters`."""

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
+from pipeline import hosts
 from pipeline.dflash import acceptance, blocks
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.linear import Kernel
@@ -82,7 +83,7 @@ def _kept_everywhere(
         anchors = first[:, None] + np.arange(offset, offset + BLOCKS_PER_PASS)
         anchors = np.clip(anchors, 0, np.maximum(last, 0)[:, None]).astype(np.int32)
         kept = drafted(**inputs, anchors=place(anchors))
-        np.put_along_axis(kept_at, anchors, np.asarray(kept), axis=1)
+        np.put_along_axis(kept_at, anchors, hosts.whole(kept), axis=1)
     return kept_at
 
 

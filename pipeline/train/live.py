@@ -5,14 +5,17 @@ What a token's features are is `teacher_cache.capture`'s to say, for stored and 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from pipeline.machine import Machine
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
+from pipeline.model.placement import ROWS
 from pipeline.teacher_cache import capture
 from pipeline.teacher_cache.store import CachedSequence
 
@@ -27,10 +30,13 @@ class LiveTarget:
     here: Machine
     distils: bool = False  # whether the loss asks for the target's final hidden states
 
-    def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a `loss.Batch`, those of the target's own making among them."""
-        features, hidden = self._program(self.weights, batch["token_ids"])
-        return batch | {"features": features} | ({"teacher_hidden": hidden} if self.distils else {})
+    def complete(self, batch: Mapping[str, Any]) -> dict[str, Array]:
+        """The fields of a `loss.Batch` that the target makes of its tokens."""
+        token_ids = batch["token_ids"]
+        if self.here.mesh is not None:  # the same devices in another order of axes
+            token_ids = jax.device_put(token_ids, NamedSharding(self.here.mesh, ROWS))
+        features, hidden = self._program(self.weights, token_ids)
+        return {"features": features} | ({"teacher_hidden": hidden} if self.distils else {})
 
     def filled(self, sequences: Sequence[CachedSequence]) -> list[CachedSequence]:
         """Sequences that were stored without features, with theirs."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pipeline import artifacts, chips, lineage
+from pipeline import artifacts, chips, hosts, lineage
 from pipeline.artifacts import Artifact, PipelineError
 from pipeline.config import FeatureSource, LossWeights, PipelineConfig, TrainConfig
 from pipeline.dflash import blocks
@@ -65,16 +65,19 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     parents = {"target": target.fingerprint, "teacher_cache": cache.fingerprint}
     contract = lineage.draft_contract(config, target, artifacts.provenance("train", settings, parents))
     with artifacts.disk_errors(path):
-        scratch = _scratch(path, contract, draft)
+        scratch = artifacts.scratch_of(path)
+        if hosts.is_first():
+            _open(path, contract, draft)
+        hosts.meet("training begins")
         if not _is_over(scratch, config.train.steps):
             _fit(scratch, config, _given(config, target, cache.path, draft), tracker)
-        found = best.take(scratch)
-        artifacts.write_json(scratch / lineage.DRAFT_CONFIG, hf_draft.config_to_hf(draft, "float32", {}))
-        artifacts.write_json(scratch / lineage.EVALUATION, best.as_json(found))
-        for torn in scratch.glob("*.tmp"):
-            torn.unlink()
-        made = artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
-    _report(tracker, made, "is made")
+        if hosts.is_first():
+            found = best.take(scratch)
+            artifacts.write_json(scratch / lineage.DRAFT_CONFIG, hf_draft.config_to_hf(draft, "float32", {}))
+            artifacts.write_json(scratch / lineage.EVALUATION, best.as_json(found))
+            artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
+        hosts.meet("training is over")
+    _report(tracker, lineage.checkpoint(config, target), "is made")
 
 
 def recipe_of(train: TrainConfig, draft: DraftConfig, seed: int, dtype: jnp.dtype) -> Recipe:
@@ -105,8 +108,8 @@ def recipe_of(train: TrainConfig, draft: DraftConfig, seed: int, dtype: jnp.dtyp
     )
 
 
-def _scratch(path: Path, contract: Contract, draft: DraftConfig) -> Path:
-    """The directory to train in. PipelineError when what was begun there has other settings than ours."""
+def _open(path: Path, contract: Contract, draft: DraftConfig) -> None:
+    """Make or find the directory to train in. PipelineError when what was begun there has other settings than ours."""
     sizes = [leaf.size for leaf in jax.tree.leaves(weight_shapes(draft))]
     needed = 3 * SAVED_BYTES_PER_WEIGHT * sum(sizes)  # the best, the last, and the one being written
     artifacts.require_free_space(path, needed, "training (three checkpoints)")
@@ -119,7 +122,6 @@ def _scratch(path: Path, contract: Contract, draft: DraftConfig) -> Path:
             "delete it, or give another train.path"
         )
     artifacts.write_json(begun, wanted)
-    return scratch
 
 
 def _decides(contract: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def _given(config: PipelineConfig, target: Target, cache: Path, draft: DraftConf
     if config.train.features is FeatureSource.live:
         here = machine(config.mesh, target.path)
         model, weights = read_target(config, target.path, here)
-        live = LiveTarget(weights, model, draft.tapped_layers, here)
+        live = LiveTarget(weights, model, draft.tapped_layers, here, distils=recipe.distillation > 0)
     ends = {dtype: checkpoints.load_ends(target.path, dtype) for dtype in {recipe.dtype, served}}
     return Given(
         draft=draft,
@@ -176,7 +178,8 @@ def _fit(scratch: Path, config: PipelineConfig, given: Given, tracker: Run) -> N
     train, recipe = config.train, given.recipe
     batches = _batches(given.splits["train"], train, config.seed)
     evaluations = best.read(scratch)
-    best.keep(scratch)
+    if hosts.is_first():
+        best.keep(scratch)
     with Journal(
         tracker,
         steps=train.steps,

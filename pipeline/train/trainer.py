@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from pipeline import hosts
 from pipeline.artifacts import PipelineError
 from pipeline.dflash import blocks
 from pipeline.model import hf_draft
@@ -50,17 +51,20 @@ def fit(
     on_start: Callable[[StepReport], None],
     on_step: Callable[[StepReport], None],
     initial: DraftWeights | None = None,
-    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
 ) -> None:
     """Train to `recipe.steps`, going on from the last complete run directory under `directory`.
 
-    `batch_at(step)` gives the fields of a `Batch`, or what `complete` makes them of when their turn comes. `on_start`
-    is told of the step that an earlier run made last (0) and the weights that it left. Training begins with `initial`
-    (float32), or with random weights. Leaves exactly one run directory, of the last step. Raises PipelineError when
-    EasyDeL did not do what it was told, and whatever the callbacks raise.
+    `batch_at(step)` gives the fields of a `Batch`, this host's rows of them, but for those that `complete` makes when
+    their turn comes. `on_start` is told of the step that an earlier run made last (0) and the weights that it left.
+    Training begins with `initial` (float32), or with random weights. Leaves exactly one run directory, of the last
+    step. Raises PipelineError when EasyDeL did not do what it was told, and whatever the callbacks raise.
     """
     done = runs.latest(directory)
-    runs.keep_only(directory, runs.path_of(directory, done) if done else None)
+    hosts.meet("told how far training is")
+    if hosts.is_first():
+        runs.keep_only(directory, runs.path_of(directory, done) if done else None)
+    hosts.meet("unfinished checkpoints are gone")
     arguments = arguments_of(directory, recipe)
     split = recipe.split
     module = DraftModule(
@@ -155,7 +159,7 @@ class DraftTrainer(ed.Trainer):
         frozen: tuple[Array, Kernel],
         batch_at: Callable[[int], dict[str, np.ndarray]],
         on_step: Callable[[StepReport], None],
-        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
     ) -> None:
         self.failure: BaseException | None = None
         self._draft = config
@@ -192,8 +196,9 @@ class DraftTrainer(ed.Trainer):
         given their programs in one order.
         """
         rows = NamedSharding(self.model.mesh, vocabulary.ROWS_SPEC)
-        batch = batch if self._complete is None else self._complete(batch)
-        return jax.device_put(batch, rows), {}
+        batch = {name: hosts.spread(array, rows) for name, array in batch.items()}
+        made = {} if self._complete is None else self._complete(batch)
+        return batch | {name: jax.device_put(array, rows) for name, array in made.items()}, {}
 
     def configure_functions(self) -> TrainerConfigureFunctionOutput:
         """The jitted step, whose state is donated."""
@@ -236,8 +241,11 @@ class DraftTrainer(ed.Trainer):
         root = Path(str(self.arguments._get_save_directory()))
         run = runs.path_of(root, step)
         self._save_state(state=state, save_directory=str(run))
-        runs.settle(run, step)
-        runs.keep_only(root, run)
+        hosts.meet(f"step {step} is written")
+        if hosts.is_first():
+            runs.settle(run, step)
+            runs.keep_only(root, run)
+        hosts.meet(f"step {step} is complete")
 
     @contextlib.contextmanager
     def _remembered(self) -> Iterator[None]:

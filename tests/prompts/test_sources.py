@@ -1,11 +1,13 @@
 import hashlib
 import json
 
+import datasets
 import pytest
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.messages import Message
+from pipeline.prompts.messages import Message, message_of
 from pipeline.prompts.sources import from_dataset, from_jsonl, generated, prompt_of
+from pipeline.prompts.tools import tools_of
 
 
 @pytest.fixture
@@ -27,6 +29,59 @@ def test_the_id_is_the_sha256_of_the_messages_without_the_effort():
     prompt = prompt_of([Message("user", "é")], "low")
     expected = hashlib.sha256(b'[{"content":"\\u00e9","role":"user"}]').hexdigest()
     assert prompt.prompt_id == prompt_of([Message("user", "é")], "high").prompt_id == expected
+
+
+CALLING = {
+    "role": "assistant",
+    "content": "",
+    "thinking": "Look.",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"b": {}, "a": {}}}}}
+
+
+def test_the_id_covers_thinking_calls_and_tools():
+    turns = [Message("user", "x"), message_of(CALLING), Message("tool", "1")]
+    tools = tools_of([TOOL])
+    ids = [
+        prompt_of(turns, "low").prompt_id,
+        prompt_of(turns, "low", tools).prompt_id,
+        prompt_of([turns[0], message_of(CALLING | {"thinking": None}), turns[2]], "low").prompt_id,
+        prompt_of([turns[0], message_of(CALLING | {"tool_calls": []}), turns[2]], "low").prompt_id,
+        prompt_of(turns, "low", tools_of([{"function": TOOL["function"] | {"description": "x"}}])).prompt_id,
+    ]
+    assert len(set(ids)) == len(ids)
+    assert ids[0] == prompt_of([message_of(message.as_dict()) for message in turns], "high").prompt_id
+
+
+@pytest.mark.parametrize("spelled", [[TOOL], json.dumps([TOOL])], ids=["list", "JSON"])
+def test_rows_bring_tool_calls_results_and_tools(rows_file, spelled):
+    turns = [{"role": "user", "content": "x"}, CALLING, {"role": "tool", "content": "1", "tool_call_id": "a"}]
+    path = rows_file({"messages": turns, "tools": spelled}, {"prompt": "one", "tools": None})
+    wanted = (
+        prompt_of([Message("user", "x"), message_of(CALLING), Message("tool", "1")], "low", tools_of([TOOL])),
+        prompt_of([Message("user", "one")], "low"),
+    )
+    assert from_jsonl(path, "low").prompts == wanted
+    assert list(wanted[0].tools[0].as_dict()["function"]["parameters"]["properties"]) == ["b", "a"]
+
+
+def test_a_table_of_conversations_gives_what_the_same_rows_give_as_jsonl(rows_file, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, CALLING, {"role": "tool", "content": "1"}],
+         "tools": json.dumps([TOOL]), "effort": "high"},
+        {"messages": [{"role": "user", "content": "y"}], "tools": None, "effort": None},
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    found = from_dataset(str(tmp_path / "rows.parquet"), "train", "messages", "low")
+    assert found == from_jsonl(rows_file(*rows), "low")
+    assert [prompt.effort for prompt in found.prompts] == ["high", "low"]
+
+
+def test_a_row_with_bad_tools_is_named(rows_file):
+    for tools in ("no JSON", [{"name": "f"}]):
+        with pytest.raises(PipelineError, match=r"line 1: tools"):
+            from_jsonl(rows_file({"prompt": "x", "tools": tools}), "low")
 
 
 def test_generated_prompts_are_distinct_and_as_many_as_asked_for():

@@ -11,37 +11,15 @@ import openai
 import pytest
 from chatml import chatml_tokenizer
 from serve.fake_engine import FakeEngine
+from serve.serving import MODEL, serving
 
 from pipeline.artifacts import PipelineError
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.harmony import render_completion
 from pipeline.serve import server
-from pipeline.serve.api import Api, create_app
-from pipeline.serve.worker import Worker
 
-MODEL = "tiny"
 ANALYSIS, FINAL = "17 + 25: naïve, 東京.", "It is 42 🎉 indeed."
 USER = {"role": "user", "content": "What is 17 + 25?"}
-
-
-@contextlib.contextmanager
-def serving(engine, tokenizer):
-    """A server on a free port, and how many seconds it may take to end."""
-    worker = Worker(engine)
-    api = Api(worker, engine, tokenizer, model=MODEL, effort="low")
-    with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
-        address = server.url(listener)
-        running = server.create_server(create_app(api), listener, cut=worker.end)
-        thread = threading.Thread(target=server.serve, args=(running, listener))
-        worker.start()
-        thread.start()
-        try:
-            yield address
-        finally:
-            running.should_exit = True
-            thread.join(10)
-            assert worker.stop(5.0)
-            assert not thread.is_alive()
 
 
 def create_engine(tokenizer, **options):

@@ -89,6 +89,7 @@ def trained(sizes: list[int], case: dict) -> dict:
         clip_grad=1.0,
         loss_decay=3.0,
         checkpoint_steps=NUM_STEPS,
+        eval_steps=NUM_STEPS,
         seed=0,
         **case,
     )

@@ -18,7 +18,7 @@ from pipeline.train.loss import Batch, draft_sums, normaliser
 from pipeline.train.packed_batches import PackedBatches
 
 CONFIG = dataclasses.replace(tiny_training.DRAFT, vocab_size=61, mask_token_id=60, num_hidden_layers=1)
-NUM_TRAIN, ROW_TOKENS, NUM_ANCHORS, SEED = 11, 96, 7, 3
+NUM_TRAIN, ROW_TOKENS, NUM_ANCHORS, SEED = 11, 128, 7, 3
 OBJECTIVES = {
     "decay": {"slot_weights": blocks.slot_weights(CONFIG.block_size, 3.0)},
     "dpace": {"slot_weights": blocks.slot_weights(CONFIG.block_size, 3.0), "dpace_smoothing": 0.5},
@@ -165,16 +165,17 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones_and_of_sequences
 
 
 def test_no_sequence_of_a_row_knows_of_another(split):
-    batch = packed_of(split).at(0)
-    second = np.unique(batch["starts"][0])[1]
-    others = batch["starts"][0] != second
+    batch = packed_of(split, num_rows=NUM_TRAIN).at(0)
+    row = next(row for row in range(NUM_TRAIN) if len(set(batch["starts"][row].tolist()) - {ROW_TOKENS}) == 3)
+    second = np.unique(batch["starts"][row])[1]
+    others = batch["starts"][row] != second
     changed = {name: array.copy() for name, array in batch.items()}
-    changed["features"][0, others] = 100
-    changed["token_ids"][0, others] = 1
-    mine = batch["anchor_taken"][0] & (batch["starts"][0][batch["anchors"][0]] == second)
+    changed["features"][row, others] = 100
+    changed["token_ids"][row, others] = 1
+    mine = batch["anchor_taken"][row] & (batch["starts"][row][batch["anchors"][row]] == second)
     for one in (batch, changed):
         one["anchor_taken"] = np.zeros_like(batch["anchor_taken"])
-        one["anchor_taken"][0] = mine
+        one["anchor_taken"][row] = mine
     made = differentiated(OBJECTIVES["decay"])
     before, after = (made(Batch(**jax.tree.map(jnp.asarray, one)), jnp.float32(1))[0] for one in (batch, changed))
     assert before.num_tokens > 0

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +181,14 @@ def test_no_sequence_of_a_row_knows_of_another(split):
     before, after = (made(Batch(**jax.tree.map(jnp.asarray, one)), jnp.float32(1))[0] for one in (batch, changed))
     assert before.num_tokens > 0
     assert before == after
+
+
+def test_the_stage_trains_on_packed_rows_with_every_knob_of_the_step(tmp_path):
+    train = {"pack_tokens": 96, "batch_sequences": 4, "accumulation": 2, "loss_weights": "dpace", "remat": True}
+    config = tiny_training.prepare(tmp_path, **train)
+    with tiny_training.start(tmp_path, **train) as process:
+        output, errors = process.communicate(timeout=tiny_training.LIMIT_SECONDS)
+    assert process.returncode == 0, errors
+    losses = {step: value for name, step, value in json.loads(output) if name == "train/loss"}
+    assert sorted(losses) == list(range(1, config.train.steps + 1))
+    assert max(losses[step] for step in (10, 11, 12)) < losses[1]  # though D-PACE's weights grow with what is right

@@ -168,15 +168,18 @@ class PromptsConfig:
     """The prompt set; membership in train or held-out follows from a prompt's hash alone.
 
     `date` is what templates that print today's date print instead, so that a run can be repeated. `effort_mix` gives
-    the share of each effort under `effort=mixed`.
+    the share of each effort under `effort=mixed`. `count` null: 3072 generated prompts, or all of a file or dataset; of
+    those a lower one takes the same ones, whatever their order. `dataset_subset` and `dataset_revision` are the hub's.
     """
 
     source: PromptSource = PromptSource.generated
     path: str | None = None
     dataset: str | None = None
     dataset_split: str = "train"
+    dataset_subset: str | None = None
+    dataset_revision: str | None = None
     column: str = "prompt"
-    count: int = 3072
+    count: int | None = None
     heldout_fraction: float = 0.03125
     effort: Effort = Effort.low
     effort_mix: dict[str, float] = dataclasses.field(default_factory=lambda: {"low": 1.0, "medium": 1.0, "high": 1.0})

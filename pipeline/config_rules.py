@@ -1,6 +1,7 @@
 """The rules that the values of a configuration must keep, and one error that lists all that break them."""
 
 import dataclasses
+import datetime
 import math
 import re
 import urllib.parse
@@ -92,8 +93,11 @@ def validate(config: PipelineConfig) -> None:
 def _prompts(prompts: PromptsConfig, serve_date: str | None) -> list[str]:
     broken = []
     for key, day in (("prompts.date", prompts.date), ("serve.date", serve_date)):
-        if day is not None and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", day):
+        if day is not None and not _is_day(day):
             broken.append(f"{key} is {day!r}; it must be a day such as 2025-08-05")
+    for name, value in (("dataset_subset", prompts.dataset_subset), ("dataset_revision", prompts.dataset_revision)):
+        if value is not None and prompts.source is not PromptSource.dataset:
+            broken.append(f"prompts.{name} is {value}; it goes with prompts.source=dataset")
     mix = prompts.effort_mix
     unknown = sorted(mix.keys() - {"low", "medium", "high"})
     if (
@@ -105,6 +109,13 @@ def _prompts(prompts: PromptsConfig, serve_date: str | None) -> list[str]:
             f"prompts.effort_mix is {mix}; it must give low, medium or high shares of at least 0, one above it"
         )
     return broken
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _is_plain_url(url: str) -> bool:

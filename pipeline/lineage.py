@@ -43,6 +43,7 @@ from pipeline.prompts import sources
 from pipeline.prompts import tokenizer as tokenizers_of_ours
 from pipeline.prompts.efforts import EffortMix
 
+GENERATED_PROMPTS = 3072  # of sources without an end
 REMEMBERED = "sha256.json"  # of large files, under output_dir
 TARGET, TEACHER_CACHE, CHECKPOINT, DRAFT = "target", "teacher_cache", "checkpoint", "draft"
 DRAFT_CONFIG, EVALUATION = "draft_config.json", "evaluation.json"  # in a checkpoint; the latter in a draft too
@@ -226,14 +227,22 @@ def draft_sizes(config: PipelineConfig, model: GptOssConfig, mask_token_id: int)
 
 
 def prompt_set(config: PipelineConfig) -> sources.PromptSet:
-    """The prompts of this configuration; `prompts.count` is the number of generated ones."""
+    """The prompts of this configuration."""
     prompts, effort = config.prompts, _effort(config)
     if prompts.source is PromptSource.jsonl:
-        return sources.from_jsonl(Path(prompts.path), effort)
+        return sources.limited(sources.from_jsonl(Path(prompts.path), effort), prompts.count)
     if prompts.source is PromptSource.dataset:
-        return sources.from_dataset(prompts.dataset, prompts.dataset_split, prompts.column, effort)
+        found = sources.from_dataset(
+            prompts.dataset,
+            prompts.dataset_split,
+            prompts.column,
+            effort,
+            subset=prompts.dataset_subset,
+            revision=prompts.dataset_revision,
+        )
+        return sources.limited(found, prompts.count)
     generate = sources.everyday if prompts.source is PromptSource.everyday else sources.generated
-    return generate(config.seed, prompts.count, effort)
+    return generate(config.seed, prompts.count or GENERATED_PROMPTS, effort)
 
 
 def _effort(config: PipelineConfig) -> str | EffortMix:
@@ -287,6 +296,8 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         if not file.is_file():
             raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
         prompts["path"] = artifacts.file_sha256(file)
+    if config.prompts.dataset is not None and Path(config.prompts.dataset).exists():
+        prompts["dataset"] = _content(Path(config.prompts.dataset))
     if config.prompts.effort is not Effort.mixed:
         del prompts["effort_mix"]
     cache = plain(config.teacher_cache) | {"features": feature_store(config).value}
@@ -303,6 +314,14 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         "tapped_layers": list(draft_config(config, target).tapped_layers),
         "seed": config.seed,
     }
+
+
+def _content(path: Path) -> str:
+    """sha256 of a file, or of the names and sha256s of a directory's files."""
+    if path.is_file():
+        return artifacts.file_sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return artifacts.fingerprint_of({str(file.relative_to(path)): artifacts.file_sha256(file) for file in files})
 
 
 def host_of(url: str) -> str:

@@ -56,7 +56,7 @@ def test_defaults_are_valid():
         pytest.param({"prompts__source": PromptSource.jsonl}, "prompts.path is null", id="jsonl without a file"),
         pytest.param({"prompts__source": PromptSource.dataset}, "prompts.dataset is null", id="dataset without a name"),
         pytest.param({"prompts__date": "5 August"}, "prompts.date is '5 August'; it must be a day", id="date"),
-        pytest.param({"serve__date": "2025"}, "serve.date is '2025'; it must be a day", id="date served"),
+        pytest.param({"serve__date": "2025-02-30"}, "serve.date is '2025-02-30'; it must be a day", id="date served"),
         pytest.param({"prompts__effort_mix": {"max": 1.0}}, "prompts.effort_mix is {'max': 1.0}", id="effort"),
         pytest.param({"prompts__effort_mix": {"low": -0.5}}, "shares of at least 0", id="negative share"),
         pytest.param({"prompts__effort_mix": {"low": float("nan")}}, "shares of at least 0", id="share that is none"),

@@ -10,6 +10,7 @@ from pipeline.prompts.tools import ToolCall, call_problem
 
 STOP_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
 HEADER_TOKENS = ("<|start|>", "<|channel|>")  # what follows them, up to <|message|>, is not text
+CONSTRAIN = "<|constrain|>"  # in a header, before the type of a call's arguments
 CHANNEL_TOKENS = ("<|channel|>", "<|return|>")  # a tokenizer with one of them is meant to be Harmony's
 NEXT_MESSAGE = "<|end|><|start|>assistant"
 
@@ -38,7 +39,7 @@ def render_completion(
     if final is not None:
         messages.append(f"<|channel|>{'commentary' if tool_calls else 'final'}<|message|>{final}")
     messages += [
-        f"<|channel|>commentary to=functions.{call.name} <|constrain|>json<|message|>{call.arguments}"
+        f"<|channel|>commentary to=functions.{call.name} {CONSTRAIN}json<|message|>{call.arguments}"
         for call in tool_calls
     ]
     text = NEXT_MESSAGE.join(messages) + ("<|call|>" if tool_calls else "<|return|>")

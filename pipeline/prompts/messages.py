@@ -61,7 +61,7 @@ def messages_problem(messages: Any) -> str | None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return f"messages is {shown(messages)}; wanted a non-empty list of role and content objects"
     for index, message in enumerate(messages):
-        problem = _message_problem(message, index) or _place_problem(messages, index)
+        problem = _message_problem(message) or _place_problem(messages, index)
         if problem is not None:
             return f"messages[{index}] {problem}"
     if messages[-1]["role"] not in ASKING_ROLES:
@@ -69,7 +69,7 @@ def messages_problem(messages: Any) -> str | None:
     return None
 
 
-def _message_problem(message: Any, index: int) -> str | None:
+def _message_problem(message: Any) -> str | None:
     if not isinstance(message, Mapping):
         return f"is {shown(message)}; wanted an object with role and content"
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
@@ -116,7 +116,8 @@ def _place_problem(messages: Sequence[Mapping[str, Any]], index: int) -> str | N
     calls = before.get("tool_calls") or ()
     if not calls:
         return "is a tool's; wanted the assistant's call right before it"
-    wanted, found = (one.get(key) for one, key in ((calls[0], "id"), (message, "tool_call_id")))
-    if wanted is not None and found is not None and wanted != found:
-        return f"has tool_call_id {shown(found)}; wanted that of the call before it, {shown(wanted)}"
+    called = {"tool_call_id": calls[0].get("id"), "name": calls[0]["function"]["name"]}
+    for key, wanted in called.items():
+        if wanted is not None and message.get(key) not in (None, wanted):
+            return f"has {key} {shown(message[key])}; wanted that of the call before it, {shown(wanted)}"
     return None

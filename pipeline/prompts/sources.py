@@ -16,6 +16,7 @@ from pipeline.prompts.tools import Tool, tools_of, tools_problem
 SHOWN_ROWS = 10
 DRAWS_PER_PROMPT = 20
 ROW_FIELDS = ("tools", "effort", "reasoning_effort")  # read beside the prompt or the messages
+SAVED = ("dataset_dict.json", "state.json")  # what `datasets` writes beside saved splits, and in one
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -34,10 +35,11 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Distinct prompts in the source's order, and how many repeated ones were dropped."""
+    """Distinct prompts in the source's order, and how many were dropped: repeated ones, and those over a limit."""
 
     prompts: tuple[Prompt, ...]
     num_duplicates: int
+    num_over: int = 0
 
 
 def prompt_of(messages: Iterable[Message], effort: str | EffortMix, tools: Iterable[Tool] = ()) -> Prompt:
@@ -48,6 +50,19 @@ def prompt_of(messages: Iterable[Message], effort: str | EffortMix, tools: Itera
         content = {"messages": content, "tools": [dataclasses.asdict(tool) for tool in tools]}
     prompt_id = fingerprint_of(content)
     return Prompt(prompt_id, messages, effort if isinstance(effort, str) else effort.of(prompt_id), tools)
+
+
+def limited(found: PromptSet, count: int | None) -> PromptSet:
+    """At most `count` prompts of a set: those whose ids come first when hashed once more, in the set's order.
+
+    The ids themselves decide who is held out. So a set's order does not matter, and more prompts hold the fewer.
+    """
+    if count is None or count >= len(found.prompts):
+        return found
+    chosen = sorted(found.prompts, key=lambda prompt: fingerprint_of(["count", prompt.prompt_id]))[:count]
+    kept = {prompt.prompt_id for prompt in chosen}
+    prompts = tuple(prompt for prompt in found.prompts if prompt.prompt_id in kept)
+    return PromptSet(prompts, found.num_duplicates, len(found.prompts) - len(prompts))
 
 
 def generated(seed: int, count: int, effort: str | EffortMix) -> PromptSet:
@@ -102,8 +117,9 @@ def from_dataset(
 ) -> PromptSet:
     """Prompts of one column (texts, or lists of messages) of a dataset, and of the columns in ROW_FIELDS that it has.
 
-    `name` is a hub id, a local directory, or a local json, jsonl, csv, parquet or txt file. A hub dataset can
-    be revised in place: `revision` pins it. Raises PipelineError when it cannot be loaded or a row is bad.
+    `name` is a hub id, a local json, jsonl, csv, parquet or txt file, or a local directory: of such files, or written
+    by `save_to_disk`. A hub dataset can be revised in place: `revision` pins it. Raises PipelineError when it cannot be
+    loaded or a row is bad.
     """
     _check_effort(effort)
     dataset = _loaded(name, split, subset, revision)
@@ -138,12 +154,23 @@ def _loaded(name: str, split: str, subset: str | None, revision: str | None) -> 
             if path.suffix not in FILE_FORMATS:
                 raise PipelineError(f"{path} ends in {path.suffix!r}; wanted one of {', '.join(FILE_FORMATS)}")
             return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split)
+        if any((path / file).is_file() for file in SAVED):
+            return _saved(datasets.load_from_disk(name), split)
         return datasets.load_dataset(name, subset, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise PipelineError(
             f"cannot load dataset {name}, split {split} ({type(error).__name__}: {error}); check the "
             "name, the split and the network, or give a local directory or file"
         ) from error
+
+
+def _saved(loaded: Any, split: str) -> Any:
+    """The split of what `save_to_disk` wrote, which may be one without a name."""
+    if not isinstance(loaded, dict):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"it has the splits {', '.join(loaded)}")
+    return loaded[split]
 
 
 def _parsed(line: str) -> Any:
@@ -163,7 +190,7 @@ def _collected(rows: Iterator[tuple[str, Any]], effort: str | EffortMix, source:
             bad.append(f"{where}: {problem}")
             continue
         prompt = _prompt_of_row(row, effort)
-        found.setdefault(prompt.prompt_id, prompt)
+        found.setdefault(_without_spaces(prompt), prompt)
     if bad:
         more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
         listed = "\n  ".join(bad[:SHOWN_ROWS] + more)
@@ -173,11 +200,22 @@ def _collected(rows: Iterator[tuple[str, Any]], effort: str | EffortMix, source:
     return PromptSet(tuple(found.values()), num_rows - len(found))
 
 
+def _without_spaces(prompt: Prompt) -> str:
+    """One text for prompts that differ in white space alone: of such only the first is kept."""
+    texts = [[message.role, message.content.split(), message.thinking] for message in prompt.messages]
+    calls = [[call.as_dict() for call in message.tool_calls] for message in prompt.messages]
+    return fingerprint_of([texts, calls, [tool.as_dict() for tool in prompt.tools]])
+
+
 def _row_problem(row: Any) -> str | None:
     if isinstance(row, json.JSONDecodeError):
         return f"is not JSON ({row.msg} at column {row.colno}); wanted one object a line"
     if not isinstance(row, dict):
         return f"is a {type(row).__name__}; wanted an object with prompt or messages"
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        return f"is not valid Unicode ({error}); wanted text that UTF-8 can write"
     if ("prompt" in row) == ("messages" in row):
         fields = ", ".join(map(str, row)) or "none"
         return f"has the fields {fields}; wanted exactly one of prompt and messages"

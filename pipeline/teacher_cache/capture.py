@@ -30,8 +30,8 @@ class Captured:
     `features` bfloat16 [T, L * D]. `next_ids[p]` is the target's own choice for position p + 1, and
     `shortfall[p]` how far the logit of the text's token there lies below it (0: they agree; last: no meaning). Of a
     text drawn with a known key the choice is the one that the same noise makes, and logits include the noise. Of one
-    drawn elsewhere `shortfall` is the token's surprise less the entropy there, in nats: 0 on average where the target
-    drew it itself, and above by their divergence where another model did.
+    drawn elsewhere `shortfall` is the token's surprise (-log p) less that of what the target draws on average, in nats:
+    0 in the mean over a text of the target's own, and above where another model drew it.
     """
 
     features: np.ndarray

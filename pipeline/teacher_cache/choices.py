@@ -29,13 +29,11 @@ def choice(
     if drawn is None:
         return _greedy(logits, following, shards)
     if keys is None:
-        return _drawn_elsewhere(logits, following, drawn.temperature, shards)
+        return _drawn_elsewhere(logits, following, drawn, shards)
     return _drawn(logits, following, keys, positions, drawn, NUCLEUS_SLACK[precision], shards)
 
 
-def _greedy(
-    logits: Float[Array, "T local"], following: Int[Array, " T"], shards: Shards
-) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
+def _greedy(logits: Float[Array, "T local"], following: Int[Array, " T"], shards: Shards) -> Choice:
     return shards.argmax(logits), shards.max(logits.max(axis=-1)) - shards.at(logits, following)
 
 
@@ -47,7 +45,7 @@ def _drawn(
     how: Sampling,
     slack: float,
     shards: Shards,
-) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
+) -> Choice:
     """What the text's own noise chooses here, and how far the text's token lies below that.
 
     The nucleus ends where masses differ by rounding: a token may be in it here and was not where the text was
@@ -69,12 +67,11 @@ def _drawn(
 
 
 def _drawn_elsewhere(
-    logits: Float[Array, "T local"], following: Int[Array, " T"], temperature: float, shards: Shards
-) -> tuple[Int[Array, " T"], Float[Array, " T"]]:
-    """The most likely token, and the surprise of the text's less the entropy: -log p(x) + sum p log p."""
-    scaled = logits / temperature
+    logits: Float[Array, "T local"], following: Int[Array, " T"], how: Sampling, shards: Shards
+) -> Choice:
+    """The most likely token, and -log p of the text's less the mean of -log p over what the target would draw."""
+    scaled = logits / how.temperature
     scaled = scaled - shards.max(scaled.max(axis=-1))[:, None]
-    mass = jnp.exp(scaled)
-    total = shards.sum(mass.sum(axis=-1))
-    expected = shards.sum((mass * scaled).sum(axis=-1)) / total  # log of the total is in both, and cancels
-    return shards.argmax(logits), expected - shards.at(scaled, following)
+    mass = jnp.where(sampling.nucleus(scaled, how.top_p, shards), jnp.exp(scaled), 0)
+    mean = shards.sum((mass * scaled).sum(axis=-1)) / shards.sum(mass.sum(axis=-1))
+    return shards.argmax(logits), mean - shards.at(scaled, following)  # log of the whole mass is in both

@@ -20,9 +20,10 @@ from pipeline.teacher_cache.replies import Asking, BadReply, Reader, kept_of
 
 log = logging.getLogger("pipeline")
 
+NO_CONNECTION = "no connection"
 NO_KEY = "none"  # what endpoints without keys are sent
 FAILED_SHARE = 0.1  # of the prompts asked: with more the set is another one than was wanted
-FIRST_FAILURES = 16  # with no answer among as many prompts, none will come
+FIRST_FAILURES = 16  # with no answer beside as many failures, none will come
 SHOWN_REASONS, REASON_CHARACTERS = 5, 300
 ANOTHER_RUN = "the answers that came are kept: run the same command to go on"
 MENDING = {
@@ -76,7 +77,8 @@ class Correspondence:
             if len(missing) < len(rows):
                 log.info("teacher_cache: going on; %d of %d answers are there", len(rows) - len(missing), len(rows))
             if missing:
-                asyncio.run(_Round(self, journal, missing, len(rows)).run())
+                num_there = sum(entry is not None and "kept" in entry for entry in found)
+                asyncio.run(_Round(self, journal, missing, num_there).run())
             self._entries = journal.entries
         self._tell(rows)
 
@@ -94,14 +96,15 @@ class Correspondence:
             self._reader.tokens(kept)
             return entry | {"kept": kept}
         except openai.APIStatusError as error:
-            reason = self._endpoint.redacted(f"HTTP {error.status_code}: {error.message}")
+            message = error.message.removeprefix(f"Error code: {error.status_code}").removeprefix(" - ")
+            reason = self._endpoint.redacted(f"HTTP {error.status_code}: {message or error.response.text}")
             if error.status_code in MENDING:
                 mend = MENDING[error.status_code]
                 raise PipelineError(f"{self._asking.origin.endpoint} answers {reason}; {mend}") from None
         except openai.APITimeoutError:
             reason = f"no answer within {self._endpoint.timeout_seconds:g} s (teacher_cache.openai.timeout_seconds)"
         except openai.APIConnectionError as error:
-            reason = self._endpoint.redacted(f"no connection: {error.__cause__ or error}")
+            reason = self._endpoint.redacted(f"{NO_CONNECTION}: {error.__cause__ or error}")
         except json.JSONDecodeError as error:
             reason = f"the reply is no JSON: {error}"
         except BadReply as error:
@@ -173,10 +176,10 @@ class _Round:
     """Asks for the rows that have no reply, `concurrency` at a time."""
 
     def __init__(
-        self, correspondence: Correspondence, journal: Journal, rows: Sequence[Rendered], num_wanted: int
+        self, correspondence: Correspondence, journal: Journal, rows: Sequence[Rendered], num_there: int
     ) -> None:
         self._correspondence, self._journal = correspondence, journal
-        self._rows, self._num_wanted = rows, num_wanted
+        self._rows, self._num_there = rows, num_there
         self._reasons: list[str] = []
         self._num_answered = 0
 
@@ -184,17 +187,17 @@ class _Round:
         """Ask; the first error of a worker ends all of them."""
         endpoint = self._correspondence.endpoint
         waiting = iter(self._rows)
-        done = self._num_wanted - len(self._rows)
-        with Progress("teacher_cache: answers", self._num_wanted, "prompts", done=done) as progress:
+        total = self._num_there + len(self._rows)
+        with Progress("teacher_cache: answers", total, "prompts", done=self._num_there) as progress:
             async with endpoint.client() as client:
                 count = min(endpoint.concurrency, len(self._rows))
                 workers = [asyncio.create_task(self._work(client, waiting, progress)) for _ in range(count)]
-                ended, others = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                _, others = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
                 for worker in others:
                     worker.cancel()
-                await asyncio.gather(*others, return_exceptions=True)
-                for worker in ended:
-                    worker.result()
+                for ended in await asyncio.gather(*workers, return_exceptions=True):
+                    if isinstance(ended, Exception):  # what was cancelled has another cause
+                        raise ended
         self._require_enough(is_over=True)
 
     async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[Rendered], progress: Progress) -> None:
@@ -209,8 +212,14 @@ class _Round:
             self._require_enough(is_over=False)
 
     def _require_enough(self, *, is_over: bool) -> None:
-        """Raise PipelineError when too many prompts have failed, as soon as that is certain."""
-        num_failed = len(self._reasons)
-        none_come = not self._num_answered and num_failed >= (1 if is_over else FIRST_FAILURES)
-        if none_come or num_failed > max(1, FAILED_SHARE * self._num_wanted):
+        """Raise PipelineError when too many prompts have failed, as soon as that is certain.
+
+        Of an earlier run's failures, which are asked again first, all may fail again; unreachable it must not be.
+        """
+        num_failed, limit = len(self._reasons), 1 if is_over else FIRST_FAILURES
+        unreached = sum(reason.startswith(NO_CONNECTION) for reason in self._reasons)
+        none_come = not self._num_answered and (
+            unreached >= FIRST_FAILURES or (not self._num_there and num_failed >= limit)
+        )
+        if none_come or num_failed > max(1, FAILED_SHARE * (self._num_there + len(self._rows))):
             raise self._correspondence.give_up(self._reasons, self._num_answered + num_failed)

@@ -25,6 +25,7 @@ from pipeline.places import Place
 from pipeline.progress import Progress
 from pipeline.prompts.channels import Channel, channel_tokens, channels
 from pipeline.prompts.chat_format import chat_format_of, stop_token_ids
+from pipeline.prompts.sources import PromptSet
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.engine import Finished
@@ -54,7 +55,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     draft = lineage.draft_config(config, target)
     _require_positions(config, draft)
     tokenizer = load_tokenizer(target.path)
-    rows, num_duplicates = _rendered(config, tokenizer)
+    rows, found = _rendered(config, tokenizer)
     layout = _layout(config, draft)
     root, staging = artifacts.scratch_of(path), _staging(config, settings)
     local = path if isinstance(path, Path) else staging
@@ -85,7 +86,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
             failed = _failed(reports)
             checked = _check(config, root, _answered(rows["heldout"], failed), teacher, draft)
             verified = _verified(config, root, _answered(rows["train"], failed), teacher, tokenizer)
-            summary = _summary(rows, num_duplicates, plans, reports, draft, layout)
+            summary = _summary(rows, found, plans, reports, draft, layout)
             artifacts.write_bytes(root / PROMPTS, _prompt_lines(rows, failed))
             artifacts.write_json(root / SUMMARY, summary)
             provenance = artifacts.provenance("teacher_cache", settings, {"target": target.fingerprint})
@@ -278,7 +279,9 @@ def _require_positions(config: PipelineConfig, draft: DraftConfig) -> None:
         )
 
 
-def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[Rendered]], int]:
+def _rendered(
+    config: PipelineConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, list[Rendered]], PromptSet]:
     found = lineage.prompt_set(config)
     sides = split_by_hash(found.prompts, config.prompts.heldout_fraction)
     longest = config.teacher_cache.max_prompt_tokens
@@ -289,12 +292,13 @@ def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     skipped = [row for split in rows.values() for row in split if row.skipped]
     used = {split: sum(row.skipped is None for row in several) for split, several in rows.items()}
     log.info(
-        "teacher_cache: %d prompts = %d train + %d held out + %d skipped (and %d repeated)",
+        "teacher_cache: %d prompts = %d train + %d held out + %d skipped (and %d repeated, %d over prompts.count)",
         len(found.prompts),
         used["train"],
         used["heldout"],
         len(skipped),
         found.num_duplicates,
+        found.num_over,
     )
     if skipped:
         first = skipped[0]
@@ -305,7 +309,7 @@ def _rendered(config: PipelineConfig, tokenizer: PreTrainedTokenizerBase) -> tup
             first.prompt.prompt_id[:12],
             first.skipped,
         )
-    return rows, found.num_duplicates
+    return rows, found
 
 
 def _require_space(
@@ -436,7 +440,7 @@ def _contract(wanted: Contract, rows: Mapping[str, Sequence[Rendered]]) -> Contr
 
 def _summary(
     rows: Mapping[str, Sequence[Rendered]],
-    num_duplicates: int,
+    found: PromptSet,
     plans: Sequence[Plan],
     reports: Mapping[Place, dict[str, Any]],
     draft: DraftConfig,
@@ -471,7 +475,8 @@ def _summary(
         assert sum(counted) == len(several), splits[split]
     return {
         "splits": splits,
-        "num_duplicates": num_duplicates,
+        "num_duplicates": found.num_duplicates,
+        "num_over_count": found.num_over,
         "num_sequences": sum(split["num_sequences"] for split in splits.values()),
         "num_tokens": sum(split["num_tokens"] for split in splits.values()),
         "num_skipped": sum(split["num_skipped"] for split in splits.values()),

@@ -9,16 +9,17 @@ import datetime
 import json
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 import pytest
 from oracle_environment import oracle_assets, run_oracle
 
 from pipeline.artifacts import PipelineError
+from pipeline.prompts.channels import Channel, channel_tokens, channels
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.prompts.tools import ToolCall
+from pipeline.serve.text import ToolChannel, chat_reader
 from pipeline.target import batches as target_batches
 from pipeline.teacher_cache.store import CachedSequence
 from pipeline.train import batches as train_batches
@@ -26,6 +27,7 @@ from pipeline.train import batches as train_batches
 pytestmark = pytest.mark.conformance
 
 DATE = "2025-08-05"
+MESSAGE = 200008  # `<|message|>`
 USER = {"role": "user", "content": "Wie ist das Wetter in 東京?  \n\tUnd 12345 + 1 = ?"}
 AGAIN = {"role": "user", "content": "And tomorrow?"}
 SYSTEM = {"role": "system", "content": "Be brief.\n\n- No *lists*."}
@@ -316,8 +318,12 @@ def test_the_loss_is_on_the_tokens_that_the_assistant_generates_in_the_last_turn
 
 def masks(token_ids, prompt_tokens):
     """Where the target's pretraining and the draft's training have their losses."""
-    features = np.zeros((len(token_ids), 1), ml_dtypes.bfloat16)
-    sequence = CachedSequence(token_ids=np.array(token_ids, np.int32), prompt_tokens=prompt_tokens, features=features)
+    sequence = CachedSequence(
+        token_ids=np.array(token_ids, np.int32),
+        channels=np.zeros(len(token_ids), np.uint8),
+        prompt_tokens=prompt_tokens,
+        features=None,
+    )
     example = target_batches.Example(token_ids, prompt_tokens)
     return np.concatenate(
         [
@@ -325,6 +331,41 @@ def masks(token_ids, prompt_tokens):
             train_batches.stack([sequence], len(token_ids))["generated"],
         ]
     )
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_every_token_has_the_channel_that_openai_harmony_reads_it_in(official, prompts, completions, oracle, kind):
+    prompt, token_ids = prompts["open call"], np.array(prompts["open call"] + completions[kind])
+    wanted = np.full(len(token_ids), Channel.other)
+    start = len(prompt)
+    for one in oracle["parsed"]["open call", kind][-len(ANSWERS[kind].parsed) :]:
+        text = start + np.flatnonzero(token_ids[start : one["end"]] == MESSAGE)[0] + 1
+        assert official.decode(token_ids[text : one["end"] - 1]) == one["text"]
+        wanted[text : one["end"] - 1] = Channel[one["channel"]]
+        start = one["end"]
+    wanted[: len(prompt)] = Channel.prompt
+    found = channels(channel_tokens(official), token_ids, len(prompt))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_the_server_reads_answers_as_openai_harmony_does_preambles_as_analysis(official, completions, oracle, kind):
+    prompt, whole = oracle["rendered"]["harmony", "low"], oracle["rendered"]["harmony", "answer", kind]
+    wanted = {}
+    for channel, recipient, text in ANSWERS[kind].parsed:
+        name = "analysis" if channel == "commentary" else channel
+        if recipient is not None:
+            wanted[ToolChannel(0, recipient.removeprefix("functions."))] = text
+        else:
+            wanted[name] = f"{wanted[name]}\n{text}" if name in wanted else text
+    for spelled in (completions[kind], whole[len(prompt) :]):  # by the model, and by openai-harmony
+        reader, texts = chat_reader(official), {}
+        pieces = [piece for token_id in spelled for piece in reader.push([token_id])] + list(
+            reader.finish(cut_off=False)
+        )
+        for channel, piece in pieces:
+            texts[channel] = texts.get(channel, "") + piece
+        assert texts == wanted
 
 
 def test_control_tokens_have_the_published_ids(official):

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 
@@ -6,7 +7,8 @@ import pytest
 
 from pipeline.artifacts import PipelineError
 from pipeline.prompts.messages import Message, message_of
-from pipeline.prompts.sources import from_dataset, from_jsonl, generated, prompt_of
+from pipeline.prompts.sources import from_dataset, from_jsonl, generated, limited, prompt_of
+from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tools import tools_of
 
 
@@ -243,3 +245,71 @@ def test_a_hub_dataset_without_network_is_refused_with_what_to_do(monkeypatch):
         PipelineError, match=r"cannot load dataset some/name, .*Couldn't reach.* give a local directory"
     ):
         from_dataset("some/name", "train", "question", "low")
+
+
+def test_a_parquet_file_and_a_directory_of_them_give_the_prompts_of_a_column_of_messages(tmp_path):
+    chats = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}],
+        [{"role": "user", "content": "two"}],
+        [{"role": "user", "content": "three"}],
+    ]
+    for index, part in enumerate((chats[:2], chats[2:])):
+        rows = {"chat": part, "n": [index] * len(part), "reasoning_effort": ["high", None][: len(part)]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"part-{index}.parquet")
+    wanted = [prompt_of([Message(**message) for message in chat], "low") for chat in chats]
+    wanted[0] = dataclasses.replace(wanted[0], effort="high")
+    wanted[2] = dataclasses.replace(wanted[2], effort="high")
+    assert from_dataset(str(tmp_path / "part-0.parquet"), "train", "chat", "low").prompts == tuple(wanted[:2])
+    assert from_dataset(str(tmp_path), "train", "chat", "low").prompts == tuple(wanted)
+
+
+def test_what_save_to_disk_wrote_is_read_with_and_without_splits(tmp_path):
+    rows = datasets.Dataset.from_dict({"prompt": ["one", "two"]})
+    rows.save_to_disk(tmp_path / "bare")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "split")
+    wanted = tuple(prompt_of([Message("user", text)], "low") for text in ("one", "two"))
+    assert from_dataset(str(tmp_path / "bare"), "train", "prompt", "low").prompts == wanted
+    assert from_dataset(str(tmp_path / "split"), "test", "prompt", "low").prompts == wanted
+    with pytest.raises(PipelineError, match=r"split train \(ValueError: it has the splits test\)"):
+        from_dataset(str(tmp_path / "split"), "train", "prompt", "low")
+
+
+def test_prompts_that_differ_in_white_space_alone_are_one_and_the_first_is_kept(rows_file):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    path = rows_file(
+        {"prompt": "one  two"},
+        {"prompt": " one two\n"},
+        {"prompt": "onetwo"},
+        {"messages": [{"role": "user", "content": "one\ttwo"}]},
+        {"messages": [{"role": "system", "content": "one"}, {"role": "user", "content": "two"}]},
+        {"messages": [{"role": "user", "content": "one two"}], "tools": tools},
+    )
+    found = from_jsonl(path, "low")
+    assert [prompt.messages[-1].content for prompt in found.prompts] == ["one  two", "onetwo", "two", "one two"]
+    assert found.num_duplicates == 2
+
+
+def test_a_limited_set_is_the_same_in_any_order_and_grows_without_losing_any():
+    found = generated(7, 400, "low")
+    backwards = dataclasses.replace(found, prompts=found.prompts[::-1])
+    few, many = limited(found, 50), limited(found, 200)
+    assert set(few.prompts) == set(limited(backwards, 50).prompts)
+    assert set(few.prompts) < set(many.prompts) < set(found.prompts)
+    assert list(few.prompts) == [prompt for prompt in found.prompts if prompt in few.prompts]
+    assert (few.num_over, few.num_duplicates) == (350, found.num_duplicates)
+    assert limited(found, 400) == limited(found, None) == limited(found, 9999) == found
+    train, heldout = split_by_hash(many.prompts, 0.25)  # who is held out has nothing to do with who is chosen
+    assert 25 < len(heldout) < 80
+    assert len(train) + len(heldout) == 200
+
+
+def test_a_hub_datasets_subset_and_revision_are_asked_for(monkeypatch):
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.Dataset.from_dict({"prompt": ["one"]})
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    from_dataset("some/name", "train", "prompt", "low", subset="en", revision="abc")
+    assert asked == [(("some/name", "en"), {"split": "train", "revision": "abc"})]

@@ -11,10 +11,10 @@ MODEL = "tiny"
 
 
 @contextlib.contextmanager
-def serving(engine, tokenizer):
+def serving(engine, tokenizer, **options):
     """A server on a free port, and how many seconds it may take to end."""
     worker = Worker(engine)
-    api = Api(worker, engine, tokenizer, model=MODEL, effort="low")
+    api = Api(worker, engine, tokenizer, model=MODEL, effort="low", **options)
     with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
         address = server.url(listener)
         running = server.create_server(create_app(api), listener, cut=worker.end)

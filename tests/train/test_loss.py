@@ -283,7 +283,9 @@ def both_batches() -> Batch:
     return on_device(Batch(*map(joined, Batch._fields[:5])))
 
 
-@pytest.mark.parametrize("smoothing", [None, 0.5], ids=["decay", "dpace"])
+@pytest.mark.parametrize(
+    "smoothing", [pytest.param(None, id="decay"), pytest.param(0.5, id="dpace", marks=pytest.mark.slow)]
+)
 def test_accumulated_gradients_are_those_of_the_whole_batch(smoothing):
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), ("dp", "fsdp", "ep", "tp", "sp"))
     weights, (embedding, head), batch = weights_of(0, SHALLOW), frozen_of(0), both_batches()

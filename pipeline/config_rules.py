@@ -175,6 +175,11 @@ def _train(config: PipelineConfig) -> list[str]:
         broken.append(f"train.init_revision is {train.init_revision}; it goes with a hub id in train.init")
     if train.features is FeatureSource.cached and config.teacher_cache.features is FeatureStore.none:
         broken.append("teacher_cache.features is none; train.features=cached reads them: store them, or train live")
+    if train.pack_tokens is not None and train.features is FeatureSource.live:
+        broken.append(
+            f"train.pack_tokens is {train.pack_tokens}; the target reads one sequence a row: leave it null with "
+            "train.features=live"
+        )
     if train.distillation and train.features is FeatureSource.cached:
         broken.append(
             f"train.distillation is {train.distillation}; the target's distribution is not stored: it needs "

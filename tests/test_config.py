@@ -9,6 +9,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.config import (
     DraftConfig,
     Effort,
+    FeatureSource,
     Generator,
     PipelineConfig,
     Precision,
@@ -50,6 +51,15 @@ def test_defaults_are_valid():
         pytest.param({"draft__head_dim": 7}, "draft.head_dim is 7; rotary embedding", id="odd head"),
         pytest.param({"train__warmup_ratio": 1.0}, "train.warmup_ratio is 1.0", id="nothing but warm-up"),
         pytest.param({"train__weight_decay": -0.1}, "train.weight_decay is -0.1", id="negative decay"),
+        pytest.param(
+            {"train__distillation": 0.5}, "train.distillation is 0.5; the target's distribution", id="distils"
+        ),
+        pytest.param({"train__accumulation": 3}, "train.accumulation is 3; it must divide", id="uneven parts"),
+        pytest.param(
+            {"train__pack_tokens": 512, "train__features": FeatureSource.live},
+            "train.pack_tokens is 512; the target reads one sequence a row",
+            id="packed and live",
+        ),
         pytest.param({"bench__max_new_tokens": 1}, "bench.max_new_tokens is 1; the first token", id="no decoding"),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
         pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),

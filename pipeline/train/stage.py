@@ -30,6 +30,7 @@ from pipeline.train.best import Evaluation
 from pipeline.train.evaluate import evaluate
 from pipeline.train.journal import Capacity, Journal, log_scores
 from pipeline.train.live import LiveTarget
+from pipeline.train.packed_batches import PackedBatches
 from pipeline.train.recipe import Recipe, Split
 from pipeline.train.score import Score
 
@@ -182,13 +183,7 @@ def _fit(scratch: Path, config: PipelineConfig, given: Given, tracker: Run) -> N
     from pipeline.train import trainer  # imports EasyDeL, which only now can be
 
     train, recipe = config.train, given.recipe
-    batches = Batches(
-        given.splits["train"],
-        num_sequences=train.batch_sequences,
-        num_anchors=train.anchors_per_sequence,
-        seed=config.seed,
-        host=(jax.process_index(), jax.process_count()),
-    )
+    batches = _batches(given.splits["train"], train, config.seed)
     evaluations = best.read(scratch)
     if hosts.is_first():
         best.keep(scratch)
@@ -220,12 +215,33 @@ def _initial(config: PipelineConfig) -> DraftWeights | None:
     return None if directory is None else checkpoints.load_draft(directory, jnp.float32)[1]
 
 
-def _capacity(given: Given, train: TrainConfig, batches: Batches) -> Capacity:
+def _batches(split: CacheSplit, train: TrainConfig, seed: int) -> Batches | PackedBatches:
+    """Rows of one sequence each, or of `train.pack_tokens` tokens."""
+    given = {
+        "num_anchors": train.anchors_per_sequence,
+        "seed": seed,
+        "host": (jax.process_index(), jax.process_count()),
+    }
+    if train.pack_tokens is None:
+        return Batches(split, num_sequences=train.batch_sequences, **given)
+    batches = PackedBatches(split, num_rows=train.batch_sequences, row_tokens=train.pack_tokens, **given)
+    log.info(
+        "train: %d sequences are packed into %d rows of %d tokens (%.0f%% full) and %d blocks",
+        split.num_sequences,
+        batches.num_filled,
+        train.pack_tokens,
+        100 * split.num_tokens.sum() / (batches.num_filled * train.pack_tokens),
+        batches.row_anchors,
+    )
+    return batches
+
+
+def _capacity(given: Given, train: TrainConfig, batches: Batches | PackedBatches) -> Capacity:
     split = given.splits["train"]
     mean_tokens = float(split.num_tokens.mean())
     needed = flops.step_flops(
         given.draft,
-        num_sequences=train.batch_sequences,
+        num_sequences=batches.sequences_per_step,
         num_positions=mean_tokens,
         num_anchors=train.anchors_per_sequence,
         context_tokens=float((split.num_tokens + split.prompt_tokens).mean()) / 2,

@@ -53,7 +53,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[test]'
 	@touch $@
 
-# torch first and alone, so that nothing else chooses its build; dflash and modelopt without their dependencies, which
+# torch first and alone, so that nothing else chooses its build; the last ones without their dependencies, which
 # want another; accelerate is what transformers unpacks MXFP4 with, scipy and what follows it what modelopt imports
 ORACLE_PIP := $(ORACLE_VENV)/bin/python -m pip install $(PIP_FLAGS)
 
@@ -64,7 +64,7 @@ $(ORACLE_VENV)/.installed:
 	$(ORACLE_PIP) torch==2.13.0
 	$(ORACLE_PIP) transformers==5.15.0 tokenizers==0.22.2 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 gguf==0.19.0
 	$(ORACLE_PIP) accelerate==1.15.0 psutil==7.2.2 scipy==1.17.1 requests==2.34.2 omegaconf==2.4.0 pulp==3.3.2
-	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0
+	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0 specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0
 	@touch $@
 
 clean:

@@ -59,13 +59,7 @@ def fit(
     done = runs.latest(directory)
     runs.keep_only(directory, runs.path_of(directory, done) if done else None)
     arguments = arguments_of(directory, recipe)
-    module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(config, "float32", {}))
-    module = DraftModule(
-        config=module_config,
-        dtype=recipe.dtype,
-        param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
-        rngs=nnx.Rngs(recipe.seed),
-    )
+    module = _module(config, recipe)
     with between_steps() as check_interrupt:
 
         def on_step_or_interrupt(report: StepReport) -> None:
@@ -89,6 +83,20 @@ def fit(
             f"{recipe.steps}; the same command goes on from there"
         )
     return state.model.weights()
+
+
+def first_weights(config: DraftConfig, recipe: Recipe) -> DraftWeights:
+    """What `fit` begins with where no step was made."""
+    return _module(config, recipe).weights()
+
+
+def _module(config: DraftConfig, recipe: Recipe) -> DraftModule:
+    return DraftModule(
+        config=DraftModuleConfig(draft=hf_draft.config_to_hf(config, "float32", {})),
+        dtype=recipe.dtype,
+        param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
+        rngs=nnx.Rngs(recipe.seed),
+    )
 
 
 def arguments_of(directory: Path, recipe: Recipe) -> ed.TrainingArguments:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import trainers
 from safetensors.torch import save_file
+from torch import nn
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
@@ -36,7 +37,7 @@ def main() -> None:
         save_file({"loss": loss.detach(), **found}, folder / f"{name}.safetensors")
 
 
-def specforge(draft: Path, case: dict[str, Any], inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.nn.Module]:
+def specforge(draft: Path, case: dict[str, Any], inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, nn.Module]:
     """`dflash` or a `dpace` variant, over padded rows."""
     model = trainers.specforge(
         draft,
@@ -52,7 +53,7 @@ def specforge(draft: Path, case: dict[str, Any], inputs: dict[str, torch.Tensor]
     return loss, model.draft_model
 
 
-def speculators(draft: Path, case: dict[str, Any], inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.nn.Module]:
+def speculators(draft: Path, case: dict[str, Any], inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, nn.Module]:
     """`fixed-exp-decay` or `dpace`, cross entropy, over one packed row."""
     model = trainers.speculators(draft, inputs["embedding"], inputs["head"], attention="eager")
     token_ids, loss_mask = inputs["token_ids"].long(), inputs["loss_mask"].bool()

@@ -92,9 +92,9 @@ def speculators(directory: Path, embedding: torch.Tensor, head: torch.Tensor, at
 
 
 def verifier_states(token_ids: torch.Tensor, head: torch.Tensor, eps: float) -> torch.Tensor:
-    """Last hidden states [T, D] of a target that says these tokens [T] greedily, for speculators reads its labels there.
+    """Last hidden states [T, D] of a target that says these tokens [T] greedily: speculators reads its labels there.
 
-    The head's own row of the next token, of length one. ValueError where another token would still win.
+    Each is the head's own row of the next token, of length one. ValueError where another token would still win.
     """
     rows = head / head.norm(dim=-1, keepdim=True)
     wanted = torch.cat([token_ids[1:], token_ids[:1]])

@@ -60,7 +60,7 @@ def speculators(draft: Path, case: dict[str, Any], inputs: dict[str, torch.Tenso
     rows, width = token_ids.shape
     places = torch.arange(width).expand(rows, width)
     document = torch.where(places < inputs["lengths"][:, None], torch.arange(rows)[:, None], -1)
-    states = trainers.verifier_states(token_ids.flatten(), inputs["head"], model.verifier_norm.variance_epsilon)
+    states = trainers.verifier_states(token_ids.flatten(), loss_mask.flatten(), inputs["head"])
     options, _ = model.get_trainer_kwargs(
         loss_fn="ce",
         loss_implementation="eager",

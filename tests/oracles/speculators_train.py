@@ -7,12 +7,9 @@ something to wait for. Of its attentions the fastest is used; its fused losses n
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
-
-os.environ["TQDM_DISABLE"] = "1"
 
 import numpy as np
 import torch
@@ -22,7 +19,8 @@ from speculators.train import trainer as their_trainer
 from speculators.train.data import CollateFn
 from torch.utils.data import DataLoader, Dataset
 
-ATTENTIONS = ("sdpa", "eager", "simple_flex_attention")  # all that its trainer offers
+# what its trainer offers beside flex attention, whose mask is compiled, which on a CPU ends in an error of g++
+ATTENTIONS = ("sdpa", "eager")
 TRIED_STEPS = 3  # with each of them, the first not counted
 
 torch.accelerator.synchronize = lambda *_: None
@@ -51,22 +49,23 @@ class Sequences(Dataset):
         self.offsets, self.prompt_tokens = arrays["offsets"].tolist(), arrays["prompt_tokens"].tolist()
         self.order = order
         self.row_tokens = max(sum(self.offsets[one + 1] - self.offsets[one] for one in batch) for batch in order)
-        used = sorted({one for batch in order for one in batch})
-        self.states = {one: trainers.verifier_states(self.token_ids[self.span(one)], self.head, 1e-6) for one in used}
+        prompts = np.repeat(self.prompt_tokens, np.diff(self.offsets))
+        places = np.arange(len(self.token_ids)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        self.generated = torch.from_numpy(places >= prompts)
+        self.states = trainers.verifier_states(self.token_ids, self.generated, self.head)
 
     def span(self, index: int) -> slice:
         return slice(self.offsets[index], self.offsets[index + 1])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         length = self.offsets[index + 1] - self.offsets[index]
-        places = torch.arange(length)
         return {
             "hidden_states": self.features[self.span(index)],
             "input_ids": self.token_ids[self.span(index)],
-            "verifier_last_hidden_states": self.states[index],
-            "loss_mask": places >= self.prompt_tokens[index],
+            "verifier_last_hidden_states": self.states[self.span(index)],
+            "loss_mask": self.generated[self.span(index)],
             "lengths": torch.tensor([length]),
-            "position_ids": places,
+            "position_ids": torch.arange(length),
         }
 
 

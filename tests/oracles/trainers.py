@@ -19,6 +19,7 @@ from transformers.utils import logging
 warnings.filterwarnings("ignore", message="flash_attn is not found")
 warnings.filterwarnings("ignore", message=".*CUDA is not available.*")
 logging.set_verbosity_error()
+PUSHES = 1000
 NEVER_CALLED = ("openai", "openai.types", "openai.types.chat", "openai.types.completion", "datasets")
 
 
@@ -26,8 +27,15 @@ def _stand_in(name: str) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__path__ = []
     module.__spec__ = ModuleSpec(name, None)
-    module.__getattr__ = lambda kind: type(kind, (Exception,), {})
+    module.__getattr__ = _kind
     return module
+
+
+def _kind(name: str) -> type:
+    """Anything that a stand-in is asked for: a class, for it may be inherited from or caught."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (Exception,), {})
 
 
 sys.modules.update({name: _stand_in(name) for name in NEVER_CALLED})
@@ -91,17 +99,22 @@ def speculators(directory: Path, embedding: torch.Tensor, head: torch.Tensor, at
     return model.float()
 
 
-def verifier_states(token_ids: torch.Tensor, head: torch.Tensor, eps: float) -> torch.Tensor:
+def verifier_states(token_ids: torch.Tensor, counts: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """Last hidden states [T, D] of a target that says these tokens [T] greedily: speculators reads its labels there.
 
-    Each is the head's own row of the next token, of length one. ValueError where another token would still win.
+    Only tokens that count [T] are said. A token's state is its own row of the head, pushed away from rows that would
+    win over it. ValueError where none is found: then no target with this head says the token.
     """
-    rows = head / head.norm(dim=-1, keepdim=True)
-    wanted = torch.cat([token_ids[1:], token_ids[:1]])
-    states = rows[wanted]
-    normed = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)
-    said = (normed @ head.T).argmax(-1)
-    if not torch.equal(said, wanted):
-        wrong = int((said != wanted).sum())
-        raise ValueError(f"{wrong} of {len(wanted)} tokens are not the argmax of their own row of the head")
-    return states
+    said = torch.unique(token_ids[counts])
+    states = head[said] / head[said].norm(dim=-1, keepdim=True)
+    for _ in range(PUSHES):
+        winners = (states @ head.T).argmax(-1)
+        lost = winners != said
+        if not lost.any():
+            break
+        states[lost] += head[said[lost]] - head[winners[lost]]
+    else:
+        raise ValueError(f"no state says the tokens {said[lost].tolist()}")
+    of_token = torch.zeros_like(head)
+    of_token[said] = states
+    return of_token[torch.roll(token_ids, -1)]

@@ -2,13 +2,15 @@
 
 A block has K slots. Slot 0 holds the anchor, the last certain token; slots 1..K-1 hold the mask token and
 predict the token at their own position. A block sees the target's features at positions strictly before its
-anchor and its own slots, in both directions, and never another block.
+anchor and its own slots, in both directions, and never another block. A row of tokens is one sequence, or several
+end to end; then `starts` gives, for every token, where in the row its own sequence begins (in padding: the row's length).
 Source: ../shared/reference/dflash.md sections 1.2 and 4.2.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pipeline.artifacts import PipelineError
 
@@ -24,9 +26,20 @@ def block_positions(anchors: Int[Array, "*batch"], block_size: int) -> Int[Array
     return anchors[..., None] + jnp.arange(block_size, dtype=anchors.dtype)
 
 
-def context_visible(anchors: Int[Array, "*batch"], num_positions: int) -> Bool[Array, "*batch T"]:
-    """Which of the positions 0..T-1 a block may see features of: those strictly before its anchor."""
-    return jnp.arange(num_positions) < anchors[..., None]
+def context_visible(
+    anchors: Int[Array, "*batch"], num_positions: int, first: Int[Array, "*batch"] | int = 0
+) -> Bool[Array, "*batch T"]:
+    """Which of the places 0..T-1 of a row a block may see features of: those strictly before its anchor.
+
+    `first` is where the anchor's sequence begins.
+    """
+    places = jnp.arange(num_positions)
+    return (places < anchors[..., None]) & (places >= jnp.asarray(first)[..., None])
+
+
+def row_positions(starts: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The position of every token within its own sequence."""
+    return jnp.arange(starts.shape[1]) - starts
 
 
 def anchor_candidates(generated: Bool[np.ndarray, " T"]) -> Int[np.ndarray, " candidates"]:
@@ -52,7 +65,11 @@ def draw_anchors(
 
 
 def block_labels(
-    token_ids: Int[Array, "B T"], generated: Bool[Array, "B T"], anchors: Int[Array, "B A"], block_size: int
+    token_ids: Int[Array, "B T"],
+    generated: Bool[Array, "B T"],
+    anchors: Int[Array, "B A"],
+    block_size: int,
+    starts: Int[Array, "B T"] | None = None,
 ) -> tuple[Int[Array, "B A K"], Bool[Array, "B A K"]]:
     """The token each slot must predict and whether it counts.
 
@@ -62,9 +79,15 @@ def block_labels(
     num_positions = token_ids.shape[1]
     positions = block_positions(anchors, block_size)
     inside = jnp.minimum(positions, num_positions - 1)
-    rows = jnp.arange(token_ids.shape[0])[:, None, None]
-    counts = generated[rows, inside] & (positions < num_positions) & (jnp.arange(block_size) > 0)
-    return token_ids[rows, inside], counts
+    counts = at_places(generated, inside) & (positions < num_positions) & (jnp.arange(block_size) > 0)
+    if starts is not None:
+        counts &= at_places(starts, inside) == at_places(starts, anchors)[..., None]
+    return at_places(token_ids, inside), counts
+
+
+def at_places(values: Shaped[Array, "B T ..."], places: Int[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """What stands at places of each row: [B, *places, *width] of values [B, T, *width] and places [B, *places]."""
+    return jax.vmap(lambda row, at: row[at])(values, places)
 
 
 def slot_weights(block_size: int, decay: float) -> Float[np.ndarray, " K"]:

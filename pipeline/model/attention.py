@@ -180,14 +180,17 @@ def block_attention(
     visible: Bool[Array, "B A T"],
     block_keys: Float[Array, "B A K G H"],
     block_values: Float[Array, "B A K G H"],
+    *,
+    num_devices: int = 1,
 ) -> Float[Array, "B A K N H"]:
     """Attention of A blocks of K slots over one sequence's context and over their own slots, both ways.
 
     Every slot of a block sees the same context (`visible`); blocks do not see each other. Many blocks are run a few
-    at a time, recomputed in the backward pass, so that no more than MAX_SCORES scores are held.
+    at a time, recomputed in the backward pass, so that no more than MAX_SCORES scores are held by each of the
+    `num_devices` that rows and heads are split over.
     """
     batch, num_blocks, block_size, num_heads, _ = queries.shape
-    fitting = MAX_SCORES // (batch * num_heads * block_size * context_keys.shape[1])
+    fitting = num_devices * MAX_SCORES // (batch * num_heads * block_size * context_keys.shape[1])
     if fitting >= num_blocks:
         return _blocks(queries, context_keys, context_values, visible, block_keys, block_values)
     size = max(divisor for divisor in range(1, max(1, fitting) + 1) if num_blocks % divisor == 0)

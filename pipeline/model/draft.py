@@ -7,7 +7,7 @@ DFlashDraftModel and ../shared/reference/dflash.md section 1; every layer is non
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import Any, TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -93,14 +93,28 @@ class DraftWeights:
     norm: Float[Array, " D"]
 
 
+Node = TypeVar("Node", DraftWeights, DraftLayerWeights)
+Opened = Callable[[Any], Any]  # from weights of a node as they lie to those that are computed with
+
+
+def as_it_is(node: Node) -> Node:
+    """The weights as they lie."""
+    return node
+
+
 def context(
     weights: DraftWeights,
     config: DraftConfig,
     features: Float[Array, "B T LD"],
     positions: Int[Array, "B T"],
     shards: Shards = ALONE,
+    opened: Opened = as_it_is,
 ) -> KVCache:
-    """Keys and values of every layer for the features of T tokens at their absolute positions."""
+    """Keys and values of every layer for the features of T tokens at their absolute positions.
+
+    `opened` as in `denoise_blocks`.
+    """
+    weights = opened(weights)
     features = features.astype(weights.norm.dtype)
     if shards.split:  # a shard holds a part of the kernel's inputs
         local = config.feature_size // shards.model
@@ -109,7 +123,8 @@ def context(
         linear_over_shards(features, weights.fuse, shards=shards), weights.context_norm, config.rms_norm_eps
     )
     cos_sin = angles(config.rope, config.head_dim, positions)
-    return KVCache(tuple(LayerCache(*_keys_values(fused, layer, config, cos_sin)) for layer in weights.layers))
+    layers = [opened(layer) for layer in weights.layers]
+    return KVCache(tuple(LayerCache(*_keys_values(fused, layer, config, cos_sin)) for layer in layers))
 
 
 def denoise(
@@ -143,17 +158,23 @@ def denoise_blocks(
     visible: Bool[Array, "B A T"],
     *,
     remat: bool = False,
+    opened: Opened = as_it_is,
+    num_devices: int = 1,
 ) -> Float[Array, "B A K D"]:
     """As `denoise` for A blocks per sequence, as in training, each over the part of the context visible to it.
 
-    With `remat` a layer's inner values are made again in the backward pass instead of being kept.
+    With `remat` a layer's inner values are made again in the backward pass instead of being kept. `opened` makes the
+    weights that are computed with of those of a layer (or of the draft, its layers aside) as they lie, again in the
+    backward pass with `remat`. `num_devices` share out the scores of attention.
     """
 
     def attend(index: int, queries: Array, keys: Array, values: Array) -> Array:
         cached = context.layers[index]
-        return attention.block_attention(queries, cached.keys, cached.values, visible, keys, values)
+        return attention.block_attention(
+            queries, cached.keys, cached.values, visible, keys, values, num_devices=num_devices
+        )
 
-    return _layers(weights, config, embeddings, positions, attend, ALONE, remat=remat)
+    return _layers(weights, config, embeddings, positions, attend, ALONE, remat=remat, opened=opened)
 
 
 def _layers(
@@ -165,12 +186,14 @@ def _layers(
     shards: Shards,
     *,
     remat: bool = False,
+    opened: Opened = as_it_is,
 ) -> Float[Array, "*batch K D"]:
     """The decoder layers; `attend` takes a layer's number and its queries, keys and values [*batch, K, heads, H]."""
     cos_sin = angles(config.rope, config.head_dim, positions)
     hidden = embeddings.astype(weights.norm.dtype)
 
     def run(index: int, layer: DraftLayerWeights, hidden: Float[Array, "*batch K D"]) -> Float[Array, "*batch K D"]:
+        layer = opened(layer)
         normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
         queries = linear(normed, layer.query, layer.query_bias)
         queries = queries.reshape(*normed.shape[:-1], -1, config.head_dim)  # on a shard: its heads

@@ -24,16 +24,29 @@ def padded_length(num_tokens: Int[np.ndarray, " sequences"], *, divisor: int = 1
 
 def stack(sequences: Sequence[CachedSequence], num_positions: int) -> dict[str, np.ndarray]:
     """Sequences as rows of `num_positions` tokens: token_ids [B, T], generated [B, T], features [B, T, L*D]."""
-    shape = (len(sequences), num_positions)
+    fields = lay_out([[sequence] for sequence in sequences], num_positions)
+    del fields["starts"]
+    return fields
+
+
+def lay_out(rows: Sequence[Sequence[CachedSequence]], num_positions: int) -> dict[str, np.ndarray]:
+    """As `stack` for rows that hold any number of sequences, end to end; `starts` [B, T] says where each begins."""
+    shape = (len(rows), num_positions)
+    width = next(sequence.features.shape[1] for row in rows for sequence in row)
     token_ids = np.zeros(shape, dtype=np.int32)
     generated = np.zeros(shape, dtype=bool)
-    features = np.zeros((*shape, sequences[0].features.shape[1]), dtype=ml_dtypes.bfloat16)
-    for row, sequence in enumerate(sequences):
-        length = len(sequence.token_ids)
-        token_ids[row, :length] = sequence.token_ids
-        generated[row, sequence.prompt_tokens : length] = True
-        features[row, :length] = sequence.features
-    return {"token_ids": token_ids, "generated": generated, "features": features}
+    features = np.zeros((*shape, width), dtype=ml_dtypes.bfloat16)
+    starts = np.full(shape, num_positions, dtype=np.int32)
+    for row, sequences in enumerate(rows):
+        start = 0
+        for sequence in sequences:
+            end = start + len(sequence.token_ids)
+            token_ids[row, start:end] = sequence.token_ids
+            generated[row, start + sequence.prompt_tokens : end] = True
+            features[row, start:end] = sequence.features
+            starts[row, start:end] = start
+            start = end
+    return {"token_ids": token_ids, "generated": generated, "features": features, "starts": starts}
 
 
 class Batches:

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 class Recipe:
     """How a draft is trained; `loss_decay` is `blocks.slot_weights`'s, `dtype` that of the arithmetic.
 
-    `remat` as in `draft.denoise_blocks`.
+    `dpace_smoothing` and `distillation` as in `loss.draft_sums`, `remat` as in `draft.denoise_blocks`. A batch goes
+    through in `accumulation` parts.
     """
 
     steps: int
@@ -24,3 +25,6 @@ class Recipe:
     seed: int
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    dpace_smoothing: float | None = None
+    distillation: float = 0.0
+    accumulation: int = 1

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from pipeline import artifacts, lineage
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import PipelineConfig, TrainConfig
+from pipeline.config import LossWeights, PipelineConfig, TrainConfig
 from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.dflash.contract import Contract
@@ -75,6 +75,9 @@ def recipe_of(train: TrainConfig, draft: DraftConfig, seed: int, dtype: jnp.dtyp
         seed=seed,
         dtype=dtype,
         remat=train.remat,
+        dpace_smoothing=train.dpace_smoothing if train.loss_weights is LossWeights.dpace else None,
+        distillation=train.distillation,
+        accumulation=train.accumulation,
     )
 
 

@@ -21,7 +21,7 @@ from easydel.infra.loss_utils import LossMetrics
 from easydel.trainers.trainer_protocol import TrainerConfigureDataloaderOutput, TrainerConfigureFunctionOutput
 from easydel.trainers.training_utils import update_metrics, update_state_respectfully
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from pipeline.artifacts import PipelineError
@@ -29,15 +29,14 @@ from pipeline.dflash import blocks
 from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.linear import Kernel
-from pipeline.train import runs
+from pipeline.train import gathering, runs, vocabulary
+from pipeline.train.accumulation import accumulated
 from pipeline.train.batches import made_ahead
-from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
 from pipeline.train.interrupt import between_steps
-from pipeline.train.loss import Batch, draft_loss
+from pipeline.train.loss import Batch, Sums, draft_sums, normaliser
 from pipeline.train.recipe import Recipe
 from pipeline.train.report import StepReport
-
-BATCH_SPEC = PartitionSpec(("dp", "fsdp"))
 
 
 def fit(
@@ -126,7 +125,7 @@ def arguments_of(directory: Path, recipe: Recipe) -> ed.TrainingArguments:
         weight_distribution_log_steps=0,
         log_grad_norms=False,
         use_data_collator=False,
-        step_partition_spec=BATCH_SPEC,
+        step_partition_spec=vocabulary.ROWS_SPEC,
     )
 
 
@@ -146,7 +145,7 @@ class DraftTrainer(ed.Trainer):
         self.failure: BaseException | None = None
         self._draft = config
         self._recipe = recipe
-        self._frozen = jax.device_put(frozen, NamedSharding(module.mesh, PartitionSpec()))
+        self._frozen = vocabulary.share_out(*frozen, module.mesh)
         self._batch_at = batch_at
         self._on_step = on_step
         super().__init__(arguments=arguments, model=module, data_collator=lambda batch: batch)
@@ -175,10 +174,8 @@ class DraftTrainer(ed.Trainer):
 
     def configure_functions(self) -> TrainerConfigureFunctionOutput:
         """The jitted step, whose state is donated."""
-        mesh = self.model.mesh
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        rows = NamedSharding(mesh, BATCH_SPEC)
-        compiled = jitted_step(self._draft, self._recipe, self.scheduler, self.state_shardings, rows, everywhere)
+        mesh, head = self.model.mesh, self._frozen[1]
+        compiled = jitted_step(self._draft, self._recipe, self.scheduler, self.state_shardings, head, mesh)
         self._train_shared_fn_extra_args = (self._frozen,)
         self._train_shared_fn_static_args = ()
         self.arguments.ensure_checkpoint_path()
@@ -240,41 +237,66 @@ class _Loader:
 
 
 def jitted_step(
-    config: DraftConfig,
-    recipe: Recipe,
-    schedule: Callable[[Array], Array],
-    state: Any,
-    rows: NamedSharding,
-    everywhere: NamedSharding,
+    config: DraftConfig, recipe: Recipe, schedule: Callable[[Array], Array], state: Any, head: Kernel, mesh: Mesh
 ) -> Any:
     """The training step, jitted: state, batch and the target's two ends in, the donated state and metrics out.
 
-    `state` says of every array of the state where it lies.
+    `state` says of every array of the state where it lies, `head` tells how its own lies.
     """
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        functools.partial(_train_step, config, recipe, schedule),
-        in_shardings=(state, rows, everywhere),
+        functools.partial(_train_step, config, recipe, schedule, mesh, _kernel_specs(state)),
+        in_shardings=(state, NamedSharding(mesh, vocabulary.ROWS_SPEC), vocabulary.places(head, mesh)),
         out_shardings=(state, everywhere),
         donate_argnums=(0,),
     )
+
+
+def _kernel_specs(state: Any) -> dict[str, PartitionSpec]:
+    """How the kernels of each name lie, which is the same in every layer."""
+    found = {}
+    for path, place in jax.tree_util.tree_leaves_with_path(state.graphstate):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if names and names[-1] in KERNELS:
+            found[names[-1]] = place.spec
+    return found
 
 
 def _train_step(
     config: DraftConfig,
     recipe: Recipe,
     schedule: Callable[[Array], Array],
+    mesh: Mesh,
+    specs: dict[str, PartitionSpec],
     state: EasyDeLState,
     batch: dict[str, Array],
     frozen: tuple[Array, Kernel],
 ) -> tuple[EasyDeLState, LossMetrics]:
-    slot_weights = blocks.slot_weights(config.block_size, recipe.loss_decay)
+    objective = {
+        "slot_weights": blocks.slot_weights(config.block_size, recipe.loss_decay),
+        "dpace_smoothing": recipe.dpace_smoothing,
+    }
+    total = normaliser(config, Batch(**batch), **objective)
 
-    def loss_of(parameters: Any) -> tuple[Array, dict[str, Array]]:
+    def loss_of(parameters: Any, part: Batch) -> tuple[Array, Sums]:
         weights = state.merge(parameters).weights()
         weights = jax.tree.map(lambda array: array.astype(recipe.dtype), weights)  # the arithmetic's precision
-        return draft_loss(weights, config, *frozen, Batch(**batch), slot_weights, remat=recipe.remat)
+        sums = draft_sums(
+            weights,
+            config,
+            *frozen,
+            part,
+            total=total,
+            **objective,
+            distillation=recipe.distillation,
+            remat=recipe.remat,
+            mesh=mesh,
+            opened=functools.partial(gathering.opened, mesh=mesh, specs=specs),
+        )
+        return sums.loss, sums
 
-    (loss, others), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.graphstate)
-    metrics = LossMetrics(loss=loss, other_metrics=others)
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, sums), gradients = accumulated(differentiate, state.graphstate, Batch(**batch), recipe.accumulation, mesh)
+    metrics = LossMetrics(loss=loss, other_metrics=sums.metrics())
     metrics = update_metrics(metrics, schedule, state.step, gradients)
     return update_state_respectfully(state, gradients, None, metrics), metrics

@@ -9,7 +9,7 @@ from tiny_training import DRAFT as CONFIG
 from tiny_training import weights_of
 
 from pipeline.dflash import blocks
-from pipeline.train import loss
+from pipeline.train import cross_entropy
 from pipeline.train.loss import Batch, block_hidden, draft_loss
 
 NUM_SEQUENCES, NUM_POSITIONS, NUM_ANCHORS = 3, 32, 4
@@ -40,7 +40,7 @@ def frozen_of(seed: int) -> tuple[jax.Array, jax.Array]:
 
 
 def on_device(batch: Batch) -> Batch:
-    return Batch(*(jnp.asarray(field) for field in batch))
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def loss_in_numpy(logits: np.ndarray, batch: Batch, decay: float) -> tuple[float, float, float, int]:
@@ -69,10 +69,10 @@ def loss_in_numpy(logits: np.ndarray, batch: Batch, decay: float) -> tuple[float
     return total / weight, right / count, float(np.mean(yields)), count
 
 
-@pytest.mark.parametrize("max_logits", [loss.MAX_LOGITS, 1], ids=["at once", "block by block"])
+@pytest.mark.parametrize("max_logits", [cross_entropy.MAX_LOGITS, 7 * 37], ids=["at once", "seven slots at a time"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_loss_is_that_of_a_loop_over_slots(seed, max_logits, monkeypatch):
-    monkeypatch.setattr(loss, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", max_logits)
     weights, batch, (embedding, head) = weights_of(seed), batch_of(seed), frozen_of(seed)
     hidden = block_hidden(
         weights, CONFIG, embedding, *map(jnp.asarray, (batch.token_ids, batch.features, batch.anchors))
@@ -102,7 +102,7 @@ def test_chunked_logits_give_the_same_gradients(monkeypatch):
         return jax.jit(jax.grad(lambda one: draft_loss(one, CONFIG, embedding, head, batch, slot_weights)[0]))(weights)
 
     whole = gradients()
-    monkeypatch.setattr(loss, "MAX_LOGITS", 1)
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 7 * CONFIG.vocab_size)
     for (path, left), right in zip(jax.tree.leaves_with_path(whole), jax.tree.leaves(gradients()), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-6, err_msg=jax.tree_util.keystr(path))
         assert np.abs(left).max() > 0, f"{jax.tree_util.keystr(path)} does not learn"

@@ -1,0 +1,116 @@
+"""Trains a tiny draft on meshes of forced CPU devices and prints the losses of every step.
+
+    eight_devices.py '[[[DATA, FSDP, TENSOR], {"packed": ..., "accumulation": ..., ...}], ...]'
+
+A program of its own, because the number of devices is fixed when JAX starts. Prints one JSON line: for every case its
+losses, the other metrics of the last step, and the bytes of embedding and head that the first device holds.
+"""
+
+import json
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from pipeline.train import environment
+
+environment.prepare()
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from easydel.infra.base_state import EasyDeLState
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from pipeline.dflash import blocks
+from pipeline.model import hf_draft
+from pipeline.model.draft import DraftConfig
+from pipeline.model.rope import Rope
+from pipeline.train import lowered, trainer, vocabulary
+from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+from pipeline.train.recipe import Recipe
+
+NUM_ROWS, NUM_POSITIONS, NUM_ANCHORS, NUM_STEPS = 16, 32, 6, 5
+DRAFT = DraftConfig(
+    vocab_size=37,  # no mesh divides it
+    hidden_size=40,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=12,
+    rope=Rope(theta=10000.0),
+    tapped_layers=(0, 2),
+    num_target_layers=4,
+    block_size=5,
+    mask_token_id=36,
+)
+
+
+def batch_at(step: int, *, packed: bool, teacher: bool) -> dict[str, np.ndarray]:
+    random = np.random.default_rng([7, step])
+    shape = (NUM_ROWS, NUM_POSITIONS)
+    places = np.arange(NUM_POSITIONS)
+    starts = np.where(places < 13, 0, np.where(places < 28, 13, NUM_POSITIONS)) if packed else np.zeros(NUM_POSITIONS)
+    generated = (places - starts >= random.integers(2, 5, (NUM_ROWS, 1))) & (starts < NUM_POSITIONS)
+    drawn = [blocks.draw_anchors(random, row, NUM_ANCHORS) for row in generated]
+    token_ids = ((random.integers(0, 30, (NUM_ROWS, 1)) + places) % 31).astype(np.int32)  # can be learned
+    batch = {
+        "token_ids": token_ids,
+        "generated": generated,
+        "features": random.normal(size=(*shape, DRAFT.feature_size)).astype(ml_dtypes.bfloat16),
+        "anchors": np.stack([anchors for anchors, _ in drawn]),
+        "anchor_taken": np.stack([taken for _, taken in drawn]),
+    }
+    if packed:
+        batch["starts"] = np.broadcast_to(starts, shape).astype(np.int32)
+    if teacher:
+        batch["teacher_hidden"] = random.normal(size=(*shape, DRAFT.hidden_size)).astype(np.float32)
+    return batch
+
+
+def trained(sizes: list[int], case: dict) -> dict:
+    """The losses of a few steps on a mesh of `sizes`."""
+    data, fsdp, tensor = sizes
+    packed = case.pop("packed")
+    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, 1, tensor, 1)
+    mesh = Mesh(devices, lowered.AXES)
+    recipe = Recipe(
+        steps=NUM_STEPS,
+        batch_sequences=NUM_ROWS,
+        learning_rate=3e-3,
+        warmup_ratio=0.0,
+        weight_decay=0.01,
+        clip_grad=1.0,
+        loss_decay=3.0,
+        checkpoint_steps=NUM_STEPS,
+        seed=0,
+        **case,
+    )
+    optimizer, schedule = trainer.arguments_of(lowered.Path("run"), recipe).get_optimizer_and_scheduler(NUM_STEPS)
+    module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
+    module = DraftModule(config=module_config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    state = EasyDeLState.create(step=0, model=module, tx=optimizer, init_opt_state=True)
+    places = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, lowered.spec_of(path, leaf)), state
+    )
+    state = jax.device_put(state, places)
+    random = np.random.default_rng(11)
+    tables = [jnp.asarray(random.normal(size=(DRAFT.vocab_size, DRAFT.hidden_size)), jnp.float32) for _ in range(2)]
+    frozen = vocabulary.share_out(tables[0], tables[1].T, mesh)
+    step = trainer.jitted_step(DRAFT, recipe, schedule, places, frozen[1], mesh)
+    losses = []
+    for number in range(NUM_STEPS):
+        batch = batch_at(number, packed=packed, teacher=recipe.distillation > 0)
+        state, metrics = step(state, batch, frozen)
+        losses.append(float(metrics.loss))
+    others = {name: float(value) for name, value in metrics.other_metrics.items()}
+    held = sum(table.addressable_shards[0].data.nbytes for table in frozen)
+    return {"losses": losses, "others": others, "held_bytes": held}
+
+
+if __name__ == "__main__":
+    print(json.dumps([trained(sizes, case) for sizes, case in json.loads(sys.argv[1])]))

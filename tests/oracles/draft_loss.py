@@ -1,7 +1,8 @@
 """Loss and gradients of a draft by published trainers' own models, in float32.
 
-in:  cases.json, {name: {trainer, batch, weights, decay, smoothing}}, beside draft/ and, for each batch, NAME.npz:
-     token_ids [B, T], loss_mask [B, T], lengths [B], features [B, T, L*D], embedding [V, D], head [V, D]
+in:  cases.json, {name: {trainer, batch, weights, loss, decay, smoothing}}, beside draft/ and, for each batch, NAME.npz:
+     token_ids [B, T], loss_mask [B, T], lengths [B], features [B, T, L*D], embedding [V, D], head [V, D],
+     teacher_hidden [B, T, D] (the target's final hidden states)
 out: NAME.safetensors for each case: loss, and the gradient of every tensor of the draft by its name in the file
 
 Blocks start wherever the trainer lets them: every candidate is taken. Each trainer gets the batch as it wants it:
@@ -54,15 +55,17 @@ def specforge(draft: Path, case: dict[str, Any], inputs: dict[str, torch.Tensor]
 
 
 def speculators(draft: Path, case: dict[str, Any], inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, nn.Module]:
-    """`fixed-exp-decay` or `dpace`, cross entropy, over one packed row."""
+    """`fixed-exp-decay` or `dpace`, over one packed row; with `ce` the target says the text, else `teacher_hidden`."""
     model = trainers.speculators(draft, inputs["embedding"], inputs["head"], attention="eager")
     token_ids, loss_mask = inputs["token_ids"].long(), inputs["loss_mask"].bool()
     rows, width = token_ids.shape
     places = torch.arange(width).expand(rows, width)
     document = torch.where(places < inputs["lengths"][:, None], torch.arange(rows)[:, None], -1)
-    states = trainers.verifier_states(token_ids.flatten(), loss_mask.flatten(), inputs["head"])
+    states = inputs["teacher_hidden"].reshape(rows * width, -1)
+    if case["loss"] == "ce":  # which reads the target's most likely tokens
+        states = trainers.verifier_states(token_ids.flatten(), loss_mask.flatten(), inputs["head"])
     options, _ = model.get_trainer_kwargs(
-        loss_fn="ce",
+        loss_fn=case["loss"],
         loss_implementation="eager",
         dflash_decay_gamma=case["decay"],
         max_anchors=rows * width,

@@ -11,7 +11,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 export ORACLE_PYTHON ?= $(abspath $(ORACLE_VENV))/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity peer lint smoke env test-env oracle-env clean
+.PHONY: demo test parity peer train-peer lint smoke env test-env oracle-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
@@ -22,6 +22,11 @@ test: lint oracle-env
 peer: env oracle-env # plain decoding beside transformers' generate; another target: make peer ARGS=experiment=smollm2
 	$(BIN)/python -m pipeline stage=target $(ARGS)
 	$(BIN)/python -m pipeline stage=peer 'peer.command=[$(ORACLE_PYTHON),tests/oracles/gpt_oss_speed.py]' $(ARGS)
+
+train-peer: env oracle-env # a training step beside speculators'; what the drafts are worth: ARGS=train_peer.quality_steps=1300
+	$(BIN)/python -m pipeline stage=target $(ARGS)
+	$(BIN)/python -m pipeline stage=teacher_cache $(ARGS)
+	$(BIN)/python -m pipeline stage=train_peer 'train_peer.command=[$(ORACLE_PYTHON),tests/oracles/speculators_train.py]' $(ARGS)
 
 parity: test-env oracle-env # after demo: its own target and draft against the oracles
 	$(BIN)/python -m pytest -m slow tests/test_demo_parity.py

@@ -107,12 +107,13 @@ def verifier_states(token_ids: torch.Tensor, counts: torch.Tensor, head: torch.T
     """
     said = torch.unique(token_ids[counts])
     states = head[said] / head[said].norm(dim=-1, keepdim=True)
+    lost = torch.arange(len(said))
     for _ in range(PUSHES):
-        winners = (states @ head.T).argmax(-1)
-        lost = winners != said
-        if not lost.any():
+        winners = (states[lost] @ head.T).argmax(-1)
+        lost, winners = lost[winners != said[lost]], winners[winners != said[lost]]
+        if not len(lost):
             break
-        states[lost] += head[said[lost]] - head[winners[lost]]
+        states[lost] += head[said[lost]] - head[winners]
     else:
         raise ValueError(f"no state says the tokens {said[lost].tolist()}")
     of_token = torch.zeros_like(head)

@@ -42,7 +42,7 @@ smoke: env
 env: $(VENV)/.installed
 test-env: $(VENV)/.installed-test
 # an interpreter given as ORACLE_PYTHON is taken as it is
-oracle-env: $(if $(filter $(abspath $(ORACLE_VENV))/%,$(ORACLE_PYTHON)),$(ORACLE_VENV)/.installed)
+oracle-env: $(if $(filter $(abspath $(ORACLE_VENV))/%,$(ORACLE_PYTHON)),$(ORACLE_VENV)/.installed-harmony)
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -70,6 +70,15 @@ $(ORACLE_VENV)/.installed:
 	$(ORACLE_PIP) transformers==5.15.0 tokenizers==0.22.2 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 gguf==0.19.0
 	$(ORACLE_PIP) accelerate==1.15.0 psutil==7.2.2 scipy==1.17.1 requests==2.34.2 omegaconf==2.4.0 pulp==3.3.2
 	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0 specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0
+	@touch $@
+
+# the reference renderer of GPT-OSS's conversations, and the official tokenizer and template out of two wheels
+$(ORACLE_VENV)/.installed-harmony: $(ORACLE_VENV)/.installed tests/oracles/harmony_assets.py
+	$(ORACLE_PIP) openai-harmony==0.0.8 pydantic==2.14.4
+	$(ORACLE_VENV)/bin/python -m pip download $(PIP_FLAGS) --no-deps --only-binary :all: --dest $(ORACLE_VENV)/wheels \
+	  llama-index-core==0.14.25 trl==1.16.0
+	$(ORACLE_VENV)/bin/python tests/oracles/harmony_assets.py --wheels $(ORACLE_VENV)/wheels --assets $(ORACLE_VENV)/assets
+	rm -rf $(ORACLE_VENV)/wheels
 	@touch $@
 
 clean:

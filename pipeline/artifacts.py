@@ -2,7 +2,8 @@
 
 An artifact is built in a scratch directory beside its final place. `seal` checksums every file, writes
 `manifest.json` last and renames the directory: a reader that finds no manifest finds no artifact. A stage
-that is killed leaves its scratch directory, which the same command picks up again.
+that is killed leaves its scratch directory, which the same command picks up again. In a bucket nothing can be
+renamed: there an artifact is built in its place, and its manifest alone makes it complete.
 """
 
 import contextlib
@@ -14,9 +15,13 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pipeline import places
+from pipeline.errors import MissingArtifact, PipelineError
+from pipeline.places import BucketPath, Place
 
 REMEMBERED_BYTES = 2**28  # from this size on reading a file takes longer than anyone likes to wait twice
 MANIFEST = "manifest.json"
@@ -24,23 +29,15 @@ CONTRACT = "contract.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "easydel", "transformers", "tensorstore", "safetensors", "numpy", "gguf")
 
 
-class PipelineError(Exception):
-    """Something a person can mend: the message says what was found, what was wanted and what to do."""
-
-
-class MissingArtifact(PipelineError):
-    """An artifact that a stage reads is not there, or was never completed."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A complete artifact on disk.
+    """A complete artifact.
 
     `fingerprint` is the sha256 over the names and sha256s of its files, the contract's aside; `settings` are the
     values that decided its bytes; `contract` is what travels to the next stage.
     """
 
-    path: Path
+    path: Place
     kind: str
     fingerprint: str
     settings: dict[str, Any]
@@ -60,8 +57,7 @@ def fingerprint_of(value: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return places.sha256(path)
 
 
 def remembered_sha256(path: Path, memory: Path | None) -> str:
@@ -93,33 +89,28 @@ def address(root: Path, kind: str, name: str, settings: Mapping[str, Any]) -> Pa
     return root / kind / f"{name}-{fingerprint_of(settings)[:12]}"
 
 
-def exists(path: Path) -> bool:
+def exists(path: Place) -> bool:
     """Whether a complete artifact stands at `path`."""
     return (path / MANIFEST).is_file()
 
 
-def read(path: Path, kind: str, *, make_with: str, verify: bool = False) -> Artifact:
+def read(path: Place, kind: str, *, make_with: str, verify: bool = False) -> Artifact:
     """Open the artifact of `kind` at `path`; with `verify`, compare every file's sha256.
 
-    Raises MissingArtifact when there is none (`make_with` tells the command that makes it) and PipelineError
-    when it is of another kind or its files are missing or changed (all of them named).
+    The manifest's and the contract's are compared in any case. Raises MissingArtifact when there is none (`make_with`
+    tells the command that makes it) and PipelineError when it is of another kind or its files are missing or changed
+    (all of them named).
     """
     if not exists(path):
         scratch = scratch_of(path)
         state = f"an unfinished one is at {scratch}" if scratch.exists() else "nothing is there"
         raise MissingArtifact(f"no complete {kind} at {path} ({state}); make it with: {make_with}")
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = read_manifest(path)
     if manifest["kind"] != kind:
         raise PipelineError(f"{path} holds a {manifest['kind']}, wanted a {kind}; give the path of a {kind}")
-    damaged = []
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            damaged.append(f"{name}: missing")
-        elif file.stat().st_size != entry["bytes"]:
-            damaged.append(f"{name}: {file.stat().st_size} bytes, written with {entry['bytes']}")
-        elif verify and file_sha256(file) != entry["sha256"]:
-            damaged.append(f"{name}: sha256 differs from the manifest's")
+    damaged = places.damage(path, manifest["files"], verify=verify)
+    if not damaged and not verify:
+        damaged = places.damage(path, {CONTRACT: manifest["files"][CONTRACT]}, verify=True)
     if damaged:
         listed = "\n  ".join(damaged)
         raise PipelineError(f"{kind} at {path} is damaged; delete the directory and run: {make_with}\n  {listed}")
@@ -134,9 +125,21 @@ def read(path: Path, kind: str, *, make_with: str, verify: bool = False) -> Arti
     )
 
 
-def scratch_of(path: Path) -> Path:
-    """The directory in which the artifact of `path` is built."""
-    return path.with_name(path.name + ".partial")
+def read_manifest(path: Place) -> dict[str, Any]:
+    """The manifest of the artifact at `path`; PipelineError when it is not as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        written = {key: manifest[key] for key in ("kind", "fingerprint", "settings", "files")}
+        if manifest["sha256"] == fingerprint_of(written):
+            return written
+    except (ValueError, KeyError, TypeError):  # no JSON, no UTF-8, or another document
+        pass
+    raise PipelineError(f"{path / MANIFEST} is damaged; delete {path} and make it again")
+
+
+def scratch_of(path: Place) -> Place:
+    """The directory in which the artifact of `path` is built; in a bucket, its own place."""
+    return path if isinstance(path, BucketPath) else path.with_name(path.name + ".partial")
 
 
 def open_scratch(path: Path, *, resume: bool) -> Path:
@@ -148,39 +151,67 @@ def open_scratch(path: Path, *, resume: bool) -> Path:
     return scratch
 
 
-def seal(path: Path, *, kind: str, settings: Mapping[str, Any], contract: Mapping[str, Any]) -> Artifact:
-    """Complete the artifact being built in `scratch_of(path)`: contract, checksums, manifest last, rename."""
+def seal(
+    path: Place,
+    *,
+    kind: str,
+    settings: Mapping[str, Any],
+    contract: Mapping[str, Any],
+    listed: Sequence[str] | None = None,
+) -> Artifact:
+    """Complete the artifact being built in `scratch_of(path)`: contract, checksums, manifest last, rename.
+
+    `listed` are the files that the manifest names, where they vouch for all others with sha256s of their own.
+    """
     scratch = scratch_of(path)
-    for torn in scratch.rglob("*.tmp"):  # of a run that was killed inside write_bytes
-        torn.unlink()
-    write_json(scratch / CONTRACT, contract)
-    files = {
-        str(file.relative_to(scratch)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(scratch.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
+    if isinstance(scratch, BucketPath):
+        _keep_or_write(scratch / CONTRACT, contract)
+    else:
+        for torn in scratch.rglob("*.tmp"):  # of a run that was killed inside write_bytes
+            torn.unlink()
+        write_json(scratch / CONTRACT, contract)
+    names = {CONTRACT, *(places.files(scratch) if listed is None else listed)} - {MANIFEST}
+    files = {name: places.entry(scratch / name) for name in sorted(names)}
     # provenance may differ between two makings of the same bytes: it does not enter the fingerprint
     fingerprint = fingerprint_of({name: entry["sha256"] for name, entry in files.items() if name != CONTRACT})
-    write_json(
-        scratch / MANIFEST,
-        {"kind": kind, "fingerprint": fingerprint, "settings": dict(settings), "files": files},
-    )
+    manifest = {"kind": kind, "fingerprint": fingerprint, "settings": dict(settings), "files": files}
+    write_json(scratch / MANIFEST, manifest | {"sha256": fingerprint_of(manifest)})
+    if isinstance(path, Path):
+        _rename(scratch, path)
+    return read(path, kind, make_with="the same command again")
+
+
+def _keep_or_write(place: BucketPath, contract: Mapping[str, Any]) -> None:
+    """Write a contract, unless one is there that differs in who made it alone.
+
+    Two commands may complete one artifact in a bucket at the same time: so both write the same manifest.
+    """
+    if place.is_file():
+        found = json.loads(place.read_text())
+        if {**found, "provenance": None} == {**json.loads(json.dumps(contract)), "provenance": None}:
+            return
+    write_json(place, contract)
+
+
+def _rename(scratch: Path, path: Path) -> None:
     if path.exists():  # left by hand or by another run: an artifact never replaces a complete one
         if exists(path):
             raise PipelineError(f"{path} appeared while it was being built; delete {scratch} to keep that one")
         shutil.rmtree(path)
     os.rename(scratch, path)
     sync_directory(path.parent)
-    return read(path, kind, make_with="the same command again")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """Write JSON so that the file is whole or absent: scratch file, fsync, rename."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Place, data: bytes) -> None:
     """Write a file so that it is whole or absent: scratch file, fsync, rename."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(data)
+        return
     scratch = path.with_name(path.name + ".tmp")
     with open(scratch, "wb") as file:
         file.write(data)

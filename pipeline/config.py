@@ -63,6 +63,13 @@ class Generator(enum.Enum):
     openai = "openai"
 
 
+class OpenAIApi(enum.Enum):
+    """What an endpoint is sent: `chat` sends messages for text, `completions` tokens for tokens, exact both ways."""
+
+    chat = "chat"
+    completions = "completions"
+
+
 class FeatureStore(enum.Enum):
     """How a teacher cache keeps features: as served, as int8 with a scale per token, or not at all."""
 
@@ -162,15 +169,18 @@ class PromptsConfig:
     """The prompt set; membership in train or held-out follows from a prompt's hash alone.
 
     `date` is what templates that print today's date print instead, so that a run can be repeated. `effort_mix` gives
-    the share of each effort under `effort=mixed`.
+    the share of each effort under `effort=mixed`. `count` null: 3072 generated prompts, or all of a file or dataset; of
+    those a lower one takes the same ones, whatever their order. `dataset_subset` and `dataset_revision` are the hub's.
     """
 
     source: PromptSource = PromptSource.generated
     path: str | None = None
     dataset: str | None = None
     dataset_split: str = "train"
+    dataset_subset: str | None = None
+    dataset_revision: str | None = None
     column: str = "prompt"
-    count: int = 3072
+    count: int | None = None
     heldout_fraction: float = 0.03125
     effort: Effort = Effort.low
     effort_mix: dict[str, float] = dataclasses.field(default_factory=lambda: {"low": 1.0, "medium": 1.0, "high": 1.0})
@@ -179,10 +189,17 @@ class PromptsConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class OpenAIConfig:
-    """The endpoint of `teacher_cache.generator=openai`; its key is read from the environment variable `api_key_env`."""
+    """The endpoint of `teacher_cache.generator=openai`; its key is read from the environment variable `api_key_env`.
+
+    `url` is what stands before /chat/completions. `api=completions` needs an endpoint that takes and tells token ids:
+    vLLM, `stage=serve`. `extra` are further fields of each request. A request is tried again `retries` times after
+    429, 5xx, lost connections and `timeout_seconds` without an answer.
+    """
 
     url: str | None = None
     model: str | None = None
+    api: OpenAIApi = OpenAIApi.chat
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = 32
     timeout_seconds: float = 600.0

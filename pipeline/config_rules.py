@@ -1,7 +1,10 @@
 """The rules that the values of a configuration must keep, and one error that lists all that break them."""
 
 import dataclasses
+import datetime
+import math
 import re
+import urllib.parse
 from typing import Any
 
 from pipeline.artifacts import PipelineError
@@ -17,6 +20,8 @@ from pipeline.config import (
     TeacherCacheConfig,
     uses_hosts,
 )
+
+ON_HOSTS = (Stage.train, Stage.serve, Stage.bench)
 
 
 def validate(config: PipelineConfig) -> None:
@@ -75,27 +80,31 @@ def validate(config: PipelineConfig) -> None:
         broken.append(f"train.warmup_ratio is {config.train.warmup_ratio}; it must be at least 0 and below 1")
     if config.train.weight_decay < 0:
         broken.append(f"train.weight_decay is {config.train.weight_decay}; it must not be negative")
-    broken += _prompts(config.prompts) + _teacher_cache(config.teacher_cache) + _train(config)
+    broken += _prompts(config.prompts, config.serve.date) + _teacher_cache(config.teacher_cache) + _train(config)
     if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
         broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
-    if uses_hosts(config.mesh) and config.stage not in (Stage.serve, Stage.bench):
-        stage = config.stage and config.stage.value
-        broken.append(f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run stage=serve and stage=bench")
+    if uses_hosts(config.mesh) and config.stage not in ON_HOSTS:
+        stage, known = config.stage and config.stage.value, ", ".join(f"stage={one.value}" for one in ON_HOSTS)
+        broken.append(f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run {known}")
     if not 0 <= config.serve.port < 65536:
         broken.append(f"serve.port is {config.serve.port}; it must be 0 to 65535")
     if broken:
         raise PipelineError("configuration: " + "\n  ".join(broken))
 
 
-def _prompts(prompts: PromptsConfig) -> list[str]:
+def _prompts(prompts: PromptsConfig, serve_date: str | None) -> list[str]:
     broken = []
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", prompts.date):
-        broken.append(f"prompts.date is {prompts.date!r}; it must be a day such as 2025-08-05")
+    for key, day in (("prompts.date", prompts.date), ("serve.date", serve_date)):
+        if day is not None and not _is_day(day):
+            broken.append(f"{key} is {day!r}; it must be a day such as 2025-08-05")
+    for name, value in (("dataset_subset", prompts.dataset_subset), ("dataset_revision", prompts.dataset_revision)):
+        if value is not None and prompts.source is not PromptSource.dataset:
+            broken.append(f"prompts.{name} is {value}; it goes with prompts.source=dataset")
     mix = prompts.effort_mix
     unknown = sorted(mix.keys() - {"low", "medium", "high"})
     if (
         unknown
-        or any(share < 0 for share in mix.values())
+        or not all(0 <= share < math.inf for share in mix.values())
         or (prompts.effort is Effort.mixed and not sum(mix.values()))
     ):
         broken.append(
@@ -104,11 +113,29 @@ def _prompts(prompts: PromptsConfig) -> list[str]:
     return broken
 
 
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _is_plain_url(url: str) -> bool:
+    parts = urllib.parse.urlsplit(url)
+    secretive = parts.username is not None or parts.password is not None or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not secretive
+
+
 def _teacher_cache(cache: TeacherCacheConfig) -> list[str]:
     broken = []
     if cache.generator is Generator.openai and (cache.openai.url is None or cache.openai.model is None):
         given = f"url is {cache.openai.url}, model is {cache.openai.model}"
         broken.append(f"teacher_cache.openai: {given}; teacher_cache.generator=openai needs both")
+    if cache.openai.url is not None and not _is_plain_url(cache.openai.url):
+        broken.append(
+            "teacher_cache.openai.url is no plain address; it must be such as http://localhost:8000/v1, without user, "
+            "password or query: the key goes in the environment variable named by teacher_cache.openai.api_key_env"
+        )
     if cache.temperature < 0:
         broken.append(f"teacher_cache.temperature is {cache.temperature}; it must not be negative")
     if not 0 < cache.top_p <= 1:
@@ -144,6 +171,11 @@ def _train(config: PipelineConfig) -> list[str]:
         broken.append(f"train.init_revision is {train.init_revision}; it goes with a hub id in train.init")
     if train.features is FeatureSource.cached and config.teacher_cache.features is FeatureStore.none:
         broken.append("teacher_cache.features is none; train.features=cached reads them: store them, or train live")
+    if train.pack_tokens is not None and train.features is FeatureSource.live:
+        broken.append(
+            f"train.pack_tokens is {train.pack_tokens}; the target reads one sequence a row: leave it null with "
+            "train.features=live"
+        )
     if train.distillation and train.features is FeatureSource.cached:
         broken.append(
             f"train.distillation is {train.distillation}; the target's distribution is not stored: it needs "

@@ -38,6 +38,26 @@ def are_several() -> bool:
     return jax.process_count() > 1
 
 
+def meet(where: str) -> None:
+    """Go on when all hosts are here; alone at once."""
+    if are_several():
+        multihost_utils.sync_global_devices(where)
+
+
+def whole(array: Any) -> np.ndarray:
+    """An array that lies on the devices of all hosts, whole on each of them."""
+    if are_several() and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def spread(rows: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+    """The array of which every host has its own part of the rows; `place` splits rows evenly over the hosts."""
+    if are_several():
+        return jax.make_array_from_process_local_data(place, rows)
+    return jax.device_put(rows, place)
+
+
 def told_by_first(message: Any) -> Any:
     """What the first host gives here, on every host; JSON values. All hosts must call this equally often."""
     text = json.dumps(message).encode() if is_first() else b""

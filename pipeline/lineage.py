@@ -7,14 +7,24 @@ fingerprints, so each stage finds what the stage before it made under the same o
 import dataclasses
 import functools
 import json
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline import artifacts, hub
+from pipeline import artifacts, hub, places
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import ArchitectureConfig, PipelineConfig, PromptSource, plain
+from pipeline.config import (
+    ArchitectureConfig,
+    Effort,
+    FeatureSource,
+    FeatureStore,
+    Generator,
+    PipelineConfig,
+    PromptSource,
+    plain,
+)
 from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.dflash.contract import (
     Contract,
@@ -28,9 +38,12 @@ from pipeline.model import checkpoints
 from pipeline.model.draft import DraftConfig
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
+from pipeline.places import Place
 from pipeline.prompts import sources
 from pipeline.prompts import tokenizer as tokenizers_of_ours
+from pipeline.prompts.efforts import EffortMix
 
+GENERATED_PROMPTS = 3072  # of sources without an end
 REMEMBERED = "sha256.json"  # of large files, under output_dir
 TARGET, TEACHER_CACHE, CHECKPOINT, DRAFT = "target", "teacher_cache", "checkpoint", "draft"
 DRAFT_CONFIG, EVALUATION = "draft_config.json", "evaluation.json"  # in a checkpoint; the latter in a draft too
@@ -151,9 +164,38 @@ def _token_id(tokenizer: Path, changed_ns: int, token: str) -> int | None:
 
 
 def draft_config(config: PipelineConfig, target: Target) -> DraftConfig:
-    """The draft of this configuration for this target; raises PipelineError as `draft_sizes` does."""
+    """The draft of this configuration for this target; raises PipelineError as `draft_sizes` does.
+
+    With `train.init` it is that draft, whatever `draft` says: biases, RoPE and block size belong to its weights.
+    """
     model = GptOssConfig.from_hf(checkpoints.read_config(target.path))
+    begun_with = initial_draft(config)
+    if begun_with is not None:
+        return _fitting(checkpoints.read_draft_config(begun_with), model, begun_with)
     return draft_sizes(config, model, mask_token_id(target.path, config, model.vocab_size))
+
+
+def initial_draft(config: PipelineConfig) -> Path | None:
+    """The directory of the draft that `train.init` names."""
+    if config.train.init is None:
+        return None
+    return hub.directory_of(config.train.init, config.train.init_revision, key="train.init")[0]
+
+
+def _fitting(draft: DraftConfig, model: GptOssConfig, directory: Path) -> DraftConfig:
+    """The draft in `directory` if it is one for this model; PipelineError listing what does not fit."""
+    pairs = {
+        "hidden_size": (draft.hidden_size, model.hidden_size),
+        "vocab_size": (draft.vocab_size, model.vocab_size),
+        "num_target_layers": (draft.num_target_layers, model.num_hidden_layers),
+    }
+    wrong = [f"{name}: found {found}, wanted {wanted}" for name, (found, wanted) in pairs.items() if found != wanted]
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise PipelineError(
+            f"train.init {directory} is not a draft for this target; give one that was trained for it\n  {listed}"
+        )
+    return draft
 
 
 def draft_sizes(config: PipelineConfig, model: GptOssConfig, mask_token_id: int) -> DraftConfig:
@@ -185,23 +227,41 @@ def draft_sizes(config: PipelineConfig, model: GptOssConfig, mask_token_id: int)
 
 
 def prompt_set(config: PipelineConfig) -> sources.PromptSet:
-    """The prompts of this configuration; `prompts.count` is the number of generated ones."""
-    prompts, effort = config.prompts, config.prompts.effort.value
+    """The prompts of this configuration."""
+    prompts, effort = config.prompts, _effort(config)
     if prompts.source is PromptSource.jsonl:
-        return sources.from_jsonl(Path(prompts.path), effort)
+        return sources.limited(sources.from_jsonl(Path(prompts.path), effort), prompts.count)
     if prompts.source is PromptSource.dataset:
-        return sources.from_dataset(prompts.dataset, prompts.dataset_split, prompts.column, effort)
+        found = sources.from_dataset(
+            prompts.dataset,
+            prompts.dataset_split,
+            prompts.column,
+            effort,
+            subset=prompts.dataset_subset,
+            revision=prompts.dataset_revision,
+        )
+        return sources.limited(found, prompts.count)
     generate = sources.everyday if prompts.source is PromptSource.everyday else sources.generated
-    return generate(config.seed, prompts.count, effort)
+    return generate(config.seed, prompts.count or GENERATED_PROMPTS, effort)
+
+
+def _effort(config: PipelineConfig) -> str | EffortMix:
+    prompts = config.prompts
+    return EffortMix(config.seed, prompts.effort_mix) if prompts.effort is Effort.mixed else prompts.effort.value
+
+
+def default_effort(config: PipelineConfig) -> str:
+    """The effort of a request that names none: the one of the prompts, or under a mix the template's own default."""
+    return Effort.medium.value if config.prompts.effort is Effort.mixed else config.prompts.effort.value
 
 
 def cache_contract(config: PipelineConfig, target: Target, provenance: dict[str, Any]) -> Contract:
     """The contract of a teacher cache: the target's, the efforts rendered and the layers tapped.
 
-    Rows of a file or dataset may bring efforts of their own, so only a generated set's are known here.
+    Which efforts a mix has drawn, or rows of a file or dataset have brought, only the prompts themselves tell.
     """
     generated = config.prompts.source in (PromptSource.generated, PromptSource.everyday)
-    efforts = [config.prompts.effort.value] if generated else None
+    efforts = [config.prompts.effort.value] if generated and config.prompts.effort is not Effort.mixed else None
     tapped = list(draft_config(config, target).tapped_layers)
     return dataclasses.replace(
         target.contract,
@@ -236,8 +296,16 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
         if not file.is_file():
             raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
         prompts["path"] = artifacts.file_sha256(file)
-    cache = plain(config.teacher_cache)
-    del cache["path"]
+    if config.prompts.dataset is not None and Path(config.prompts.dataset).exists():
+        prompts["dataset"] = _content(Path(config.prompts.dataset))
+    if config.prompts.effort is not Effort.mixed:
+        del prompts["effort_mix"]
+    cache = plain(config.teacher_cache) | {"features": feature_store(config).value}
+    for key in ("path", "verify", "writer", "num_writers", "openai"):  # where, by whom, how thoroughly checked
+        del cache[key]
+    if config.teacher_cache.generator is Generator.openai:
+        asked = plain(config.teacher_cache.openai)
+        cache["openai"] = {"host": host_of(asked["url"]), **{key: asked[key] for key in ("model", "api", "extra")}}
     return {
         "target": target.fingerprint,
         "precision": config.target.precision.value,
@@ -248,10 +316,31 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
     }
 
 
-def teacher_cache_address(config: PipelineConfig, target: Target) -> Path:
-    """Where the teacher cache of this configuration lives."""
+def _content(path: Path) -> str:
+    """sha256 of a file, or of the names and sha256s of a directory's files."""
+    if path.is_file():
+        return artifacts.file_sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return artifacts.fingerprint_of({str(file.relative_to(path)): artifacts.file_sha256(file) for file in files})
+
+
+def host_of(url: str) -> str:
+    """The host of a URL and its port, where one is given."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
+
+
+def feature_store(config: PipelineConfig) -> FeatureStore:
+    """How this configuration's teacher cache keeps features."""
+    given = config.teacher_cache.features
+    is_live = config.train.features is FeatureSource.live
+    return given or (FeatureStore.none if is_live else FeatureStore.bfloat16)
+
+
+def teacher_cache_address(config: PipelineConfig, target: Target) -> Place:
+    """Where the teacher cache of this configuration lives: a directory, or a place in a bucket."""
     if config.teacher_cache.path is not None:
-        return Path(config.teacher_cache.path)
+        return places.place_of(config.teacher_cache.path)
     settings = teacher_cache_settings(config, target)
     return artifacts.address(Path(config.output_dir), TEACHER_CACHE, config.target.name, settings)
 
@@ -266,7 +355,10 @@ def teacher_cache(config: PipelineConfig, target: Target) -> Artifact:
 def checkpoint_settings(config: PipelineConfig, target: Target, cache_fingerprint: str) -> dict[str, Any]:
     """What decides the bytes of a trained checkpoint."""
     train = plain(config.train)
-    del train["path"], train["log_steps"]
+    del train["path"], train["log_steps"], train["init_revision"]
+    begun_with = initial_draft(config)
+    if begun_with is not None:
+        train["init"] = checkpoints.weights_fingerprint(begun_with, Path(config.output_dir) / REMEMBERED)
     draft = dataclasses.asdict(draft_identity(draft_config(config, target)))
     return {"teacher_cache": cache_fingerprint, "draft": draft, "train": train, "seed": config.seed}
 

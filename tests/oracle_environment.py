@@ -17,6 +17,14 @@ def oracle_python() -> Path:
     return path
 
 
+def oracle_assets() -> Path:
+    """GPT-OSS's tokenizer and chat template, beside the oracles' interpreter; RuntimeError when they are not there."""
+    path = oracle_python().parent.parent / "assets"
+    if not (path / "tokenizer.json").is_file():
+        raise RuntimeError(f"no official tokenizer at {path}; run `make oracle-env`")
+    return path
+
+
 def run_oracle(script: str, **options: object) -> None:
     """Runs tests/oracles/<script>.py with `--key value` for each option, offline and on the CPU.
 

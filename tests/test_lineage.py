@@ -46,6 +46,7 @@ CACHE_CHANGES = {
     "seed": lambda config: setattr(config, "seed", 1),
     "number of prompts": lambda config: setattr(config.prompts, "count", 7),
     "effort": lambda config: setattr(config.prompts, "effort", Effort.high),
+    "date": lambda config: setattr(config.prompts, "date", "2026-01-01"),
     "length of answers": lambda config: setattr(config.teacher_cache, "max_new_tokens", 31),
     "shard size": lambda config: setattr(config.teacher_cache, "shard_sequences", 3),
     "layers": lambda config: setattr(config.draft, "tapped_layers", [0, 1]),
@@ -62,6 +63,8 @@ NOWHERE = {
     "log steps": lambda config: setattr(config.train, "log_steps", 3),
     "bench": lambda config: setattr(config.bench, "slots", 3),
     "port": lambda config: setattr(config.serve, "port", 1234),
+    "date of the server": lambda config: setattr(config.serve, "date", "2026-01-01"),
+    "mix without mixing": lambda config: config.prompts.effort_mix.update(low=2.0),
     "tracking": lambda config: setattr(config.tracking, "experiment", "other"),
 }
 
@@ -149,6 +152,29 @@ def test_a_cache_that_fits_is_opened(config):
     made = lineage.teacher_cache(config, lineage.target(config))
     assert made.kind == lineage.TEACHER_CACHE
     assert made.contract["features"]["tapped_layers"] == [0, 2]
+
+
+def test_mixed_efforts_are_drawn_by_the_shares_and_the_seed(config):
+    config.prompts.effort = Effort.mixed
+    even = [prompt.effort for prompt in lineage.prompt_set(config).prompts]
+    address = cache_address(config)
+    assert len(set(even)) > 1
+    config.prompts.effort_mix = {"high": 1.0}
+    assert {prompt.effort for prompt in lineage.prompt_set(config).prompts} == {"high"}
+    assert cache_address(config) != address
+
+
+def test_a_request_has_the_effort_of_the_prompts_and_under_a_mix_the_templates_default(config):
+    config.prompts.effort = Effort.high
+    assert lineage.default_effort(config) == "high"
+    config.prompts.effort = Effort.mixed
+    assert lineage.default_effort(config) == "medium"
+
+
+def test_a_contract_leaves_the_efforts_of_a_mix_to_the_cache(config, prepared):
+    config.teacher_cache.path = str(cache_address(prepared))
+    config.prompts.effort = Effort.mixed
+    assert lineage.teacher_cache(config, lineage.target(config)).contract["text"]["reasoning_efforts"] == ["low"]
 
 
 def test_a_cache_of_something_else_is_refused_with_every_field(config, prepared):

@@ -17,10 +17,20 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from pipeline import artifacts, lineage
-from pipeline.config import DraftConfig, PipelineConfig, TargetConfig, TeacherCacheConfig, TrainConfig
+from pipeline.config import (
+    DraftConfig,
+    FeatureSource,
+    FeatureStore,
+    LossWeights,
+    PipelineConfig,
+    TargetConfig,
+    TeacherCacheConfig,
+    TrainConfig,
+)
 from pipeline.model import checkpoints, draft, gpt_oss_weights
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
+from pipeline.prompts.channels import Channel
 from pipeline.teacher_cache import store
 from pipeline.tracking import Run
 
@@ -70,7 +80,7 @@ def weights_of(seed: int, config: draft.DraftConfig = DRAFT) -> draft.DraftWeigh
 
 def make_target(directory: Path) -> Path:
     """An HF directory: random weights, a tokenizer with a mask token, a template."""
-    directory.mkdir()
+    directory.mkdir(parents=True)
     weights = gpt_oss_weights.random_weights(TARGET, jax.random.key(3))
     token_ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     checkpoints.save_target(directory, TARGET, weights, token_ids)
@@ -105,7 +115,14 @@ def configuration(root: Path, **train: object) -> PipelineConfig:
             intermediate_size=36,
             mask_token=MASK_TOKEN,
         ),
-        train=TrainConfig(**{**defaults, **train}),
+        train=TrainConfig(
+            **{
+                **defaults,
+                **train,
+                "features": FeatureSource(train.get("features", "cached")),
+                "loss_weights": LossWeights(train.get("loss_weights", "decay")),
+            }
+        ),
     )
 
 
@@ -115,6 +132,7 @@ def counting(random: np.random.Generator, table: np.ndarray) -> store.CachedSequ
     token_ids = ((first + step * np.arange(length)) % 50 + 5).astype(np.int32)
     return store.CachedSequence(
         token_ids=token_ids,
+        channels=np.full(length, Channel.final, np.uint8),
         prompt_tokens=int(random.integers(3, 9)),
         features=(table[token_ids] + table[step]).astype(ml_dtypes.bfloat16),
     )
@@ -132,20 +150,30 @@ def write_split(root: Path, split: str, sequences: list[store.CachedSequence]) -
             prompt_tokens=[one.prompt_tokens for one in group],
         )
         token_ids = np.concatenate([one.token_ids for one in group])
+        channels = np.concatenate([one.channels for one in group])
         features = np.concatenate([one.features for one in group])
-        store.write_shard(store.shard_path(root, split, index), rows, token_ids, features, fingerprint="", report={})
+        path = store.shard_path(root, split, index)
+        layout = layout_of(features.shape[1])
+        given = features if features.size else None
+        store.write_shard(path, rows, token_ids, channels, given, layout=layout, fingerprint="", report={})
     return len(groups)
 
 
+def layout_of(feature_size: int) -> store.Layout:
+    """Features as served; none for a `feature_size` of 0."""
+    stored, num_tapped = ("bfloat16", NUM_TAPPED) if feature_size else ("none", 0)
+    return store.Layout(stored=stored, feature_size=feature_size, num_tapped=num_tapped)
+
+
 def write_store(root: Path, feature_size: int, *, num_train: int = 18, num_heldout: int = 7) -> Path:
-    """A store of counting sequences."""
+    """A store of counting sequences, without features when `feature_size` is 0."""
     random = np.random.default_rng(5)
     table = random.normal(size=(VOCAB_SIZE, feature_size))
     shards = {
         split: write_split(root, split, [counting(random, table) for _ in range(count)])
         for split, count in {"train": num_train, "heldout": num_heldout}.items()
     }
-    store.write_header(root, feature_size, shards)
+    store.write_header(root, layout_of(feature_size), shards)
     return root
 
 
@@ -153,7 +181,8 @@ def make_cache(config: PipelineConfig) -> None:
     """The teacher cache of a configuration, filled with sequences that can be learned."""
     target = lineage.target(config)
     path = lineage.teacher_cache_address(config, target)
-    write_store(artifacts.open_scratch(path, resume=False), NUM_TAPPED * TARGET.hidden_size)
+    has_features = lineage.feature_store(config) is not FeatureStore.none
+    write_store(artifacts.open_scratch(path, resume=False), has_features * NUM_TAPPED * TARGET.hidden_size)
     settings = lineage.teacher_cache_settings(config, target)
     contract = lineage.cache_contract(config, target, {"git_commit": GIT_COMMIT})
     artifacts.seal(path, kind=lineage.TEACHER_CACHE, settings=settings, contract=contract.to_json())

@@ -27,7 +27,8 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     here = machine(config.mesh, target.path)
     model, weights = read_target(config, target.path, here)
     tokenizer = load_tokenizer(target.path)
-    rendered = workload.held_out(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction, tokenizer)
+    prompts, chosen = lineage.prompt_set(config).prompts, config.prompts
+    rendered = workload.held_out(prompts, chosen.heldout_fraction, tokenizer, date=chosen.date)
     requests = workload.requests_of(
         rendered, num_prompts=wanted.num_prompts, max_new_tokens=wanted.max_new_tokens, prompt_tokens=None
     )

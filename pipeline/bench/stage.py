@@ -32,7 +32,8 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     model, weights = read_target(config, target.path, here)
     draft_config, draft_weights = read_draft(config, exported.path, here)
     tokenizer = load_tokenizer(target.path)
-    rendered = workload.held_out(lineage.prompt_set(config).prompts, config.prompts.heldout_fraction, tokenizer)
+    prompts, chosen = lineage.prompt_set(config).prompts, config.prompts
+    rendered = workload.held_out(prompts, chosen.heldout_fraction, tokenizer, date=chosen.date)
     requests = workload.requests_of(
         rendered,
         num_prompts=config.bench.num_prompts,

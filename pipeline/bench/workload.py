@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.chat_format import render_prompt
+from pipeline.prompts.chat_format import prompt_token_ids
 from pipeline.prompts.sources import Prompt
 from pipeline.prompts.split import split_by_hash
 from pipeline.serve.scheduler import Request
 
 
-def held_out(prompts: Sequence[Prompt], heldout_fraction: float, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The prompts that do not train, as the target sees them."""
+def held_out(
+    prompts: Sequence[Prompt], heldout_fraction: float, tokenizer: PreTrainedTokenizerBase, *, date: str
+) -> list[list[int]]:
+    """The prompts that do not train, as the target sees them on the day `date`."""
     _, kept = split_by_hash(prompts, heldout_fraction)
-    return [
-        render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort) for prompt in kept
-    ]
+    return [prompt_token_ids(tokenizer, prompt, date=date) for prompt in kept]
 
 
 def requests_of(

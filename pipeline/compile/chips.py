@@ -1,4 +1,4 @@
-"""TPU chips, and slices of them that need not be there: libtpu compiles for a slice by its name alone."""
+"""TPU slices that need not be there: libtpu compiles for a slice by its name alone."""
 
 import dataclasses
 import os
@@ -7,28 +7,9 @@ from typing import Any
 from jax.experimental import topologies
 
 from pipeline.artifacts import PipelineError
+from pipeline.chips import CHIPS, Chip
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip has: bytes of HBM, bytes a second from it, and bfloat16 operations a second.
-
-    Source: cloud.google.com/tpu/docs, the pages of v5e, v5p and v6e (system architecture).
-    """
-
-    hbm_bytes: int
-    bytes_per_second: float
-    flops_per_second: float
-
-
-CHIPS = {
-    "v5e": Chip(16 * GIB, 819e9, 197e12),
-    "v5p": Chip(95 * GIB, 2765e9, 459e12),
-    "v6e": Chip(32 * GIB, 1640e9, 918e12),
-}
-
+TPUS = ("v5e", "v5p", "v6e")
 
 # else libtpu asks a cloud's metadata server which machine this is, complains, and bars other processes from compiling
 NO_TPU_HERE = {
@@ -51,8 +32,8 @@ class Slice:
 def slice_of(topology: str) -> Slice:
     """The slice called, for example, `v6e:2x4`. Raises PipelineError when it or libtpu is not known here."""
     kind = topology.partition(":")[0]
-    if kind not in CHIPS:
-        raise PipelineError(f"topology is {topology}; it must be one of {', '.join(CHIPS)} and a size, as in v6e:2x4")
+    if kind not in TPUS:
+        raise PipelineError(f"topology is {topology}; it must be one of {', '.join(TPUS)} and a size, as in v6e:2x4")
     for name, value in NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     try:

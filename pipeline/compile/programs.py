@@ -93,7 +93,7 @@ def _chunk(sizes: Serving) -> Chunk:
     places = sizes.run.shards.data * rows_of_shard(sizes.slots // sizes.run.shards.data)
     shapes = {"token_ids": (places, sizes.prefill_chunk)}
     kinds = {"is_last": jnp.bool_}
-    fields = [field.name for field in dataclasses.fields(Chunk)]
+    fields = [field.name for field in dataclasses.fields(Chunk) if field.name != "keys"]  # serving is greedy
     return Chunk(
         **{
             name: _array(sizes.mesh, shapes.get(name, (places,)), kinds.get(name, jnp.int32), placement.ROWS)

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from pipeline.compile.chips import GIB, Chip
+from pipeline.chips import GIB, Chip
 from pipeline.compile.program_text import Collective, Instruction, Program
 from pipeline.model.experts_tpu import HIT_EXPERTS
 

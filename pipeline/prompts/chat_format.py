@@ -3,11 +3,14 @@
 A Harmony tokenizer (GPT-OSS's, the tiny target's) has channels and reasoning efforts. Any other is taken to be
 that of a plain chat model, such as ChatML's: the template writes the turns, the end-of-sequence token ends the
 answer, and the answer has no channels. A reasoning effort means nothing there: prompts keep theirs as a label
-that no template reads, and the server refuses a request that asks for one.
+that no template reads, and the server refuses a request that asks for one. Nor does it have tools: templates that know
+none would leave them out without a word.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import PipelineError
 from pipeline.prompts import harmony
-from pipeline.prompts.messages import effort_problem, messages_problem
+from pipeline.prompts.messages import Message, effort_problem, message_of, messages_problem
+from pipeline.prompts.sources import Prompt
 from pipeline.prompts.tokenizer import control_token_problem, special_token_ids
+from pipeline.prompts.tools import tools_of, tools_problem
 
 ENDINGS = ("<|im_end|>", "<|endoftext|>")  # end a generation in plain formats too, where the tokenizer has them
 
@@ -28,10 +33,13 @@ class ChatFormat:
     stop_tokens: tuple[str, ...]
     has_channels: bool
     has_efforts: bool
+    has_tools: bool
     spoken_roles: Mapping[str, str]
 
 
-HARMONY = ChatFormat(stop_tokens=harmony.STOP_TOKENS, has_channels=True, has_efforts=True, spoken_roles={})
+HARMONY = ChatFormat(
+    stop_tokens=harmony.STOP_TOKENS, has_channels=True, has_efforts=True, has_tools=True, spoken_roles={}
+)
 
 
 def chat_format_of(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
@@ -47,36 +55,98 @@ def chat_format_of(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
             f"(eos_token is {tokenizer.eos_token!r}); set eos_token in its tokenizer_config.json"
         )
     # templates other than Harmony's were never trained with a developer
-    return ChatFormat(stop_tokens=stops, has_channels=False, has_efforts=False, spoken_roles={"developer": "system"})
+    return ChatFormat(
+        stop_tokens=stops,
+        has_channels=False,
+        has_efforts=False,
+        has_tools=False,
+        spoken_roles={"developer": "system"},
+    )
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     effort: str,
     *,
+    tools: Sequence[Mapping[str, Any]] = (),
     date: str | None = None,
 ) -> list[int]:
     """The prompt's tokens by the tokenizer's chat template, ending where the assistant begins.
 
-    `date` (`2025-08-05`) stands in for today's in templates that print it, as the official one does: two
-    runs on different days otherwise see different prompts. Raises PipelineError for messages that do not
-    make a prompt, and for texts that spell a control token (they would end the turn they stand in).
+    `messages` and `tools` are in the shape of OpenAI's API. `date` (`2025-08-05`) stands in for today's in templates
+    that print it, as the official one does: two runs on different days otherwise see different prompts. Raises
+    PipelineError for messages that do not make a prompt, for tools where the format has none, and for texts that
+    spell a control token (they would end the turn they stand in).
     """
-    problem = messages_problem(messages) or effort_problem(effort)
-    problem = problem or control_token_problem(tokenizer, [message["content"] for message in messages])
+    problem = messages_problem(messages) or tools_problem(tools) or effort_problem(effort)
+    if problem is not None:
+        raise PipelineError(problem)
+    chat_format, conversation = chat_format_of(tokenizer), [message_of(message) for message in messages]
+    turns = [_turn(message, chat_format) for message in conversation]
+    functions = [tool.as_dict() for tool in tools_of(tools)]
+    problem = _tools_problem(chat_format, conversation, functions)
+    problem = problem or control_token_problem(tokenizer, _texts([*turns, *functions]))
     if problem is not None:
         raise PipelineError(problem)
     options: dict[str, Any] = {"reasoning_effort": effort}
-    if date is not None:
-        options["strftime_now"] = lambda _format: date  # a render variable hides the environment's global
-    roles = chat_format_of(tokenizer).spoken_roles
-    turns = [{**message, "role": roles.get(message["role"], message["role"])} for message in messages]
+    if functions:
+        options["tools"] = functions
+    if date is not None:  # a render variable hides the environment's global
+        options["strftime_now"] = datetime.date.fromisoformat(date).strftime
+    return tokenizer.encode(_written(tokenizer, turns, options), add_special_tokens=False)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
-    except TemplateError as error:
-        raise PipelineError(f"the chat template refuses the messages: {error}; change them") from error
-    return tokenizer.encode(text, add_special_tokens=False)
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise PipelineError(f"the conversation is not valid Unicode ({error}); correct its texts") from error
+    except (TemplateError, TypeError) as error:  # TypeError: the official one joins a tool's defaults as texts
+        raise PipelineError(f"the chat template refuses the conversation: {error}; change it") from error
+    return text
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, date: str | None) -> list[int]:
+    """The tokens of a prompt of a prompt set, as `render_prompt` gives and refuses them."""
+    messages = [message.as_dict() for message in prompt.messages]
+    tools = [tool.as_dict() for tool in prompt.tools]
+    return render_prompt(tokenizer, messages, prompt.effort, tools=tools, date=date)
+
+
+def _turn(message: Message, chat_format: ChatFormat) -> dict[str, Any]:
+    """A message as templates take it: unlike OpenAI's, arguments are objects, and what is absent is left out."""
+    turn: dict[str, Any] = {"role": chat_format.spoken_roles.get(message.role, message.role)}
+    if message.content or not message.tool_calls:
+        turn["content"] = message.content
+    if message.thinking is not None and chat_format.has_channels:
+        turn["thinking"] = message.thinking
+    if message.tool_calls:
+        calls = [(call.name, json.loads(call.arguments)) for call in message.tool_calls]
+        turn["tool_calls"] = [
+            {"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls
+        ]
+    return turn
+
+
+def _tools_problem(chat_format: ChatFormat, messages: Sequence[Message], tools: Sequence[Any]) -> str | None:
+    if chat_format.has_tools or not (tools or any(message.tool_calls for message in messages)):
+        return None
+    return "the target's chat format has no tools; leave tools and the calls of tools out"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,50 +8,75 @@ from typing import Any
 
 from pipeline.artifacts import PipelineError, fingerprint_of
 from pipeline.prompts.corpus import conversation
+from pipeline.prompts.efforts import EffortMix
 from pipeline.prompts.everyday.requests import request
-from pipeline.prompts.messages import Message, effort_problem, messages_problem
+from pipeline.prompts.messages import Message, effort_problem, message_of, messages_problem
+from pipeline.prompts.tools import Tool, tools_of, tools_problem
 
 SHOWN_ROWS = 10
 DRAWS_PER_PROMPT = 20
+ROW_FIELDS = ("tools", "effort", "reasoning_effort")  # read beside the prompt or the messages
+SAVED = ("dataset_dict.json", "state.json")  # what `datasets` writes beside saved splits, and in one
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the target is asked. `prompt_id` is the sha256 of the messages' canonical JSON, without effort."""
+    """What the target is asked, and the functions it may call.
+
+    `prompt_id` is the sha256 of the canonical JSON of the messages, or of messages and tools; the effort is left out.
+    """
 
     prompt_id: str
     messages: tuple[Message, ...]
     effort: str
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Distinct prompts in the source's order, and how many repeated ones were dropped."""
+    """Distinct prompts in the source's order, and how many were dropped: repeated ones, and those over a limit."""
 
     prompts: tuple[Prompt, ...]
     num_duplicates: int
+    num_over: int = 0
 
 
-def prompt_of(messages: Iterable[Message], effort: str) -> Prompt:
-    """The prompt made of `messages`, with its id."""
-    messages = tuple(messages)
-    return Prompt(fingerprint_of([message.as_dict() for message in messages]), messages, effort)
+def prompt_of(messages: Iterable[Message], effort: str | EffortMix, tools: Iterable[Tool] = ()) -> Prompt:
+    """The prompt made of `messages` and `tools`, with its id, and the effort drawn for that id from a mix."""
+    messages, tools = tuple(messages), tuple(tools)
+    content: Any = [message.as_dict() for message in messages]
+    if tools:
+        content = {"messages": content, "tools": [dataclasses.asdict(tool) for tool in tools]}
+    prompt_id = fingerprint_of(content)
+    return Prompt(prompt_id, messages, effort if isinstance(effort, str) else effort.of(prompt_id), tools)
 
 
-def generated(seed: int, count: int, effort: str) -> PromptSet:
+def limited(found: PromptSet, count: int | None) -> PromptSet:
+    """At most `count` prompts of a set: those whose ids come first when hashed once more, in the set's order.
+
+    The ids themselves decide who is held out. So a set's order does not matter, and more prompts hold the fewer.
+    """
+    if count is None or count >= len(found.prompts):
+        return found
+    chosen = sorted(found.prompts, key=lambda prompt: fingerprint_of(["count", prompt.prompt_id]))[:count]
+    kept = {prompt.prompt_id for prompt in chosen}
+    prompts = tuple(prompt for prompt in found.prompts if prompt.prompt_id in kept)
+    return PromptSet(prompts, found.num_duplicates, len(found.prompts) - len(prompts))
+
+
+def generated(seed: int, count: int, effort: str | EffortMix) -> PromptSet:
     """The first `count` distinct prompts of the tiny target's corpus."""
-    _check_effort(effort)
-    return _drawn(lambda index: conversation(seed, index, effort).prompt, count, effort, "embedded corpus")
+    return _drawn(lambda index: conversation(seed, index).prompt, count, effort, "embedded corpus")
 
 
-def everyday(seed: int, count: int, effort: str) -> PromptSet:
+def everyday(seed: int, count: int, effort: str | EffortMix) -> PromptSet:
     """The first `count` distinct requests in plain English."""
-    _check_effort(effort)
     return _drawn(lambda index: request(seed, index), count, effort, "generator of everyday requests")
 
 
-def _drawn(write: Callable[[int], str], count: int, effort: str, source: str) -> PromptSet:
+def _drawn(write: Callable[[int], str], count: int, effort: str | EffortMix, source: str) -> PromptSet:
+    _check_effort(effort)
     if count < 1:
         raise PipelineError(f"the number of generated prompts is {count}; it must be positive")
     found: dict[str, Prompt] = {}
@@ -66,11 +91,11 @@ def _drawn(write: Callable[[int], str], count: int, effort: str, source: str) ->
     )
 
 
-def from_jsonl(path: Path, effort: str) -> PromptSet:
-    """Prompts of a JSONL file: rows `{"prompt": text}` or `{"messages": [{"role", "content"}]}`.
+def from_jsonl(path: Path, effort: str | EffortMix) -> PromptSet:
+    """Prompts of a JSONL file: rows `{"prompt": text}` or `{"messages": [...]}`, OpenAI's messages, and `tools`.
 
-    A row's own `effort` or `reasoning_effort` goes before the argument; other fields are not read. Raises one
-    PipelineError with the number and problem of every bad line.
+    `tools` are OpenAI's too, as a list or as its JSON. A row's own `effort` or `reasoning_effort` goes before the
+    argument; other fields are not read. Raises one PipelineError with the number and problem of every bad line.
     """
     _check_effort(effort)
     try:
@@ -82,20 +107,42 @@ def from_jsonl(path: Path, effort: str) -> PromptSet:
 
 
 def from_dataset(
-    name: str, split: str, column: str, effort: str, *, subset: str | None = None, revision: str | None = None
+    name: str,
+    split: str,
+    column: str,
+    effort: str | EffortMix,
+    *,
+    subset: str | None = None,
+    revision: str | None = None,
 ) -> PromptSet:
-    """Prompts of one column (texts, or lists of messages) of a dataset.
+    """Prompts of one column (texts, or lists of messages) of a dataset, and of the columns in ROW_FIELDS that it has.
 
-    `name` is a hub id, a local directory, or a local json, jsonl, csv, parquet or txt file. A hub dataset can
-    be revised in place: `revision` pins it. Raises PipelineError when it cannot be loaded or a row is bad.
+    `name` is a hub id, a local json, jsonl, csv, parquet or txt file, or a local directory: of such files, or written
+    by `save_to_disk`. A hub dataset can be revised in place: `revision` pins it. Raises PipelineError when it cannot be
+    loaded or a row is bad.
     """
     _check_effort(effort)
     dataset = _loaded(name, split, subset, revision)
     if column not in dataset.column_names:
         raise PipelineError(f"dataset {name} has no column {column!r}; wanted one of {', '.join(dataset.column_names)}")
-    values = enumerate(dataset[column])
-    rows = ((f"row {i}", {"prompt" if isinstance(value, str) else "messages": value}) for i, value in values)
+    others = [field for field in ROW_FIELDS if field in dataset.column_names and field != column]
+    values = enumerate(zip(*(dataset[field] for field in (column, *others)), strict=True))
+    rows = (
+        (f"row {index}", _row_of(value, dict(zip(others, fields, strict=True)))) for index, (value, *fields) in values
+    )
     return _collected(rows, effort, f"dataset {name} ({split}, {column})")
+
+
+def _row_of(value: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSONL has it. Tables give every object the keys of all: what is null in one was never there."""
+    kind = "prompt" if isinstance(value, str) else "messages"
+    return {kind: _without_nulls(value)} | {key: _without_nulls(field) for key, field in fields.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _loaded(name: str, split: str, subset: str | None, revision: str | None) -> Any:
@@ -107,12 +154,23 @@ def _loaded(name: str, split: str, subset: str | None, revision: str | None) -> 
             if path.suffix not in FILE_FORMATS:
                 raise PipelineError(f"{path} ends in {path.suffix!r}; wanted one of {', '.join(FILE_FORMATS)}")
             return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split)
+        if any((path / file).is_file() for file in SAVED):
+            return _saved(datasets.load_from_disk(name), split)
         return datasets.load_dataset(name, subset, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise PipelineError(
             f"cannot load dataset {name}, split {split} ({type(error).__name__}: {error}); check the "
             "name, the split and the network, or give a local directory or file"
         ) from error
+
+
+def _saved(loaded: Any, split: str) -> Any:
+    """The split of what `save_to_disk` wrote, which may be one without a name."""
+    if not isinstance(loaded, dict):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"it has the splits {', '.join(loaded)}")
+    return loaded[split]
 
 
 def _parsed(line: str) -> Any:
@@ -122,7 +180,7 @@ def _parsed(line: str) -> Any:
         return error
 
 
-def _collected(rows: Iterator[tuple[str, Any]], effort: str, source: str) -> PromptSet:
+def _collected(rows: Iterator[tuple[str, Any]], effort: str | EffortMix, source: str) -> PromptSet:
     found: dict[str, Prompt] = {}
     num_rows, bad = 0, []
     for where, row in rows:
@@ -132,7 +190,7 @@ def _collected(rows: Iterator[tuple[str, Any]], effort: str, source: str) -> Pro
             bad.append(f"{where}: {problem}")
             continue
         prompt = _prompt_of_row(row, effort)
-        found.setdefault(prompt.prompt_id, prompt)
+        found.setdefault(_without_spaces(prompt), prompt)
     if bad:
         more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
         listed = "\n  ".join(bad[:SHOWN_ROWS] + more)
@@ -142,11 +200,22 @@ def _collected(rows: Iterator[tuple[str, Any]], effort: str, source: str) -> Pro
     return PromptSet(tuple(found.values()), num_rows - len(found))
 
 
+def _without_spaces(prompt: Prompt) -> str:
+    """One text for prompts that differ in white space alone: of such only the first is kept."""
+    texts = [[message.role, message.content.split(), message.thinking] for message in prompt.messages]
+    calls = [[call.as_dict() for call in message.tool_calls] for message in prompt.messages]
+    return fingerprint_of([texts, calls, [tool.as_dict() for tool in prompt.tools]])
+
+
 def _row_problem(row: Any) -> str | None:
     if isinstance(row, json.JSONDecodeError):
         return f"is not JSON ({row.msg} at column {row.colno}); wanted one object a line"
     if not isinstance(row, dict):
         return f"is a {type(row).__name__}; wanted an object with prompt or messages"
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        return f"is not valid Unicode ({error}); wanted text that UTF-8 can write"
     if ("prompt" in row) == ("messages" in row):
         fields = ", ".join(map(str, row)) or "none"
         return f"has the fields {fields}; wanted exactly one of prompt and messages"
@@ -156,16 +225,28 @@ def _row_problem(row: Any) -> str | None:
     if len(efforts) == 2 and efforts[0] != efforts[1]:
         return f"has effort {efforts[0]!r} and reasoning_effort {efforts[1]!r}; wanted one of them"
     problem = effort_problem(efforts[0]) if efforts else None
-    return problem or (messages_problem(row["messages"]) if "messages" in row else None)
+    problem = problem or (messages_problem(row["messages"]) if "messages" in row else None)
+    return problem or tools_problem(_tools_in(row))
 
 
-def _prompt_of_row(row: dict[str, Any], effort: str) -> Prompt:
+def _prompt_of_row(row: dict[str, Any], effort: str | EffortMix) -> Prompt:
     messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
     own = row.get("effort") or row.get("reasoning_effort")
-    return prompt_of((Message(message["role"], message["content"]) for message in messages), own or effort)
+    return prompt_of(map(message_of, messages), own or effort, tools_of(_tools_in(row)))
 
 
-def _check_effort(effort: str) -> None:
-    problem = effort_problem(effort)
+def _tools_in(row: dict[str, Any]) -> Any:
+    """A row's tools; as they are when they are no JSON of any."""
+    tools = row.get("tools")
+    if not isinstance(tools, str):
+        return [] if tools is None else tools
+    try:
+        return json.loads(tools)
+    except json.JSONDecodeError:
+        return tools
+
+
+def _check_effort(effort: str | EffortMix) -> None:
+    problem = effort_problem(effort) if isinstance(effort, str) else None
     if problem is not None:
         raise PipelineError(problem)

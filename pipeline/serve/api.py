@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import PipelineError
 from pipeline.prompts.chat_format import chat_format_of, render_prompt
+from pipeline.prompts.tools import tools_problem
 from pipeline.serve import metrics, schema
 from pipeline.serve.answer import Answer, usage
 from pipeline.serve.engine import Engine
 from pipeline.serve.replies import ChatReplies, CompletionReplies, Replies
 from pipeline.serve.scheduler import Request
 from pipeline.serve.schema import Refusal
-from pipeline.serve.text import FINAL, TEXT, PlainReader, chat_reader
+from pipeline.serve.text import FINAL, TEXT, PlainReader, TextChannel, chat_reader
 from pipeline.serve.worker import Stream, Unavailable, Worker
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
@@ -40,7 +41,7 @@ class Call:
         counters.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
         self._lost = "cancelled"  # what became of answers that are not finished
 
-    async def pieces(self) -> AsyncIterator[tuple[int, list[tuple[str, str]]]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, list[tuple[TextChannel, str]]]]:
         """The index of an answer and its new text, until all are finished; raises Unavailable."""
         try:
             async for update in self._stream.updates():
@@ -101,10 +102,17 @@ class EventStream(StreamingResponse):
 
 
 class Api:
-    """The endpoints' state: one served model."""
+    """The endpoints' state: one served model; `date` None is today, for templates that print the date."""
 
     def __init__(
-        self, worker: Worker, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, model: str, effort: str
+        self,
+        worker: Worker,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model: str,
+        effort: str,
+        date: str | None = None,
     ) -> None:
         self.model = model
         self.counters = metrics.Counters()
@@ -112,6 +120,7 @@ class Api:
         self.worker = worker
         self._tokenizer = tokenizer
         self._effort = effort
+        self._date = date
         self._created = int(time.time())
 
     async def completions(self, http: HttpRequest) -> Response:
@@ -127,13 +136,14 @@ class Api:
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions: messages in the target's chat format; analysis and final apart if it has both."""
         asked = schema.read_chat(await _body(http), self.model)
-        if asked.effort is not None and not chat_format_of(self._tokenizer).has_efforts:
-            raise Refusal(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
+        self._refuse_unknown(asked)
         try:
-            prompt = render_prompt(self._tokenizer, asked.messages, asked.effort or self._effort)
+            effort = asked.effort or self._effort
+            prompt = render_prompt(self._tokenizer, asked.messages, effort, tools=asked.tools, date=self._date)
         except PipelineError as error:
             raise Refusal(str(error), param="messages") from error
-        replies = ChatReplies(f"chatcmpl-{secrets.token_hex(12)}", self.model)
+        told = prompt if asked.return_token_ids else None
+        replies = ChatReplies(f"chatcmpl-{secrets.token_hex(12)}", self.model, told)
         return await self._answer(http, asked, [tuple(prompt)], replies)
 
     def models(self) -> dict[str, Any]:
@@ -161,6 +171,17 @@ class Api:
         """GET /metrics."""
         text = metrics.exposition(self.counters, self.engine, healthy=self.worker.failure is None)
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
+
+    def _refuse_unknown(self, asked: schema.Chat) -> None:
+        """Raise Refusal for what the target's chat format does not know, and for tools that are none."""
+        chat_format = chat_format_of(self._tokenizer)
+        if asked.effort is not None and not chat_format.has_efforts:
+            raise Refusal(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
+        if asked.tools and not chat_format.has_tools:
+            raise Refusal(f"{self.model} knows no tools: leave them out", param="tools")
+        problem = tools_problem(asked.tools)
+        if problem is not None:
+            raise Refusal(problem, param="tools")
 
     async def _answer(
         self,

@@ -13,6 +13,7 @@ from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.execution import Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
+from pipeline.model.sampling import Sampling
 from pipeline.serve import programs
 from pipeline.serve.programs import Chunk, State, Yield
 
@@ -27,9 +28,11 @@ class Compiled:
 
 
 @functools.cache  # engines of equal models share what was compiled
-def on_one_device(config: GptOssConfig, draft_config: DraftConfig | None, run: Execution) -> Compiled:
-    """The programs on the device that holds the weights."""
-    steps = _steps(config, draft_config, run)
+def on_one_device(
+    config: GptOssConfig, draft_config: DraftConfig | None, run: Execution, how: Sampling | None = None
+) -> Compiled:
+    """The programs on the device that holds the weights; with `how`, prefill and the plain step sample."""
+    steps = _steps(config, draft_config, run, how)
     return Compiled(*(placement.on_devices(step, None, None, None, donated=(place,)) for step, place in steps))
 
 
@@ -41,18 +44,21 @@ def on_mesh(
     weights: GptOssWeights,
     draft_weights: DraftWeights | None,
     state: State,
+    how: Sampling | None = None,
 ) -> Compiled:
-    """The programs on all shards of a mesh; of weights and state only the shapes matter."""
+    """As `on_one_device`, on all shards of a mesh; of weights and state only the shapes matter."""
     target = placement.target_specs(weights)
     draft = None if draft_weights is None else placement.draft_specs(draft_weights)
     states, rows, everywhere = state_specs(state), placement.ROWS, placement.EVERYWHERE
     chunk = Chunk(*[rows] * len(dataclasses.fields(Chunk)))
+    if how is None:
+        chunk = dataclasses.replace(chunk, keys=None)
     given = [
         (target, draft, states, chunk, everywhere),
         (target, states, everywhere),
         (target, draft, states, everywhere),
     ]
-    steps = zip(_steps(config, draft_config, run), given, strict=True)
+    steps = zip(_steps(config, draft_config, run, how), given, strict=True)
     told = (states, everywhere)
     return Compiled(
         *(placement.on_devices(step, mesh, specs, told, donated=(place,)) for (step, place), specs in steps)
@@ -76,10 +82,10 @@ def new_state(make: Callable[[], State], mesh: Mesh | None, weights: GptOssWeigh
 
 
 def _steps(
-    config: GptOssConfig, draft_config: DraftConfig | None, run: Execution
+    config: GptOssConfig, draft_config: DraftConfig | None, run: Execution, how: Sampling | None
 ) -> list[tuple[Callable[..., Any], int]]:
     """Each step with the place of its state among its arguments."""
-    both = functools.partial(programs.prefill, config=config, draft_config=draft_config, run=run)
-    plain = functools.partial(programs.plain_step, config=config, run=run)
+    both = functools.partial(programs.prefill, config=config, draft_config=draft_config, run=run, how=how)
+    plain = functools.partial(programs.plain_step, config=config, run=run, how=how)
     drafted = functools.partial(programs.dflash_round, config=config, draft_config=draft_config, run=run)
     return [(both, 2), (plain, 1), (drafted, 2)]

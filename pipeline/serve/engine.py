@@ -1,4 +1,4 @@
-"""The DFLASH runtime: batched greedy decoding, plain or with a draft, requests coming and going."""
+"""The DFLASH runtime: batched decoding, greedy or sampled, plain or with a draft, requests coming and going."""
 
 import dataclasses
 import itertools
@@ -16,6 +16,7 @@ from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.execution import PLAIN, Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
+from pipeline.model.sampling import Sampling
 from pipeline.serve import compiled, programs
 from pipeline.serve.programs import Chunk
 from pipeline.serve.scheduler import Request, Scheduler
@@ -72,12 +73,13 @@ class Clock:
 
 
 class Engine:
-    """Greedy decoding over a fixed number of slots; owned by one thread.
+    """Decoding over a fixed number of slots; owned by one thread.
 
     `max_length` bounds prompt plus generated tokens of a request; prompts run in chunks of `prefill_chunk`.
     A generation ends with a token of `stop_token_ids` (included in the answer) or at its length. With a
-    draft, each step is one DFLASH round; without one, one token. With a `mesh`, weights lie where
-    `placement.places` says, and every process of a mesh over several hosts drives an engine alike.
+    draft, each step is one DFLASH round; without one, one token. Without `sampling` tokens are the most likely ones;
+    with it they are drawn, and depend on a request's key and prompt, not on what runs beside it. With a `mesh`,
+    weights lie where `placement.places` says, and every process of a mesh over several hosts drives an engine alike.
     """
 
     def __init__(
@@ -90,9 +92,17 @@ class Engine:
         max_length: int,
         prefill_chunk: int,
         draft: Draft | None = None,
+        sampling: Sampling | None = None,
         run: Execution = PLAIN,
         mesh: Mesh | None = None,
     ) -> None:
+        if sampling is not None and draft is not None:
+            raise PipelineError(
+                f"the engine was given a draft and a temperature of {sampling.temperature}; with a draft decoding is "
+                "greedy: leave either out"
+            )
+        if sampling is not None and not (sampling.temperature > 0 and 0 < sampling.top_p <= 1):
+            raise PipelineError(f"{sampling}; temperature must be positive, top_p above 0 and at most 1")
         if max_length > target_config.max_position_embeddings:
             raise PipelineError(
                 f"max_length is {max_length}; the target has {target_config.max_position_embeddings} positions"
@@ -102,6 +112,7 @@ class Engine:
         self._weights, self._config, self._draft = target_weights, target_config, draft
         self._draft_weights = None if draft is None else draft.weights
         self._draft_config = None if draft is None else draft.config
+        self._sampling = sampling
         self._stops = frozenset(stop_token_ids)
         self._stop_ids = np.asarray(sorted(self._stops), dtype=np.int32)
         self._chunk = prefill_chunk
@@ -117,15 +128,15 @@ class Engine:
         positions = num_positions(max_length, prefill_chunk, self.block_size or 1)
         dtype = target_weights.embedding.dtype
         self._state = compiled.new_state(
-            lambda: programs.empty_state(target_config, self._draft_config, slots, positions, dtype),
+            lambda: programs.empty_state(target_config, self._draft_config, slots, positions, dtype, sampling),
             mesh,
             target_weights,
         )
         if mesh is None:
-            self._programs = compiled.on_one_device(target_config, self._draft_config, run)
+            self._programs = compiled.on_one_device(target_config, self._draft_config, run, sampling)
         else:
             self._programs = compiled.on_mesh(
-                target_config, self._draft_config, run, mesh, target_weights, self._draft_weights, self._state
+                target_config, self._draft_config, run, mesh, target_weights, self._draft_weights, self._state, sampling
             )
 
     @property
@@ -144,7 +155,7 @@ class Engine:
         return len(self._scheduler.running)
 
     def check(self, request: Request) -> None:
-        """Raise PipelineError when a request cannot be run: empty, too long, or not the target's tokens."""
+        """Raise PipelineError when a request cannot be run: empty, too long, not the target's tokens, or no key."""
         prompt, new = len(request.prompt_ids), request.max_new_tokens
         if prompt == 0 or new < 1:
             raise PipelineError(f"prompt has {prompt} tokens and max_new_tokens is {new}; both must be at least 1")
@@ -157,6 +168,9 @@ class Engine:
         outside = [token for token in request.prompt_ids if not 0 <= token < vocab_size]
         if outside:
             raise PipelineError(f"prompt has token ids {outside[:5]}; the target knows 0..{vocab_size - 1}")
+        if (request.key is None) != (self._sampling is None):
+            found, wanted = ("no key", "samples") if request.key is None else ("a key", "decodes greedily")
+            raise PipelineError(f"request {request.request_id!r} has {found}; the engine {wanted}")
         if self._scheduler.knows(request.request_id):
             raise PipelineError(f"request id {request.request_id!r} is already in use")
 
@@ -194,7 +208,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compile every program, with one request that leaves no trace in the counters."""
         before = self.acceptance, self.clock
-        list(self.generate([Request(request_id="warm-up", prompt_ids=(0,), max_new_tokens=2)]))
+        key = None if self._sampling is None else (0, 0)
+        list(self.generate([Request(request_id="warm-up", prompt_ids=(0,), max_new_tokens=2, key=key)]))
         self._decode()  # a first token that stops the generation would leave this one for the first request
         self.acceptance, self.clock = before
 
@@ -261,6 +276,7 @@ class Engine:
             num_tokens=np.ones(places, np.int32),
             budget=np.zeros(places, np.int32),
             is_last=np.zeros(places, bool),
+            keys=None if self._sampling is None else np.zeros((places, 2), np.uint32),
         )
         for place, (slot, request) in group.items():
             part = request.prompt_ids[start : start + self._chunk]
@@ -270,6 +286,8 @@ class Engine:
                 chunk.num_tokens[place] = len(part)
                 chunk.budget[place] = request.max_new_tokens
                 chunk.is_last[place] = start + self._chunk >= len(request.prompt_ids)
+                if chunk.keys is not None:
+                    chunk.keys[place] = request.key
         return chunk
 
     def _decode(self) -> list[Update]:

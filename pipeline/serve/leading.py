@@ -58,7 +58,8 @@ def follow(engine: Engine) -> None:
         asked = hosts.told_by_first(None)
         for what, value in asked:
             if what == ADD:
-                engine.add(Request(**{**value, "prompt_ids": tuple(value["prompt_ids"])}))
+                key = value["key"] and tuple(value["key"])
+                engine.add(Request(**{**value, "prompt_ids": tuple(value["prompt_ids"]), "key": key}))
             elif what == CANCEL:
                 engine.cancel(value)
             elif what == END:

@@ -11,16 +11,17 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pipeline.dflash import acceptance, blocks
 from pipeline.model import draft as draft_model
-from pipeline.model import gpt_oss
+from pipeline.model import gpt_oss, sampling
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.execution import Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
 from pipeline.model.kv_cache import KVCache
+from pipeline.model.sampling import Sampling
 from pipeline.model.sharding import Shards
 
 
@@ -31,7 +32,8 @@ class State:
     """What the device holds between steps.
 
     `length` counts a slot's committed positions; `anchor` is the token at that position, certain but not
-    yet in any cache; `remaining` is how many more tokens the request may yield.
+    yet in any cache; `remaining` is how many more tokens the request may yield; `keys` are those of the requests
+    where tokens are sampled, None where decoding is greedy.
     """
 
     cache: KVCache
@@ -40,6 +42,7 @@ class State:
     length: Int[Array, " B"]
     remaining: Int[Array, " B"]
     active: Bool[Array, " B"]
+    keys: UInt32[Array, "B two"] | None = None
 
 
 @no_type_check  # JAX rebuilds it around shapes, masks and gradients too
@@ -58,6 +61,7 @@ class Chunk:
     num_tokens: Int[Array, " R"]
     budget: Int[Array, " R"]
     is_last: Bool[Array, " R"]
+    keys: UInt32[Array, "R two"] | None = None
 
 
 @no_type_check  # JAX rebuilds it around shapes, masks and gradients too
@@ -72,7 +76,12 @@ class Yield:
 
 
 def empty_state(
-    config: GptOssConfig, draft: DraftConfig | None, slots: int, num_positions: int, dtype: DTypeLike
+    config: GptOssConfig,
+    draft: DraftConfig | None,
+    slots: int,
+    num_positions: int,
+    dtype: DTypeLike,
+    how: Sampling | None = None,
 ) -> State:
     """All slots free. `num_positions` must leave room for one chunk or block past the longest sequence."""
     zeros = [jnp.zeros(slots, jnp.int32) for _ in range(3)]  # one array each: donated buffers must differ
@@ -84,6 +93,7 @@ def empty_state(
         length=zeros[1],
         remaining=zeros[2],
         active=jnp.zeros(slots, bool),
+        keys=None if how is None else jnp.zeros((slots, 2), jnp.uint32),
     )
 
 
@@ -97,6 +107,7 @@ def prefill(
     config: GptOssConfig,
     draft_config: DraftConfig | None,
     run: Execution,
+    how: Sampling | None = None,
 ) -> tuple[State, Yield]:
     """Run one chunk of prompts into their slots."""
     rows, start = chunk.rows, chunk.start
@@ -110,7 +121,7 @@ def prefill(
         new = draft_model.context(draft_weights, draft_config, out.features, positions, run.shards)
         draft_cache = draft_model.extend(draft_cache, new, start, rows)
     last = jnp.take_along_axis(out.hidden, (chunk.num_tokens - 1)[:, None, None], axis=1)[:, 0]
-    first = gpt_oss.next_tokens(weights, last, run.shards)
+    first = _next_tokens(weights, last, start + chunk.num_tokens, chunk.keys, how, run.shards)
     finished = chunk.is_last & ((first[:, None] == stop_ids).any(-1) | (chunk.budget <= 1))
     state = State(
         cache=out.cache,
@@ -119,16 +130,23 @@ def prefill(
         length=state.length.at[rows].set(start + chunk.num_tokens, mode="drop"),
         remaining=state.remaining.at[rows].set(chunk.budget - 1, mode="drop"),
         active=state.active.at[rows].set(chunk.is_last & ~finished, mode="drop"),
+        keys=None if how is None else state.keys.at[rows].set(chunk.keys, mode="drop"),
     )
     return state, _told(Yield(first[:, None], chunk.is_last.astype(jnp.int32), finished), run.shards)
 
 
 def plain_step(
-    weights: GptOssWeights, state: State, stop_ids: Int[Array, " stops"], *, config: GptOssConfig, run: Execution
+    weights: GptOssWeights,
+    state: State,
+    stop_ids: Int[Array, " stops"],
+    *,
+    config: GptOssConfig,
+    run: Execution,
+    how: Sampling | None = None,
 ) -> tuple[State, Yield]:
-    """One token for every active slot."""
+    """One token for every active slot: the most likely, or one drawn as `how` tells."""
     out = gpt_oss.forward(weights, config, state.anchor[:, None], state.length, state.cache, run=run)
-    tokens = gpt_oss.next_tokens(weights, out.hidden, run.shards)
+    tokens = _next_tokens(weights, out.hidden, state.length + 1, state.keys, how, run.shards)
     num_tokens = jnp.ones_like(state.length)
     return _commit(state, tokens, num_tokens, stop_ids, out.cache, state.draft_cache, run.shards)
 
@@ -175,6 +193,21 @@ def propose(
     return gpt_oss.next_tokens(weights, hidden[:, 1:], run.shards)
 
 
+def _next_tokens(
+    weights: GptOssWeights,
+    hidden: Float[Array, "B *one D"],
+    positions: Int[Array, " B"],
+    keys: UInt32[Array, "B two"] | None,
+    how: Sampling | None,
+    shards: Shards,
+) -> Int[Array, "B *one"]:
+    """One token for each row, the most likely or one drawn."""
+    if how is None:
+        return gpt_oss.next_tokens(weights, hidden, shards)
+    logits = gpt_oss.logits(weights, hidden).reshape(len(hidden), -1)
+    return sampling.sample(logits, keys, positions, how, shards).reshape(hidden.shape[:-1])
+
+
 def _commit(
     state: State,
     tokens: Int[Array, "B K"],
@@ -198,6 +231,7 @@ def _commit(
         length=state.length + counted,
         remaining=remaining,
         active=state.active & ~finished,
+        keys=state.keys,
     )
     return new, _told(Yield(tokens, counted, finished), shards)
 

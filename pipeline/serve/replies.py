@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.serve.answer import Answer, usage
-from pipeline.serve.text import ANALYSIS, FINAL, TEXT
+from pipeline.serve.text import ANALYSIS, FINAL, TEXT, TextChannel, ToolChannel
 
 
 class CompletionReplies:
@@ -32,7 +32,7 @@ class CompletionReplies:
         """Chunks sent before any text: none."""
         yield from ()
 
-    def chunks(self, index: int, pieces: list[tuple[str, str]], answer: Answer) -> Iterator[dict[str, Any]]:
+    def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
         """Chunks for new pieces of an answer."""
         new = answer.token_ids[self._sent.get(index, 0) :]
         if pieces or answer.finish_reason is not None or (new and self._token_ids):
@@ -56,43 +56,67 @@ class CompletionReplies:
 
 
 class ChatReplies:
-    """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use."""
+    """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use; calls are apart.
+
+    With `prompt_ids` a whole reply carries them, and its choices the tokens of their answers (as vLLM's).
+    """
 
     prompt_param = "messages"
 
-    def __init__(self, reply_id: str, model: str) -> None:
+    def __init__(self, reply_id: str, model: str, prompt_ids: Sequence[int] | None = None) -> None:
         self.reply_id = reply_id
         self._model = model
         self._created = int(time.time())
+        self._prompt_ids = prompt_ids
+        self._told: set[tuple[int, ToolChannel]] = set()  # calls whose id and name are sent, by choice
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The reply in one."""
+        told = {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids)}
         choices = []
         for index, answer in enumerate(answers):
             analysis = answer.texts.get(ANALYSIS)
             message = {"role": "assistant", "content": answer.texts.get(FINAL, ""), "refusal": None}
             message |= {"reasoning_content": analysis, "reasoning": analysis}
-            choices.append(
-                {"index": index, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
-            )
-        return {**self._reply("chat.completion", choices), "usage": usage(answers)}
+            calls = answer.calls
+            if calls:
+                message["content"] = message["content"] or None
+                message["tool_calls"] = [self._call(index, call, answer.texts[call]) for call in calls]
+            choice = {"index": index, "message": message, "logprobs": None, "finish_reason": _reason(answer)}
+            choices.append({**choice, "token_ids": answer.token_ids} if told else choice)
+        return {**self._reply("chat.completion", choices), **told, "usage": usage(answers)}
 
     def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
         """Chunks sent before any text: who speaks."""
         for index in range(num_answers):
             yield self._delta(index, {"role": "assistant", "content": ""}, None)
 
-    def chunks(self, index: int, pieces: list[tuple[str, str]], answer: Answer) -> Iterator[dict[str, Any]]:
+    def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
         """Chunks for new pieces of an answer."""
         for channel, text in pieces:
+            if isinstance(channel, ToolChannel):
+                yield self._delta(index, {"tool_calls": [self._call_delta(index, channel, text)]}, None)
+                continue
             names = ("reasoning_content", "reasoning") if channel == ANALYSIS else ("content",)
             yield self._delta(index, dict.fromkeys(names, text), None)
         if answer.finish_reason is not None:
-            yield self._delta(index, {}, answer.finish_reason)
+            yield self._delta(index, {}, _reason(answer))
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The object around choices."""
         return self._reply("chat.completion.chunk", choices)
+
+    def _call(self, index: int, call: ToolChannel, arguments: str) -> dict[str, Any]:
+        """A call with an id of its own."""
+        function = {"name": call.name, "arguments": arguments}
+        return {"id": f"call-{self.reply_id}-{index}-{call.index}", "type": "function", "function": function}
+
+    def _call_delta(self, index: int, call: ToolChannel, text: str) -> dict[str, Any]:
+        """A call's first piece has its id and name, the later ones more of its arguments."""
+        if (index, call) in self._told:
+            return {"index": call.index, "function": {"arguments": text}}
+        self._told.add((index, call))
+        return {"index": call.index, **self._call(index, call, text)}
 
     def _delta(self, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         return self.chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
@@ -105,6 +129,11 @@ class ChatReplies:
             "model": self._model,
             "choices": choices,
         }
+
+
+def _reason(answer: Answer) -> str | None:
+    """Why an answer ended, as OpenAI says it: with calls, or by itself, or at its limit."""
+    return "tool_calls" if answer.finish_reason == "stop" and answer.calls else answer.finish_reason
 
 
 Replies = CompletionReplies | ChatReplies

@@ -6,11 +6,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt to continue by at most `max_new_tokens` tokens."""
+    """A prompt to continue by at most `max_new_tokens` tokens; `key` (`sampling.key_of`) where they are sampled."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
+    key: tuple[int, int] | None = None
 
 
 class Scheduler:

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.prompts.messages import EFFORTS, effort_problem
+from pipeline.prompts.messages import EFFORTS, THINKING, effort_problem
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_STOP_STRINGS = 16
 
-# Options that greedy decoding without tools does not serve: the values that ask for nothing, and what to do.
+# Options that greedy decoding does not serve: the values that ask for nothing, and what to do.
 _GREEDY = "decoding is greedy: use {} or leave it out"
 _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "temperature": ((0,), _GREEDY.format(0)),
@@ -36,10 +36,8 @@ _UNSERVED_COMPLETION = {
     "suffix": (("",), "insertion is not supported: leave it out"),
 }
 _UNSERVED_CHAT = {
-    "tools": (([],), "tools are not supported: leave it out"),
-    "tool_choice": (("none", "auto"), "tools are not supported: leave it out"),
-    "functions": (([],), "tools are not supported: leave it out"),
-    "function_call": (("none", "auto"), "tools are not supported: leave it out"),
+    "functions": (([],), "this older form is not supported: use tools"),
+    "function_call": (("none", "auto"), "this older form is not supported: use tool_choice"),
     "response_format": (({"type": "text"},), "only text answers are supported: leave it out"),
     "modalities": ((["text"],), "only text answers are supported: leave it out"),
     "audio": ((), "only text answers are supported: leave it out"),
@@ -49,9 +47,12 @@ _UNSERVED_CHAT = {
 _HARMLESS = ("seed", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _COMMON = ("model", "stream", "stream_options", "max_tokens", "stop", *_HARMLESS)
 _COMPLETION = ("prompt", "return_token_ids", *_COMMON)
-_CHAT = ("messages", "max_completion_tokens", "reasoning_effort", "parallel_tool_calls", *_COMMON)
-# what clients send back with an earlier answer; Harmony leaves the analysis of earlier turns out of the prompt
-_PAST_ANALYSIS = ("reasoning_content", "reasoning")
+_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+_CHAT = ("messages", "max_completion_tokens", "reasoning_effort", "return_token_ids", *_TOOLS, *_COMMON)
+_FIELDS = {  # of a message beside its role and content
+    "assistant": (*THINKING, "tool_calls"),
+    "tool": ("tool_call_id", "name"),
+}
 
 
 class Refusal(Exception):
@@ -91,10 +92,12 @@ class Completion(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat(Options):
-    """A body of /v1/chat/completions; `effort` None: the server's default."""
+    """A body of /v1/chat/completions; `effort` None: the server's default. Without calls wanted it has no tools."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    tools: list[Any]
     effort: str | None
+    return_token_ids: bool
 
 
 def read_completion(body: Any, model: str) -> Completion:
@@ -122,7 +125,11 @@ def read_chat(body: Any, model: str) -> Chat:
         told = " and ".join(f"{key} is {value}" for key, value in limits.items())
         raise Refusal(f"{told}; give one of them, or the same value", param="max_completion_tokens")
     options["max_tokens"] = next(iter(limits.values()), None)
-    return Chat(messages=_messages(given.get("messages")), effort=effort, **options)
+    token_ids = _flag(given, "return_token_ids")
+    if token_ids and options["stream"]:
+        raise Refusal("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
+    messages, tools = _messages(given.get("messages")), _tools(given)
+    return Chat(messages=messages, tools=tools, effort=effort, return_token_ids=token_ids, **options)
 
 
 def _given(
@@ -222,15 +229,31 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     return tuple(prompts)
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _tools(given: Mapping[str, Any]) -> list[Any]:
+    """The tools to offer; whether they are tools is for the renderer to say."""
+    _flag(given, "parallel_tool_calls")  # an answer has one call in any case, for a call ends it
+    tools, choice = given.get("tools", []), given.get("tool_choice", "auto")
+    if not isinstance(tools, list):
+        raise Refusal(f"tools is {_shown(tools)}; wanted a list of functions", param="tools")
+    if choice not in ("none", "auto"):
+        raise Refusal(
+            f"tool_choice is {_shown(choice)}; calls cannot be forced: use auto or none, or leave it out",
+            param="tool_choice",
+            code="unsupported_value",
+        )
+    return tools if choice == "auto" else []
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
     """Messages with plain text contents; what makes a good prompt of them is for the renderer to say."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise Refusal(f"messages is {_shown(value)}; wanted a list of role and content objects", param="messages")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
-def _message(message: dict[str, Any], place: str) -> dict[str, str]:
-    known = ("role", "content", *(_PAST_ANALYSIS if message.get("role") == "assistant" else ()))
+def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
+    role = message.get("role")
+    known = ("role", "content", *(_FIELDS.get(role, ()) if isinstance(role, str) else ()))
     for key, value in message.items():
         if key not in known and value not in (None, []):
             raise Refusal(f"{place} has {_shown(key)} {_shown(value)}; supported: {', '.join(known)}", param="messages")
@@ -242,7 +265,8 @@ def _message(message: dict[str, Any], place: str) -> dict[str, str]:
         content = "".join(_text(part["text"], "messages") for part in content)
     if isinstance(content, str):
         content = _text(content, "messages")
-    return {"role": message.get("role"), "content": content}
+    more = {key: message[key] for key in known[2:] if message.get(key)}
+    return {"role": role, "content": content, **more}
 
 
 def _text(value: Any, param: str) -> str:

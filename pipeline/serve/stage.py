@@ -46,7 +46,8 @@ def run(config: PipelineConfig, tracker: Run) -> None:
             engine.lead()
 
         worker = Worker(engine, engine.keep_waiting if leads else None)
-        api = Api(worker, engine, tokenizer, model=config.target.name, effort=config.prompts.effort.value)
+        effort = lineage.default_effort(config)
+        api = Api(worker, engine, tokenizer, model=config.target.name, effort=effort, date=wanted.date)
         serving = server.create_server(create_app(api), listener, cut=worker.end)
         worker.start()
         try:

@@ -1,15 +1,28 @@
-"""Tokens to text as they come: characters split over tokens, Harmony channels, and stop strings."""
+"""Tokens to text as they come: characters split over tokens, Harmony channels and calls, and stop strings."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.prompts.chat_format import chat_format_of
-from pipeline.prompts.harmony import HEADER_TOKENS, STOP_TOKENS
+from pipeline.prompts.harmony import CONSTRAIN, HEADER_TOKENS, STOP_TOKENS
 from pipeline.prompts.tokenizer import special_token_ids
 
 TEXT, ANALYSIS, FINAL = "text", "analysis", "final"  # channels; TEXT is what /v1/completions returns
+CALLED = "to=functions."  # in a header: the message is a call of what follows
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character (yet)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolChannel:
+    """The channel of a call's arguments: the `index`-th call of an answer, of the function `name`."""
+
+    index: int
+    name: str
+
+
+TextChannel = str | ToolChannel
 
 
 class Detokenizer:
@@ -53,21 +66,23 @@ class PlainReader:
         self._text = Detokenizer(tokenizer)
         self._channel = channel
 
-    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[TextChannel, str]]:
         """Read further tokens."""
         yield self._channel, self._text.push(token_ids)
 
-    def finish(self, *, cut_off: bool) -> Iterator[tuple[str, str]]:
+    def finish(self, *, cut_off: bool) -> Iterator[tuple[TextChannel, str]]:
         """End the answer."""
         rest = self._text.flush()
         yield self._channel, "" if cut_off else rest
 
 
 class ChannelReader:
-    """The analysis and the final text of an answer, as it comes.
+    """The analysis and the final text of an answer, and its calls, as they come.
 
     No token is lost in silence: channels other than final (commentary) count as analysis, text outside of any
-    message as final. A header cut off before its `<|message|>` is no text. Reading ends at a stop token.
+    message as final. A message to a function is a call, whose first piece comes with its header. The recipient stands
+    behind the channel or behind the role, where a prompt has ended: an answer that begins with one begins in a header.
+    A header cut off before its `<|message|>` is no text. Reading ends at a stop token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,13 +90,16 @@ class ChannelReader:
         self._spelled = dict(zip(special_token_ids(tokenizer, names), names, strict=True))
         self._tokenizer = tokenizer
         self._text = Detokenizer(tokenizer)
+        self._opening: list[int] | None = []  # the first tokens, while they may be the recipient of a call
         self._header: list[int] | None = None  # the tokens of the header being read; None inside a body
-        self._channel = FINAL
+        self._called: str | None = None  # the function that the header names
+        self._num_calls = 0
+        self._channel: TextChannel = FINAL
         self._in_body = False  # the body has tokens
-        self._written: set[str] = set()  # channels that had a body before
+        self._written: set[TextChannel] = set()  # channels that had a body before
         self._stopped = False
 
-    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[TextChannel, str]]:
         """Read further tokens; what follows a stop token is not read."""
         body: list[int] = []
         for token_id in token_ids:
@@ -89,21 +107,38 @@ class ChannelReader:
                 break
             name = self._spelled.get(token_id)
             if name is not None:
-                yield from self._read(body)
+                yield from self._read(body + self._opened(name))
                 body = []
-                yield from self._end_body(cut_off=False)
-                self._turn(name)
+                yield from self._turn(name)
             elif self._header is not None:
                 self._header.append(token_id)
             else:
-                body.append(token_id)
+                body += self._unless_opening(token_id)
         yield from self._read(body)
 
-    def finish(self, *, cut_off: bool) -> Iterator[tuple[str, str]]:
+    def finish(self, *, cut_off: bool) -> Iterator[tuple[TextChannel, str]]:
         """End the answer."""
+        opening = self._opened(None)
+        yield from self._read([] if self._function_in(opening) else opening)
         yield from self._end_body(cut_off=cut_off)
 
-    def _read(self, token_ids: list[int]) -> Iterator[tuple[str, str]]:
+    def _unless_opening(self, token_id: int) -> list[int]:
+        """The tokens that are text, once they are: none while the answer may begin with a recipient."""
+        if self._opening is None:
+            return [token_id]
+        self._opening.append(token_id)
+        text, wanted = self._tokenizer.decode(self._opening), f" {CALLED}"
+        return [] if wanted.startswith(text) or text.startswith(wanted) else self._opened(None)
+
+    def _opened(self, control_token: str | None) -> list[int]:
+        """The first tokens as text, or, before the rest of a header, as the beginning of it."""
+        opening, self._opening = self._opening or [], None
+        if control_token not in ("<|channel|>", "<|message|>") or not self._function_in(opening):
+            return opening
+        self._header = opening
+        return []
+
+    def _read(self, token_ids: list[int]) -> Iterator[tuple[TextChannel, str]]:
         if not token_ids:
             return
         if not self._in_body and self._channel in self._written:
@@ -111,24 +146,41 @@ class ChannelReader:
         self._in_body = True
         yield self._channel, self._text.push(token_ids)
 
-    def _end_body(self, *, cut_off: bool) -> Iterator[tuple[str, str]]:
+    def _end_body(self, *, cut_off: bool) -> Iterator[tuple[TextChannel, str]]:
         rest = self._text.flush()
         if self._in_body:
             self._written.add(self._channel)
             self._in_body = False
             yield self._channel, "" if cut_off else rest
 
-    def _turn(self, name: str) -> None:
+    def _turn(self, name: str) -> Iterator[tuple[TextChannel, str]]:
+        yield from self._end_body(cut_off=False)
         if name in HEADER_TOKENS:
+            self._called = self._function_in(self._header or []) if name == "<|channel|>" else None
             self._header = []
         elif name == "<|message|>":
-            words = self._tokenizer.decode(self._header or [], skip_special_tokens=True).split()
-            self._channel = FINAL if not words or words[0] == FINAL else ANALYSIS
-            self._header = None
+            yield from self._begin_body()
         elif name == "<|end|>":
             self._channel, self._header = FINAL, None
         else:
             self._stopped = True
+
+    def _begin_body(self) -> Iterator[tuple[TextChannel, str]]:
+        header = self._header or []
+        called, self._called, self._header = self._function_in(header) or self._called, None, None
+        words = self._tokenizer.decode(header, skip_special_tokens=True).split()
+        if called is None:
+            self._channel = FINAL if not words or words[0] == FINAL else ANALYSIS
+            return
+        self._channel = ToolChannel(self._num_calls, called)
+        self._num_calls += 1
+        yield self._channel, ""
+
+    def _function_in(self, header: list[int]) -> str | None:
+        """The function that a header, or a part of it, is addressed to."""
+        words = self._tokenizer.decode(header).replace(CONSTRAIN, " ").split()
+        names = [word.removeprefix(CALLED) for word in words if word.startswith(CALLED)]
+        return next((name for name in names if name), None)
 
 
 Reader = PlainReader | ChannelReader

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from pipeline.model import gpt_oss, placement
 from pipeline.model.execution import PLAIN, Execution
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
+from pipeline.model.sampling import Sampling
+from pipeline.teacher_cache import choices
 
 BATCH_SEQUENCES = 8
 LOGITS_TOKENS = 512  # logits are made for this many tokens at a time: all at once outgrow the features
@@ -26,7 +28,10 @@ class Captured:
     """What one pass over a text gives.
 
     `features` bfloat16 [T, L * D]. `next_ids[p]` is the target's own choice for position p + 1, and
-    `shortfall[p]` how far the logit of the text's token there lies below it (0: they agree; last: no meaning).
+    `shortfall[p]` how far the logit of the text's token there lies below it (0: they agree; last: no meaning). Of a
+    text drawn with a known key the choice is the one that the same noise makes, and logits include the noise. Of one
+    drawn elsewhere `shortfall` is the token's surprise (-log p) less that of what the target draws on average, in nats:
+    0 in the mean over a text of the target's own, and above where another model drew it.
     """
 
     features: np.ndarray
@@ -50,26 +55,62 @@ def capture(
     tapped_layers: tuple[int, ...],
     texts: Sequence[Sequence[int]],
     *,
+    drawn: Sampling | None = None,
+    keys: Sequence[tuple[int, int]] | None = None,
     run: Execution = PLAIN,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, Captured]]:
     """Run texts through the target in a few fixed shapes; yields each one's index and result, once.
 
-    Texts are grouped by padded length; the order and every batch follow from the lengths alone. With a `mesh`,
-    weights lie where `placement.places` says.
+    Texts are grouped by padded length; the order and every batch follow from the lengths alone. `drawn` tells how
+    the texts were sampled (None: greedily), `keys` with which noise, where that is known. With a `mesh`, weights lie
+    where `placement.places` says.
     """
-    program = _program(config, tapped_layers, run, mesh, None if mesh is None else placement.target_specs(weights))
+    specs = None if mesh is None else placement.target_specs(weights)
+    program = _program(config, tapped_layers, drawn, keys is not None, run, mesh, specs)
     running: tuple[list[int], tuple[Array, Array, Array]] | None = None
     for indices, length in _batches([len(text) for text in texts]):
         token_ids = np.zeros((BATCH_SEQUENCES, length), np.int32)
         for place, index in enumerate(indices):
             token_ids[place, : len(texts[index])] = texts[index]
-        started = program(weights, token_ids)
+        chosen = None if keys is None else _rows_of(keys, indices)
+        started = program(weights, token_ids, chosen)
         if running is not None:  # the device works on the next batch while the host takes this one
             yield from _unpack(*running, texts)
         running = (indices, started)
     if running is not None:
         yield from _unpack(*running, texts)
+
+
+def feature_program(
+    weights: GptOssWeights,
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    *,
+    run: Execution = PLAIN,
+    mesh: Mesh | None = None,
+) -> Callable[[GptOssWeights, Int[np.ndarray, "B T"]], tuple[Array, Array]]:
+    """The part of `capture` that training with the live target needs, compiled once for every shape.
+
+    Gives features, bfloat16 [B, T, L * D], and the final hidden states, normed, [B, T, D].
+    """
+    step = functools.partial(features_of, config=config, tapped_layers=tapped_layers, run=run)
+    specs = None if mesh is None else placement.target_specs(weights)
+    return placement.on_devices(step, mesh, (specs, placement.ROWS), placement.ROWS)
+
+
+def features_of(
+    weights: GptOssWeights,
+    token_ids: Int[Array, "B T"],
+    *,
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    run: Execution,
+) -> tuple[Array, Float[Array, "B T D"]]:
+    """Features of rows of tokens, as a draft is trained on them and served with them, and final hidden states."""
+    start = jnp.zeros(token_ids.shape[0], jnp.int32)
+    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers, run=run)
+    return out.features.astype(jnp.bfloat16), out.hidden
 
 
 def disagreements(captured: Captured, token_ids: Sequence[int], prompt_tokens: int) -> list[Disagreement]:
@@ -106,34 +147,50 @@ def _unpack(
         yield index, Captured(features[place, :count], next_ids[place, :count], shortfall[place, :count])
 
 
+def _rows_of(keys: Sequence[tuple[int, int]], indices: Sequence[int]) -> UInt32[np.ndarray, "B two"]:
+    rows = np.zeros((BATCH_SEQUENCES, 2), np.uint32)
+    rows[: len(indices)] = [keys[index] for index in indices]
+    return rows
+
+
 @functools.cache
 def _program(
-    config: GptOssConfig, tapped_layers: tuple[int, ...], run: Execution, mesh: Mesh | None, specs: GptOssWeights | None
-) -> Callable[[GptOssWeights, Int[np.ndarray, "B T"]], tuple[Array, Array, Array]]:
-    step = functools.partial(_pass, config=config, tapped_layers=tapped_layers, run=run)
-    return placement.on_devices(step, mesh, (specs, placement.ROWS), placement.ROWS)
+    config: GptOssConfig,
+    tapped_layers: tuple[int, ...],
+    drawn: Sampling | None,
+    has_keys: bool,
+    run: Execution,
+    mesh: Mesh | None,
+    specs: GptOssWeights | None,
+) -> Callable[..., tuple[Array, Array, Array]]:
+    step = functools.partial(_pass, config=config, tapped_layers=tapped_layers, drawn=drawn, run=run)
+    given = (specs, placement.ROWS, placement.ROWS if has_keys else None)
+    return placement.on_devices(step, mesh, given, placement.ROWS)
 
 
 def _pass(
     weights: GptOssWeights,
     token_ids: Int[Array, "B T"],
+    keys: UInt32[Array, "B two"] | None,
     *,
     config: GptOssConfig,
     tapped_layers: tuple[int, ...],
+    drawn: Sampling | None,
     run: Execution,
 ) -> tuple[Float[Array, "B T LD"], Int[Array, "B T"], Float[Array, "B T"]]:
-    start = jnp.zeros(token_ids.shape[0], jnp.int32)
-    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers, run=run)
+    features, final = features_of(weights, token_ids, config=config, tapped_layers=tapped_layers, run=run)
 
-    def choose(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, following = part
+    def choose(part: tuple[Array, Array, Array | None, Array]) -> tuple[Array, Array]:
+        hidden, following, own_keys, positions = part
         logits = gpt_oss.logits(weights, hidden)
-        best = run.shards.max(logits.max(axis=-1))
-        return run.shards.argmax(logits), best - run.shards.at(logits, following)
+        precision = weights.embedding.dtype.name
+        return choices.choice(logits, following, own_keys, positions, drawn, precision, run.shards)
 
     size = math.gcd(LOGITS_TOKENS, token_ids.size)
     following = jnp.roll(token_ids, -1, axis=1).reshape(-1, size)
-    hidden = out.hidden.reshape(*following.shape, config.hidden_size)
-    next_ids, shortfall = jax.lax.map(choose, (hidden, following))
-    features = out.features.astype(jnp.bfloat16)  # what the draft is trained on and served with
+    hidden = final.reshape(*following.shape, config.hidden_size)
+    positions = jnp.broadcast_to(jnp.arange(1, token_ids.shape[1] + 1), token_ids.shape).reshape(following.shape)
+    if keys is not None:
+        keys = jnp.repeat(keys, token_ids.shape[1], axis=0).reshape(*following.shape, 2)
+    next_ids, shortfall = jax.lax.map(choose, (hidden, following, keys, positions))
     return features, next_ids.reshape(token_ids.shape), shortfall.reshape(token_ids.shape)

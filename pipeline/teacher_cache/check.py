@@ -3,6 +3,10 @@
 The target reads every held-out text again. A draft that proposes exactly the labels of training must then be
 accepted whole (B tokens a round), a draft of random tokens hardly ever (about 1), and the stored features must
 be those the target gives now. A label, a token or a feature one place off fails one of the three.
+
+A text that our engine drew with a seed is checked in the same way: its noise is known, and chooses every token again.
+Of an endpoint's text the noise, the kernels or the precision are not known. There the draft is checked against the
+text itself, which shows that labels stand where they belong, and the text against the target as a whole.
 """
 
 import dataclasses
@@ -16,9 +20,11 @@ from pipeline.artifacts import PipelineError
 from pipeline.dflash import acceptance, blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.teacher_cache.capture import Captured, padded_length
+from pipeline.teacher_cache.features import relative_errors
+from pipeline.teacher_cache.origin import ENGINE, Divergence, Origin
 from pipeline.teacher_cache.store import CachedSequence, CacheSplit
 
-Retake = Callable[[Sequence[Sequence[int]]], Iterable[tuple[int, Captured]]]
+Retake = Callable[[Sequence[Sequence[int]], Sequence[str]], Iterable[tuple[int, Captured]]]  # texts and prompts' ids
 
 READ_SEQUENCES = 64
 RANDOM_LIMIT = 1.25  # a random draft of a vocabulary of V keeps its first token once in V rounds
@@ -46,13 +52,16 @@ def check(
     tie_gap: float,
     is_exact: bool,
     seed: int,
+    origin: Origin = ENGINE,
 ) -> Checked:
     """Check every sequence of a split; `prompts` are their rendered prompts, `retake` runs the target again.
 
     A token whose logit lies within `tie_gap` of the best counts as the target's own. `is_exact` (float32)
     wants exactly B of the gold draft, otherwise 95% of it: in bfloat16 a text generated step by step and the
-    same text read at once differ now and then. Raises PipelineError listing everything that fails.
+    same text read at once differ now and then. An endpoint's text (`origin`) is taken for the target's own as long as
+    it is near enough as a whole. Raises PipelineError listing everything that fails.
     """
+    is_ours, divergence = origin.endpoint is None, Divergence()
     random = np.random.default_rng(seed)
     gold, chance = acceptance.empty(block_size), acceptance.empty(block_size)
     wrong_prompts, num_tokens, num_off = [], 0, 0
@@ -60,13 +69,20 @@ def check(
         if sequence.token_ids[: sequence.prompt_tokens].tolist() != list(prompts[index]):
             wrong_prompts.append(split.prompt_ids[index][:12])
         num_tokens += len(sequence.token_ids)
-        num_off += int((_feature_error(sequence.features, captured.features) > FEATURE_TOLERANCE).sum())
-        own = _own_tokens(sequence, captured, tie_gap)
+        if sequence.features is not None:
+            errors = relative_errors(sequence.features, captured.features, split.layout.num_tapped).max(axis=1)
+            num_off += int((errors > FEATURE_TOLERANCE).sum())
+        own = _own_tokens(sequence, captured, tie_gap if is_ours else np.inf)
+        if not is_ours:
+            divergence += Divergence.of(captured.shortfall[sequence.prompt_tokens - 1 : -1], origin, tie_gap)
         labels = gold_proposals(sequence, block_size)
         guesses = random.integers(0, vocab_size, labels.shape, dtype=np.int32)
         gold += score(sequence, labels, own, block_size)
         chance += score(sequence, guesses, own, block_size)
-    problems = _problems(gold, chance, block_size, is_exact)
+    problems = _problems(gold, chance, block_size, is_exact or not is_ours)
+    refusal = divergence.problem(origin)
+    if refusal is not None and refusal[1]:
+        problems.append(refusal[0])
     if wrong_prompts:
         problems.append(f"{len(wrong_prompts)} sequences do not begin with their prompt: {', '.join(wrong_prompts)}")
     if num_off > FEATURE_OUTLIERS * num_tokens:
@@ -124,11 +140,6 @@ def _own_tokens(sequence: CachedSequence, captured: Captured, tie_gap: float) ->
     return np.where((captured.shortfall <= tie_gap) & (following != NO_TOKEN), following, captured.next_ids)
 
 
-def _feature_error(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    found, wanted = found.astype(np.float32), wanted.astype(np.float32)  # squares of bfloat16 lose the difference
-    return np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-
-
 def _problems(gold: Acceptance, chance: Acceptance, block_size: int, is_exact: bool) -> list[str]:
     if not gold.num_rounds:
         return [f"no held-out answer holds a whole block of {block_size} tokens; raise teacher_cache.max_new_tokens"]
@@ -147,5 +158,6 @@ def _problems(gold: Acceptance, chance: Acceptance, block_size: int, is_exact: b
 def _retaken(split: CacheSplit, retake: Retake) -> Iterator[tuple[int, CachedSequence, Captured]]:
     for first in range(0, split.num_sequences, READ_SEQUENCES):
         sequences = split.read(range(first, min(first + READ_SEQUENCES, split.num_sequences)))
-        for place, captured in retake([sequence.token_ids.tolist() for sequence in sequences]):
+        texts = [sequence.token_ids.tolist() for sequence in sequences]
+        for place, captured in retake(texts, split.prompt_ids[first : first + READ_SEQUENCES]):
             yield first + place, sequences[place], captured

@@ -9,10 +9,11 @@ from pipeline.artifacts import PipelineError
 from pipeline.machine import ONE_DEVICE, Machine
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights
-from pipeline.prompts.chat_format import render_prompt
+from pipeline.prompts.chat_format import prompt_token_ids
 from pipeline.prompts.sources import Prompt
 from pipeline.serve.engine import Engine, Finished
 from pipeline.serve.scheduler import Request
+from pipeline.teacher_cache.origin import ENGINE, Origin
 
 PREFILL_CHUNK = 64
 SHOWN_SKIPS = 5
@@ -37,14 +38,22 @@ class Answered:
     finish_reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A prompt that got no answer, and why."""
+
+    prompt: Prompt
+    reason: str
+
+
 def render(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, split: str
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, split: str, *, date: str
 ) -> list[Rendered]:
-    """Every prompt of a split in Harmony's tokens, each either usable or marked with why it is skipped.
+    """Every prompt of a split in Harmony's tokens on the day `date`, each usable or marked with why it is skipped.
 
     Raises PipelineError when none is usable.
     """
-    rendered = [_render(tokenizer, prompt, max_prompt_tokens) for prompt in prompts]
+    rendered = [_render(tokenizer, prompt, max_prompt_tokens, date) for prompt in prompts]
     if all(row.skipped for row in rendered):
         reasons = "\n  ".join(f"{row.prompt.prompt_id[:12]}: {row.skipped}" for row in rendered[:SHOWN_SKIPS])
         raise PipelineError(
@@ -54,10 +63,9 @@ def render(
     return rendered
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_prompt_tokens: int) -> Rendered:
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_prompt_tokens: int, date: str) -> Rendered:
     try:
-        messages = [message.as_dict() for message in prompt.messages]
-        token_ids = tuple(render_prompt(tokenizer, messages, prompt.effort))
+        token_ids = tuple(prompt_token_ids(tokenizer, prompt, date=date))
     except PipelineError as error:  # one unusable prompt of a large set is told, counted and left out
         return Rendered(prompt, (), str(error))
     if len(token_ids) > max_prompt_tokens:
@@ -75,9 +83,10 @@ def answer(
     max_prompt_tokens: int,
     max_new_tokens: int,
     on_finished: Callable[[Finished], None],
+    origin: Origin = ENGINE,
     here: Machine = ONE_DEVICE,
 ) -> list[Answered]:
-    """The target's greedy answers, in the order of `rows`.
+    """The target's answers, in the order of `rows`.
 
     The engine is made anew, so that the answers depend on these rows alone and not on what ran before.
     """
@@ -88,11 +97,13 @@ def answer(
         slots=slots,
         max_length=max_prompt_tokens + max_new_tokens,
         prefill_chunk=min(PREFILL_CHUNK, max_prompt_tokens),
+        sampling=origin.sampling,
         run=here.run,
         mesh=here.mesh,
     )
+    keys = origin.keys([row.prompt.prompt_id for row in rows]) or [None] * len(rows)
     requests = [
-        Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens)
+        Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens, key=keys[index])
         for index, row in enumerate(rows)
     ]
     finished = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from easydel.infra.base_config import EasyDeLBaseConfig
 from easydel.infra.base_module import EasyDeLBaseModule
 from easydel.infra.factory import TaskType, register_config, register_module
@@ -86,6 +87,14 @@ class DraftModule(EasyDeLBaseModule):
         """The parameters as `model/draft` wants them."""
         layers = tuple(DraftLayerWeights(**_values(layer, DraftLayerWeights)) for layer in self.layers)
         return DraftWeights(**_values(self, DraftWeights), layers=layers)
+
+    def begin_with(self, weights: DraftWeights) -> None:
+        """Put `weights` in the place of the random ones."""
+        for node, values in [(self, weights), *zip(self.layers, weights.layers, strict=True)]:
+            for name, array in _arrays(values).items():
+                parameter = getattr(node, name)
+                given = np.asarray(array, parameter[...].dtype)  # every host has all of it
+                parameter[...] = jax.device_put(given, parameter[...].sharding)
 
     def craft_sharding(self, **_options: Any) -> dict[str, PartitionSpec]:
         """As that of `Parameters`."""

@@ -1,22 +1,36 @@
-"""What a person sees of a training run while it goes: progress, metrics and the acceptance on held-out text."""
+"""What a person sees of a training run while it goes: progress, metrics and the acceptance on text."""
 
 import contextlib
+import dataclasses
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from pipeline.dflash.acceptance import Acceptance
 from pipeline.model.draft import DraftWeights
 from pipeline.progress import Progress
 from pipeline.tracking import Run
+from pipeline.train.best import Evaluation
 from pipeline.train.report import StepReport
+from pipeline.train.score import Score
 
 WINDOW_MEANS = ("loss", "token_accuracy", "anchor_accept_length")
+PREFIXES = {"heldout": "eval", "train": "eval_train"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """What the devices could compute: operations a step needs, and a second gives on all of them (None: unknown)."""
+
+    step_flops: float
+    flops_per_second: float | None
 
 
 class Journal:
-    """Told of every step; speaks every `log_steps` and evaluates every `eval_steps` but at the last step."""
+    """Told of every step; speaks every `log_steps`, and evaluates where the recipe says so.
+
+    `evaluate(step, weights)` scores a draft and writes down what it found.
+    """
 
     def __init__(
         self,
@@ -24,14 +38,18 @@ class Journal:
         *,
         steps: int,
         log_steps: int,
-        eval_steps: int,
-        evaluate: Callable[[DraftWeights], Acceptance],
+        capacity: Capacity,
+        evaluates_at: Callable[[int], bool],
+        evaluate: Callable[[int, DraftWeights], Evaluation],
+        last_evaluated: int,
     ) -> None:
         self._tracker = tracker
         self._steps = steps
         self._log_steps = log_steps
-        self._eval_steps = eval_steps
+        self._capacity = capacity
+        self._evaluates_at = evaluates_at
         self._evaluate = evaluate
+        self._last_evaluated = last_evaluated
         self._window: dict[str, list[float]] = defaultdict(list)
         self._note = ""
         self._compiling = True
@@ -46,9 +64,11 @@ class Journal:
     ) -> None:
         self._open.__exit__(kind, error, traceback)
 
-    def begin(self, done: int) -> None:
-        """Training begins behind `done` steps of an earlier run."""
-        self._progress = self._open.enter_context(Progress("train", self._steps, "steps", done=done))
+    def begin(self, report: StepReport) -> None:
+        """Training begins behind a step of an earlier run (0: none), whose evaluation may be owed."""
+        if report.step and self._evaluates_at(report.step) and report.step > self._last_evaluated:
+            self._score(report)
+        self._progress = self._open.enter_context(Progress("train", self._steps, "steps", done=report.step))
 
     def step(self, report: StepReport) -> None:
         """A step is done."""
@@ -59,22 +79,36 @@ class Journal:
             del self._window["seconds"][-1], self._window["num_tokens"][-1]
         if report.step % self._log_steps == 0 or report.step == self._steps:
             self._tell(report.step)
-        if report.step % self._eval_steps == 0 and report.step < self._steps:
-            found = self._evaluate(report.weights())
-            self._note = f", held-out accept_length {found.accept_length:.2f}"
-            log_acceptance(self._tracker, "eval", found, report.step)
+        if self._evaluates_at(report.step):
+            self._score(report)
         self._progress.advance(1, f"loss {report.metrics['loss']:.3f}{self._note}")
+
+    def _score(self, report: StepReport) -> None:
+        found = self._evaluate(report.step, report.weights())
+        heldout, train = found.heldout.total.accept_length, found.train.total.accept_length
+        self._note = f", accept_length {heldout:.2f} held out, {train:.2f} train"
+        log_scores(self._tracker, {"heldout": found.heldout, "train": found.train}, report.step)
 
     def _tell(self, step: int) -> None:
         window = self._window
         metrics = {f"train/{name}": statistics.fmean(window[name]) for name in WINDOW_MEANS}
         metrics["train/learning_rate"] = window["learning_rate"][-1]
         if window["seconds"]:
-            metrics["train/tokens_per_second"] = sum(window["num_tokens"]) / sum(window["seconds"])
+            seconds = sum(window["seconds"])
+            metrics["train/tokens_per_second"] = sum(window["num_tokens"]) / seconds
+            metrics["train/steps_per_second"] = len(window["seconds"]) / seconds
+            flops = self._capacity.step_flops * len(window["seconds"]) / seconds
+            metrics["train/flops_per_second"] = flops
+            if self._capacity.flops_per_second is not None:
+                metrics["train/mfu"] = flops / self._capacity.flops_per_second
         self._tracker.log_metrics(metrics, step=step)
         window.clear()
 
 
-def log_acceptance(tracker: Run, prefix: str, found: Acceptance, step: int | None) -> None:
-    """Record the acceptance metrics as `<prefix>/accept_length` and so on."""
-    tracker.log_metrics({f"{prefix}/{name}": value for name, value in found.metrics().items()}, step=step)
+def log_scores(tracker: Run, scores: Mapping[str, Score], step: int | None) -> None:
+    """Record scores by split: `eval/accept_length` held out, `eval_train/...`, and how far they are apart."""
+    metrics = {
+        f"{PREFIXES[split]}/{name}": value for split, score in scores.items() for name, value in score.metrics().items()
+    }
+    heldout, train = scores["heldout"].total.accept_length, scores["train"].total.accept_length
+    tracker.log_metrics(metrics | {"eval/train_to_heldout_ratio": train / heldout}, step=step)

@@ -1,9 +1,7 @@
 """What a draft learns from: cross entropy of every drafted slot against the target's own text."""
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -12,13 +10,11 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from pipeline.dflash import acceptance, blocks
 from pipeline.model import draft
 from pipeline.model.draft import DraftConfig, DraftWeights, Opened, as_it_is
-from pipeline.model.linear import Kernel, product
+from pipeline.model.linear import Kernel
 from pipeline.train import vocabulary
 from pipeline.train.cross_entropy import token_losses
 from pipeline.train.loss_weights import dpace
 
-Out = TypeVar("Out")
-MAX_LOGITS = 2**27  # elements held at once; GPT-OSS's vocabulary at 512 anchors would need gigabytes per sequence
 SMALLEST_WEIGHT = 1e-9  # far below any slot's: a batch in which nothing counts has loss 0 instead of none
 
 
@@ -207,29 +203,3 @@ def _teacher(config: DraftConfig, batch: Batch) -> Float[Array, "B A drafted D"]
     last = batch.token_ids.shape[1] - 1
     before = blocks.block_positions(batch.anchors, config.block_size)[..., :-1]
     return blocks.at_places(batch.teacher_hidden, jnp.minimum(before, last))
-
-
-def predict(head: Kernel, hidden: Float[Array, "*batch D"]) -> Int[Array, "*batch"]:
-    """The token that each drafted slot proposes."""
-    return product(hidden, head).argmax(axis=-1)
-
-
-def over_blocks(
-    function: Callable[..., Out], hidden: Float[Array, "B A drafted D"], labels: Int[Array, "B A drafted"], vocab: int
-) -> Out:
-    """`function(hidden, labels)`, a few blocks of every sequence at a time when their logits would be large."""
-    batch, num_blocks, drafted, _ = hidden.shape
-    fitting = max(1, MAX_LOGITS // (batch * drafted * vocab))
-    size = max(divisor for divisor in range(1, min(fitting, num_blocks) + 1) if num_blocks % divisor == 0)
-    if size == num_blocks:
-        return function(hidden, labels)
-
-    def parts(array: Array) -> Array:
-        return jnp.moveaxis(array.reshape(batch, num_blocks // size, size, *array.shape[2:]), 1, 0)
-
-    def whole(array: Array) -> Array:
-        return jnp.moveaxis(array, 0, 1).reshape(batch, num_blocks, *array.shape[3:])
-
-    # recomputed in the backward pass: keeping every part's logits is what this avoids
-    made = jax.lax.map(lambda part: jax.checkpoint(function)(*part), (parts(hidden), parts(labels)))
-    return jax.tree.map(whole, made)

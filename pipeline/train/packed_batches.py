@@ -30,6 +30,7 @@ class PackedBatches:
         self._epoch = functools.lru_cache(maxsize=2)(self._drawn)
         self.num_filled = len(self._packed(np.arange(split.num_sequences)))  # the same in every epoch
         self.steps_per_epoch = -(-self.num_filled // num_rows)
+        self.sequences_per_step = split.num_sequences / self.steps_per_epoch  # on average
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         """The fields of `loss.Batch` for this step (0, 1, ...)."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -17,7 +18,7 @@ from pipeline import lineage
 from pipeline.artifacts import PipelineError
 from pipeline.config import LossWeights, PipelineConfig, TrainConfig
 from pipeline.model import checkpoints, tensor_files
-from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.model.draft import DraftConfig, DraftWeights, random_weights
 from pipeline.model.linear import Kernel
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
@@ -25,6 +26,7 @@ from pipeline.train import environment, peer
 from pipeline.train.batches import Batches
 from pipeline.train.evaluate import evaluate
 from pipeline.train.peer import PUBLISHED, Against, Data, PeerRecipe
+from pipeline.train.report import StepReport
 from pipeline.train.stage import EVALUATED_SEQUENCES, recipe_of
 
 log = logging.getLogger("pipeline")
@@ -77,34 +79,41 @@ class _Pair:
             seed=self.seed,
         )
 
-    def prepare(self, num_steps: int) -> Data:
-        """Write the batches and the weights that ours begins with for the other trainer."""
-        environment.prepare()
-        from pipeline.train import trainer  # imports EasyDeL, which only now can be
+    def first(self) -> DraftWeights:
+        """The weights that both begin with."""
+        return random_weights(self.draft, jax.random.key(self.seed))
 
-        first = trainer.first_weights(self.draft, recipe_of(self.train, self.draft, self.seed, jnp.float32))
-        checkpoints.save_draft(_fresh(self.folder / "draft"), self.draft, first, {})
+    def prepare(self, num_steps: int) -> Data:
+        """Write the batches and the first weights for the other trainer."""
+        checkpoints.save_draft(_fresh(self.folder / "draft"), self.draft, self.first(), {})
         batches = self.batches()
         return Data.write(self.folder / "data.npz", (batches.at(step) for step in range(num_steps)), *self.ends)
 
     def ours(self, num_steps: int) -> tuple[DraftWeights, list[float]]:
         """Our trained weights and the seconds of each step, the whole loop's."""
         environment.prepare()
-        from pipeline.train import trainer
+        from pipeline.train import trainer  # imports EasyDeL, which only now can be
 
-        train = dataclasses.replace(self.train, steps=num_steps, checkpoint_steps=num_steps)
-        recipe = recipe_of(train, self.draft, self.seed, jnp.float32)
+        train = dataclasses.replace(self.train, steps=num_steps, checkpoint_steps=num_steps, eval_steps=num_steps)
+        trained: list[DraftWeights] = []
         stamps: list[float] = []
-        weights = trainer.fit(
+
+        def on_step(report: StepReport) -> None:
+            stamps.append(time.perf_counter())
+            if report.step == num_steps:
+                trained.append(report.weights())
+
+        trainer.fit(
             _fresh(self.folder / "ours"),
             self.draft,
-            recipe,
+            recipe_of(train, self.draft, self.seed, jnp.float32),
             *self.ends,
             self.batches().at,
-            lambda _done: stamps.append(time.perf_counter()),
-            lambda _report: stamps.append(time.perf_counter()),
+            on_start=lambda _report: stamps.append(time.perf_counter()),
+            on_step=on_step,
+            initial=self.first(),
         )
-        return weights, np.diff(stamps).tolist()
+        return trained[0], np.diff(stamps).tolist()
 
     def theirs(self, data: Data, recipe: PeerRecipe, attention: str | None) -> tuple[DraftWeights, list[float], str]:
         """The other trainer's weights, the seconds of each step and the attention it took."""

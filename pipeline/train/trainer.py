@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import easydel as ed
 import jax
@@ -24,17 +24,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from pipeline import hosts
 from pipeline.artifacts import PipelineError
 from pipeline.dflash import blocks
 from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.linear import Kernel
 from pipeline.train import gathering, runs, vocabulary
-from pipeline.train.accumulation import accumulated
+from pipeline.train.accumulation import accumulated, require_divisible
 from pipeline.train.batches import made_ahead
 from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
 from pipeline.train.interrupt import between_steps
 from pipeline.train.loss import Batch, Sums, draft_sums, normaliser
+from pipeline.train.optimizer import average_in, optimizer_of, schedule_of
 from pipeline.train.recipe import Recipe
 from pipeline.train.report import StepReport
 
@@ -46,33 +48,52 @@ def fit(
     embedding: Float[Array, "V D"],
     head: Kernel,
     batch_at: Callable[[int], dict[str, np.ndarray]],
-    on_start: Callable[[int], None],
+    on_start: Callable[[StepReport], None],
     on_step: Callable[[StepReport], None],
-) -> DraftWeights:
+    initial: DraftWeights | None = None,
+    complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
+) -> None:
     """Train to `recipe.steps`, going on from the last complete run directory under `directory`.
 
-    `batch_at(step)` gives the fields of a `Batch`; `on_start` is told how many steps an earlier run made.
-    Leaves exactly one run directory, of the last step. Raises PipelineError when EasyDeL did not do what it
-    was told, and whatever the callbacks raise.
+    `batch_at(step)` gives the fields of a `Batch`, this host's rows of them, but for those that `complete` makes when
+    their turn comes. `on_start` is told of the step that an earlier run made last (0) and the weights that it left.
+    Training begins with `initial` (float32), or with random weights. Leaves exactly one run directory, of the last
+    step. Raises PipelineError when EasyDeL did not do what it was told, and whatever the callbacks raise.
     """
     done = runs.latest(directory)
-    runs.keep_only(directory, runs.path_of(directory, done) if done else None)
+    hosts.meet("told how far training is")
+    if hosts.is_first():
+        runs.keep_only(directory, runs.path_of(directory, done) if done else None)
+    hosts.meet("unfinished checkpoints are gone")
     arguments = arguments_of(directory, recipe)
-    module = _module(config, recipe)
+    split = recipe.split
+    module = DraftModule(
+        config=DraftModuleConfig(
+            draft=hf_draft.config_to_hf(config, "float32", {}),
+            sharding_axis_dims=(split.data, split.fsdp, 1, split.tensor, 1),
+        ),
+        dtype=recipe.dtype,
+        param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
+        rngs=nnx.Rngs(recipe.seed),
+    )
+    if initial is not None:
+        module.begin_with(initial)
     with between_steps() as check_interrupt:
 
         def on_step_or_interrupt(report: StepReport) -> None:
             on_step(report)
             check_interrupt()
 
-        trainer = DraftTrainer(arguments, module, config, recipe, (embedding, head), batch_at, on_step_or_interrupt)
+        trainer = DraftTrainer(
+            arguments, module, config, recipe, (embedding, head), batch_at, on_step_or_interrupt, complete
+        )
         began = trainer.began_at()
         if began != done:
             raise PipelineError(
                 f"{directory} holds a checkpoint of step {done}, EasyDeL began at {began}; "
                 f"delete {directory} to begin anew"
             )
-        on_start(done)
+        on_start(StepReport(done, {}, lambda: weights_in(trainer.model_state)))
         state = trainer.train().state
         if trainer.failure is not None:
             raise trainer.failure
@@ -81,37 +102,32 @@ def fit(
             f"training ended at step {int(state.step)} with a checkpoint of step {runs.latest(directory)}, wanted "
             f"{recipe.steps}; the same command goes on from there"
         )
-    return state.model.weights()
 
 
-def first_weights(config: DraftConfig, recipe: Recipe) -> DraftWeights:
-    """What `fit` begins with where no step was made."""
-    return _module(config, recipe).weights()
+def weights_in(state: EasyDeLState) -> DraftWeights:
+    """The weights that a state stands for: their average, where one is kept."""
+    average = average_in(state.opt_state)
+    return (state.model if average is None else state.merge(average)).weights()
 
 
-def _module(config: DraftConfig, recipe: Recipe) -> DraftModule:
-    return DraftModule(
-        config=DraftModuleConfig(draft=hf_draft.config_to_hf(config, "float32", {})),
-        dtype=recipe.dtype,
-        param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
-        rngs=nnx.Rngs(recipe.seed),
-    )
+class Arguments(ed.TrainingArguments):
+    """EasyDeL's arguments, with our optimizer."""
+
+    recipe: ClassVar[Recipe]  # of an object, which is no field that EasyDeL would write to a file
+
+    def get_optimizer_and_scheduler(self, steps: int | None = None) -> tuple[Any, Any]:
+        """Ours, whatever number of steps EasyDeL asks for: it asks for 2^63 when it reads a checkpoint."""
+        return optimizer_of(self.recipe), schedule_of(self.recipe)
 
 
-def arguments_of(directory: Path, recipe: Recipe) -> ed.TrainingArguments:
+def arguments_of(directory: Path, recipe: Recipe) -> Arguments:
     """EasyDeL's arguments for a training that writes to `directory`."""
-    return ed.TrainingArguments(
+    arguments = Arguments(
         save_directory=str(directory.parent),
         model_name=directory.name,
         max_training_steps=recipe.steps,
         num_train_epochs=1,
         total_batch_size=recipe.batch_sequences,
-        learning_rate=recipe.learning_rate,
-        optimizer="adamw",
-        scheduler="cosine",
-        warmup_steps=round(recipe.warmup_ratio * recipe.steps),
-        weight_decay=recipe.weight_decay,
-        clip_grad=recipe.clip_grad,
         do_eval=False,
         save_steps=None,  # DraftTrainer says when
         save_total_limit=None,
@@ -127,6 +143,8 @@ def arguments_of(directory: Path, recipe: Recipe) -> ed.TrainingArguments:
         use_data_collator=False,
         step_partition_spec=vocabulary.ROWS_SPEC,
     )
+    arguments.recipe = recipe
+    return arguments
 
 
 class DraftTrainer(ed.Trainer):
@@ -141,6 +159,7 @@ class DraftTrainer(ed.Trainer):
         frozen: tuple[Array, Kernel],
         batch_at: Callable[[int], dict[str, np.ndarray]],
         on_step: Callable[[StepReport], None],
+        complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
     ) -> None:
         self.failure: BaseException | None = None
         self._draft = config
@@ -148,6 +167,7 @@ class DraftTrainer(ed.Trainer):
         self._frozen = vocabulary.share_out(*frozen, module.mesh)
         self._batch_at = batch_at
         self._on_step = on_step
+        self._complete = complete
         super().__init__(arguments=arguments, model=module, data_collator=lambda batch: batch)
 
     def began_at(self) -> int:
@@ -170,7 +190,15 @@ class DraftTrainer(ed.Trainer):
         return data_iter  # it begins at the right step already
 
     def _preprocess_batch_input(self, state: EasyDeLState, batch: dict, is_train: bool) -> tuple[dict, dict]:
-        return batch, {}  # EasyDeL's own drops bfloat16 arrays, which are no numbers to NumPy
+        """The batch where the step wants it; EasyDeL's own drops bfloat16 arrays, which are no numbers to NumPy.
+
+        The target of a live training runs here, on the thread that runs the step: devices of several hosts must be
+        given their programs in one order.
+        """
+        rows = NamedSharding(self.model.mesh, vocabulary.ROWS_SPEC)
+        batch = {name: hosts.spread(array, rows) for name, array in batch.items()}
+        made = {} if self._complete is None else self._complete(batch)
+        return batch | {name: jax.device_put(array, rows) for name, array in made.items()}, {}
 
     def configure_functions(self) -> TrainerConfigureFunctionOutput:
         """The jitted step, whose state is donated."""
@@ -198,9 +226,9 @@ class DraftTrainer(ed.Trainer):
             values["seconds"] = float(metrics.execution_time)
             if not np.isfinite(values["loss"]):
                 raise PipelineError(f"the loss is {values['loss']} at step {step}; lower train.learning_rate")
-            if step % self._recipe.checkpoint_steps == 0 or step == self._recipe.steps:
+            if self._recipe.saves_at(step):
                 self._save(state, step)
-            self._on_step(StepReport(step, values, lambda: state.model.weights()))
+            self._on_step(StepReport(step, values, lambda: weights_in(state)))
         return state, metrics
 
     def _save_checkpoint_for_step(self, state: EasyDeLState, *, step: int, **options: Any) -> None:
@@ -213,8 +241,11 @@ class DraftTrainer(ed.Trainer):
         root = Path(str(self.arguments._get_save_directory()))
         run = runs.path_of(root, step)
         self._save_state(state=state, save_directory=str(run))
-        runs.settle(run, step)
-        runs.keep_only(root, run)
+        hosts.meet(f"step {step} is written")
+        if hosts.is_first():
+            runs.settle(run, step)
+            runs.keep_only(root, run)
+        hosts.meet(f"step {step} is complete")
 
     @contextlib.contextmanager
     def _remembered(self) -> Iterator[None]:
@@ -241,8 +272,10 @@ def jitted_step(
 ) -> Any:
     """The training step, jitted: state, batch and the target's two ends in, the donated state and metrics out.
 
-    `state` says of every array of the state where it lies, `head` tells how its own lies.
+    `state` says of every array of the state where it lies, `head` tells how its own lies. Raises PipelineError when
+    devices and parts do not share out the rows evenly.
     """
+    require_divisible(recipe.batch_sequences, recipe.accumulation, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(_train_step, config, recipe, schedule, mesh, _kernel_specs(state)),

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -94,6 +95,11 @@ def num_shares(mesh: Mesh) -> int:
     return shares
 
 
+def num_row_shares(mesh: Mesh | None) -> int:
+    """How many devices share out the rows of a batch."""
+    return 1 if mesh is None else mesh.shape["dp"] * mesh.shape["fsdp"]
+
+
 def table_spec(table: Kernel) -> PartitionSpec:
     """How an embedding or a head that lies [V, D] is split, or a head [D, V] that is no `Transposed`."""
     return PartitionSpec(WORDS, None) if isinstance(table, Transposed) else PartitionSpec(None, WORDS)
@@ -107,13 +113,16 @@ def places(head: Kernel, mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
 def share_out(embedding: Float[Array, "V D"], head: Kernel, mesh: Mesh) -> tuple[Float[Array, "W D"], Kernel]:
     """Embedding and head on the devices of a mesh, padded with words of zeros to equal shares."""
     missing = -embedding.shape[0] % num_shares(mesh)
-    embedding = jnp.pad(embedding, [(0, missing), (0, 0)])
-    if isinstance(head, Transposed):
-        head = Transposed(jnp.pad(head.array, [(0, missing), (0, 0)]))
-    else:
-        head = jnp.pad(head, [(0, 0), (0, missing)])
     at = places(head, mesh)
-    return jax.device_put(embedding, at[0]), jax.device_put(head, at[1])
+
+    def placed(table: Array, words: int, place: NamedSharding) -> Array:
+        whole = np.asarray(table)  # every host has all of it, and gives its devices their parts
+        padding = [(0, missing if axis == words else 0) for axis in range(2)]
+        return jax.device_put(np.pad(whole, padding) if missing else whole, place)
+
+    if isinstance(head, Transposed):
+        return placed(embedding, 0, at[0]), Transposed(placed(head.array, 0, at[1]))
+    return placed(embedding, 0, at[0]), placed(head, 1, at[1])
 
 
 def embed(

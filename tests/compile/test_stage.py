@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.artifacts import PipelineError
+from pipeline.chips import CHIPS, GIB
 from pipeline.compile import chips, report
-from pipeline.compile.chips import CHIPS, GIB
 from pipeline.compile.report import Costs, Told
 from pipeline.config import MeshConfig
 from pipeline.machine import choose_shards

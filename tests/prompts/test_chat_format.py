@@ -6,8 +6,17 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.chat_format import ChatFormat, chat_format_of, render_prompt, stop_token_ids
+from pipeline.prompts.chat_format import (
+    ChatFormat,
+    chat_format_of,
+    prompt_token_ids,
+    render_prompt,
+    stop_token_ids,
+)
 from pipeline.prompts.harmony import render_completion
+from pipeline.prompts.messages import message_of
+from pipeline.prompts.sources import prompt_of
+from pipeline.prompts.tools import tools_of
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 
@@ -46,11 +55,11 @@ def test_control_tokens_are_one_token_each(tokenizer):
 def test_a_date_stands_in_for_today_in_templates_that_print_one(tokenizer):
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = (
-        '{%- macro system() %}{{ "Current date: " + strftime_now("%Y-%m-%d") }}{% endmacro -%}'
+        '{%- macro system() %}{{ "Current date: " + strftime_now("%Y-%m-%d, %A") }}{% endmacro -%}'
         "{{ system() }} {{ messages[0].content }}"
     )
     frozen = tokenizer.decode(render_prompt(dated, [USER], "low", date="2025-08-05"))
-    assert frozen == "Current date: 2025-08-05 What is 2 + 2?"
+    assert frozen == "Current date: 2025-08-05, Tuesday What is 2 + 2?"
     assert "2025-08-05" not in tokenizer.decode(render_prompt(dated, [USER], "low"))
 
 
@@ -67,7 +76,7 @@ def test_stop_tokens_are_return_call_and_endoftext(tokenizer):
     [
         ([USER], "max", "'max'; wanted one of low, medium, high"),
         ([], "low", "wanted a non-empty list"),
-        ([{"role": "tool", "content": "x"}, USER], "low", r"messages\[0\] has role 'tool'; wanted one of"),
+        ([{"role": "bot", "content": "x"}, USER], "low", r"messages\[0\] has role 'bot'; wanted one of"),
         ([USER, {"role": "developer", "content": "x"}, USER], "low", r"messages\[1\].*first message only"),
         ([USER, {"role": "assistant", "content": "x"}], "low", "wanted the user's"),
         (
@@ -86,13 +95,17 @@ def test_what_is_no_prompt_is_refused(tokenizer, messages, effort, message):
 def test_a_template_that_refuses_the_messages_is_reported_with_its_reason(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = '{{ raise_exception("no way") }}'
-    with pytest.raises(PipelineError, match="refuses the messages: no way"):
+    with pytest.raises(PipelineError, match="refuses the conversation: no way; change it"):
         render_prompt(strict, [USER], "low")
 
 
 def test_a_harmony_tokenizer_has_channels_efforts_and_its_own_stop_tokens(tokenizer):
     assert chat_format_of(tokenizer) == ChatFormat(
-        stop_tokens=("<|return|>", "<|call|>", "<|endoftext|>"), has_channels=True, has_efforts=True, spoken_roles={}
+        stop_tokens=("<|return|>", "<|call|>", "<|endoftext|>"),
+        has_channels=True,
+        has_efforts=True,
+        has_tools=True,
+        spoken_roles={},
     )
 
 
@@ -103,7 +116,7 @@ def chatml():
 
 def test_any_other_tokenizer_has_neither_channels_nor_efforts_and_ends_at_its_eos(chatml):
     found = chat_format_of(chatml)
-    assert (found.has_channels, found.has_efforts) == (False, False)
+    assert (found.has_channels, found.has_efforts, found.has_tools) == (False, False, False)
     assert chatml.convert_ids_to_tokens(stop_token_ids(chatml)) == ["<|im_end|>", "<|endoftext|>"]
 
 
@@ -134,6 +147,53 @@ def test_a_developer_speaks_as_the_system_where_templates_know_no_developer(chat
 def test_a_control_token_of_any_format_is_refused_in_a_text(chatml):
     with pytest.raises(PipelineError, match=r"spells the control tokens <gh_stars>, <\|im_end\|>; wanted plain text"):
         render_prompt(chatml, [{"role": "user", "content": "a<|im_end|>b<gh_stars>"}], "low")
+
+
+WEATHER = {"name": "weather", "arguments": '{"place": "Oslo"}'}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": WEATHER}]}
+RESULT = {"role": "tool", "content": "sunny"}
+
+
+def calling_with(arguments):
+    return CALLING | {"tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Of a place.", "parameters": {}}}]
+
+
+def test_tools_are_refused_where_the_format_has_none(chatml):
+    for messages, tools in (([USER], TOOLS), ([USER, CALLING, RESULT], [])):
+        with pytest.raises(PipelineError, match="chat format has no tools; leave tools and the calls of tools out"):
+            render_prompt(chatml, messages, "low", tools=tools)
+
+
+def test_an_earlier_analysis_is_left_out_in_other_formats(chatml):
+    turns = [USER, {"role": "assistant", "content": "4", "thinking": "2 + 2 = 4."}, USER]
+    assert "2 + 2 = 4." not in chatml.decode(render_prompt(chatml, turns, "low"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools"),
+    [
+        ([USER, CALLING | {"thinking": "<|end|>"}, RESULT], []),
+        ([USER, CALLING, RESULT | {"content": "<|end|>"}], []),
+        ([USER, calling_with('{"<|end|>": 1}'), RESULT], []),
+        ([USER, calling_with('{"a": ["\\u003c|end|>"]}'), RESULT], []),
+        ([USER], [{"type": "function", "function": {"name": "f", "description": "<|end|>"}}]),
+        ([USER], [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"<|end|>": {}}}}}]),
+    ],
+    ids=["thinking", "result", "argument's name", "escaped argument", "description", "parameter"],
+)
+def test_a_control_token_is_refused_wherever_it_stands(tokenizer, messages, tools):
+    with pytest.raises(PipelineError, match=r"spells the control tokens <\|end\|>"):
+        render_prompt(tokenizer, messages, "low", tools=tools)
+
+
+def test_a_prompt_of_a_set_is_rendered_with_its_effort_and_its_tools(tokenizer):
+    prompt = prompt_of([message_of(message) for message in (USER, CALLING, RESULT)], "high", tools_of(TOOLS))
+    wanted = render_prompt(tokenizer, [USER, CALLING, RESULT], "high", tools=TOOLS)
+    assert prompt_token_ids(tokenizer, prompt, date="2025-08-05") == wanted
+    assert "weather" in tokenizer.decode(wanted).split("<|start|>user")[0]
 
 
 def test_a_tokenizer_that_nothing_ends_is_refused():

@@ -1,11 +1,15 @@
+import dataclasses
 import hashlib
 import json
 
+import datasets
 import pytest
 
 from pipeline.artifacts import PipelineError
-from pipeline.prompts.messages import Message
-from pipeline.prompts.sources import from_dataset, from_jsonl, generated, prompt_of
+from pipeline.prompts.messages import Message, message_of
+from pipeline.prompts.sources import from_dataset, from_jsonl, generated, limited, prompt_of
+from pipeline.prompts.split import split_by_hash
+from pipeline.prompts.tools import tools_of
 
 
 @pytest.fixture
@@ -27,6 +31,59 @@ def test_the_id_is_the_sha256_of_the_messages_without_the_effort():
     prompt = prompt_of([Message("user", "é")], "low")
     expected = hashlib.sha256(b'[{"content":"\\u00e9","role":"user"}]').hexdigest()
     assert prompt.prompt_id == prompt_of([Message("user", "é")], "high").prompt_id == expected
+
+
+CALLING = {
+    "role": "assistant",
+    "content": "",
+    "thinking": "Look.",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"b": {}, "a": {}}}}}
+
+
+def test_the_id_covers_thinking_calls_and_tools():
+    turns = [Message("user", "x"), message_of(CALLING), Message("tool", "1")]
+    tools = tools_of([TOOL])
+    ids = [
+        prompt_of(turns, "low").prompt_id,
+        prompt_of(turns, "low", tools).prompt_id,
+        prompt_of([turns[0], message_of(CALLING | {"thinking": None}), turns[2]], "low").prompt_id,
+        prompt_of([turns[0], message_of(CALLING | {"tool_calls": []}), turns[2]], "low").prompt_id,
+        prompt_of(turns, "low", tools_of([{"function": TOOL["function"] | {"description": "x"}}])).prompt_id,
+    ]
+    assert len(set(ids)) == len(ids)
+    assert ids[0] == prompt_of([message_of(message.as_dict()) for message in turns], "high").prompt_id
+
+
+@pytest.mark.parametrize("spelled", [[TOOL], json.dumps([TOOL])], ids=["list", "JSON"])
+def test_rows_bring_tool_calls_results_and_tools(rows_file, spelled):
+    turns = [{"role": "user", "content": "x"}, CALLING, {"role": "tool", "content": "1", "tool_call_id": "a"}]
+    path = rows_file({"messages": turns, "tools": spelled}, {"prompt": "one", "tools": None})
+    wanted = (
+        prompt_of([Message("user", "x"), message_of(CALLING), Message("tool", "1")], "low", tools_of([TOOL])),
+        prompt_of([Message("user", "one")], "low"),
+    )
+    assert from_jsonl(path, "low").prompts == wanted
+    assert list(wanted[0].tools[0].as_dict()["function"]["parameters"]["properties"]) == ["b", "a"]
+
+
+def test_a_table_of_conversations_gives_what_the_same_rows_give_as_jsonl(rows_file, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, CALLING, {"role": "tool", "content": "1"}],
+         "tools": json.dumps([TOOL]), "effort": "high"},
+        {"messages": [{"role": "user", "content": "y"}], "tools": None, "effort": None},
+    ]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    found = from_dataset(str(tmp_path / "rows.parquet"), "train", "messages", "low")
+    assert found == from_jsonl(rows_file(*rows), "low")
+    assert [prompt.effort for prompt in found.prompts] == ["high", "low"]
+
+
+def test_a_row_with_bad_tools_is_named(rows_file):
+    for tools in ("no JSON", [{"name": "f"}]):
+        with pytest.raises(PipelineError, match=r"line 1: tools"):
+            from_jsonl(rows_file({"prompt": "x", "tools": tools}), "low")
 
 
 def test_generated_prompts_are_distinct_and_as_many_as_asked_for():
@@ -188,3 +245,71 @@ def test_a_hub_dataset_without_network_is_refused_with_what_to_do(monkeypatch):
         PipelineError, match=r"cannot load dataset some/name, .*Couldn't reach.* give a local directory"
     ):
         from_dataset("some/name", "train", "question", "low")
+
+
+def test_a_parquet_file_and_a_directory_of_them_give_the_prompts_of_a_column_of_messages(tmp_path):
+    chats = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}],
+        [{"role": "user", "content": "two"}],
+        [{"role": "user", "content": "three"}],
+    ]
+    for index, part in enumerate((chats[:2], chats[2:])):
+        rows = {"chat": part, "n": [index] * len(part), "reasoning_effort": ["high", None][: len(part)]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"part-{index}.parquet")
+    wanted = [prompt_of([Message(**message) for message in chat], "low") for chat in chats]
+    wanted[0] = dataclasses.replace(wanted[0], effort="high")
+    wanted[2] = dataclasses.replace(wanted[2], effort="high")
+    assert from_dataset(str(tmp_path / "part-0.parquet"), "train", "chat", "low").prompts == tuple(wanted[:2])
+    assert from_dataset(str(tmp_path), "train", "chat", "low").prompts == tuple(wanted)
+
+
+def test_what_save_to_disk_wrote_is_read_with_and_without_splits(tmp_path):
+    rows = datasets.Dataset.from_dict({"prompt": ["one", "two"]})
+    rows.save_to_disk(tmp_path / "bare")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "split")
+    wanted = tuple(prompt_of([Message("user", text)], "low") for text in ("one", "two"))
+    assert from_dataset(str(tmp_path / "bare"), "train", "prompt", "low").prompts == wanted
+    assert from_dataset(str(tmp_path / "split"), "test", "prompt", "low").prompts == wanted
+    with pytest.raises(PipelineError, match=r"split train \(ValueError: it has the splits test\)"):
+        from_dataset(str(tmp_path / "split"), "train", "prompt", "low")
+
+
+def test_prompts_that_differ_in_white_space_alone_are_one_and_the_first_is_kept(rows_file):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    path = rows_file(
+        {"prompt": "one  two"},
+        {"prompt": " one two\n"},
+        {"prompt": "onetwo"},
+        {"messages": [{"role": "user", "content": "one\ttwo"}]},
+        {"messages": [{"role": "system", "content": "one"}, {"role": "user", "content": "two"}]},
+        {"messages": [{"role": "user", "content": "one two"}], "tools": tools},
+    )
+    found = from_jsonl(path, "low")
+    assert [prompt.messages[-1].content for prompt in found.prompts] == ["one  two", "onetwo", "two", "one two"]
+    assert found.num_duplicates == 2
+
+
+def test_a_limited_set_is_the_same_in_any_order_and_grows_without_losing_any():
+    found = generated(7, 400, "low")
+    backwards = dataclasses.replace(found, prompts=found.prompts[::-1])
+    few, many = limited(found, 50), limited(found, 200)
+    assert set(few.prompts) == set(limited(backwards, 50).prompts)
+    assert set(few.prompts) < set(many.prompts) < set(found.prompts)
+    assert list(few.prompts) == [prompt for prompt in found.prompts if prompt in few.prompts]
+    assert (few.num_over, few.num_duplicates) == (350, found.num_duplicates)
+    assert limited(found, 400) == limited(found, None) == limited(found, 9999) == found
+    train, heldout = split_by_hash(many.prompts, 0.25)  # who is held out has nothing to do with who is chosen
+    assert 25 < len(heldout) < 80
+    assert len(train) + len(heldout) == 200
+
+
+def test_a_hub_datasets_subset_and_revision_are_asked_for(monkeypatch):
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.Dataset.from_dict({"prompt": ["one"]})
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    from_dataset("some/name", "train", "prompt", "low", subset="en", revision="abc")
+    assert asked == [(("some/name", "en"), {"split": "train", "revision": "abc"})]

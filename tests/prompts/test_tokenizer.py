@@ -85,6 +85,28 @@ def test_the_chat_template_keeps_the_analysis_of_a_complete_last_turn_and_ends_i
     )
 
 
+def test_the_chat_template_writes_tools_calls_and_results_as_the_official_one_does_but_for_the_schema(tokenizer):
+    function = {"name": "now", "description": "The time.", "parameters": {"type": "object"}}
+    call = {"function": {"name": "now", "arguments": {"zone": "é"}}}
+    calling = {"role": "assistant", "thinking": "Look.", "tool_calls": [call]}
+    turns = [*MESSAGES[:2], calling, {"role": "tool", "content": '"noon"'}]
+    options = {"tools": [{"function": function}], "tokenize": False, "add_generation_prompt": True}
+    call_and_result = (
+        '<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{"zone": "é"}<|call|>'
+        '<|start|>functions.now to=assistant<|channel|>commentary<|message|>"\\"noon\\""<|end|>'
+    )
+    assert tokenizer.apply_chat_template(turns, **options) == (
+        "<|start|>system<|message|>Reasoning: medium<|end|>"
+        "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n# Tools\n\nnamespace functions {\n\n"
+        '// The time.\ntype now = (_: {"type": "object"}) => any;\n\n} // namespace functions<|end|>'
+        "<|start|>user<|message|> What is 2 + 2?\n<|end|>"
+        "<|start|>assistant<|channel|>analysis<|message|>Look.<|end|>" + call_and_result + "<|start|>assistant"
+    )
+    answered = tokenizer.apply_chat_template([*turns, *MESSAGES[2:]], **options)
+    assert "Look." not in answered
+    assert call_and_result in answered
+
+
 def test_a_saved_tokenizer_loads_as_it_was(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "chat_template.jinja").is_file()

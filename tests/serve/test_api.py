@@ -1,6 +1,8 @@
 """The HTTP side, through OpenAI's own client and a real server; the engine says what a script says."""
 
 import contextlib
+import copy
+import datetime
 import json
 import socket
 import threading
@@ -11,48 +13,39 @@ import openai
 import pytest
 from chatml import chatml_tokenizer
 from serve.fake_engine import FakeEngine
+from serve.serving import MODEL, serving
 
 from pipeline.artifacts import PipelineError
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.harmony import render_completion
+from pipeline.prompts.tools import ToolCall
 from pipeline.serve import server
-from pipeline.serve.api import Api, create_app
-from pipeline.serve.worker import Worker
 
-MODEL = "tiny"
 ANALYSIS, FINAL = "17 + 25: naïve, 東京.", "It is 42 🎉 indeed."
 USER = {"role": "user", "content": "What is 17 + 25?"}
-
-
-@contextlib.contextmanager
-def serving(engine, tokenizer):
-    """A server on a free port, and how many seconds it may take to end."""
-    worker = Worker(engine)
-    api = Api(worker, engine, tokenizer, model=MODEL, effort="low")
-    with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
-        address = server.url(listener)
-        running = server.create_server(create_app(api), listener, cut=worker.end)
-        thread = threading.Thread(target=server.serve, args=(running, listener))
-        worker.start()
-        thread.start()
-        try:
-            yield address
-        finally:
-            running.should_exit = True
-            thread.join(10)
-            assert worker.stop(5.0)
-            assert not thread.is_alive()
+ARGUMENTS = '{"a": 17, "b": [25, "é 東"]}'
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "42"}
 
 
 def create_engine(tokenizer, **options):
     answer = render_completion(tokenizer, ANALYSIS, FINAL)
+    call = render_completion(tokenizer, ANALYSIS, tool_calls=[ToolCall("add", ARGUMENTS)])
     text = tokenizer.encode("the text é goes on and on", add_special_tokens=False)
     stops = stop_token_ids(tokenizer)
     chat_start = tokenizer.convert_tokens_to_ids("<|start|>")
 
     def script(request):
         if request.prompt_ids[0] == chat_start:
-            return answer
+            offered, returned = (
+                text in tokenizer.decode(request.prompt_ids) for text in ("# Tools", "functions.add to=")
+            )
+            return call if offered and not returned else answer
         if request.prompt_ids == (7, 7):  # endless
             return [text[0]] * request.max_new_tokens
         if request.prompt_ids == (8, 8):
@@ -76,6 +69,21 @@ def address(engine, tokenizer):
 @pytest.fixture
 def client(address):
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture
+def roomy_engine(tokenizer):
+    """With room for tools."""
+    return create_engine(tokenizer, max_length=400)
+
+
+@pytest.fixture
+def roomy_client(roomy_engine, tokenizer):
+    with (
+        serving(roomy_engine, tokenizer) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
         yield client
 
 
@@ -113,6 +121,18 @@ def test_a_completion_carries_text_reason_and_exact_usage(client, tokenizer):
     assert reply.usage.prompt_tokens == len(tokenizer.encode("Go", add_special_tokens=False))
     assert reply.usage.completion_tokens == num_tokens
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + num_tokens
+
+
+def test_a_chat_reply_carries_its_tokens_when_they_are_wanted(client, tokenizer):
+    options = {"model": MODEL, "messages": [USER], "max_tokens": 90}
+    bare = client.chat.completions.create(**options).model_dump()
+    told = client.chat.completions.create(**options, extra_body={"return_token_ids": True}).model_dump()
+    assert told["prompt_token_ids"] == render_prompt(tokenizer, [USER], "low")
+    assert told["choices"][0]["token_ids"] == render_completion(tokenizer, ANALYSIS, FINAL)
+    assert told["choices"][0]["message"] == bare["choices"][0]["message"]
+    assert "token_ids" not in bare["choices"][0]
+    with pytest.raises(openai.BadRequestError, match="return_token_ids is served without stream alone"):
+        client.chat.completions.create(**options, stream=True, extra_body={"return_token_ids": True})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
@@ -213,6 +233,80 @@ def test_an_earlier_answer_can_be_sent_back_as_the_client_holds_it(client):
     assert reply.choices[0].finish_reason == "length"
 
 
+def seen_prompts(engine):
+    """What the engine is asked from now on."""
+    seen, script = [], engine.script
+    engine.script = lambda request: seen.append(request.prompt_ids) or script(request)
+    return seen
+
+
+def test_a_call_of_a_tool_comes_apart_and_its_result_goes_back_as_the_client_holds_it(
+    roomy_client, roomy_engine, tokenizer
+):
+    seen = seen_prompts(roomy_engine)
+    first = roomy_client.chat.completions.create(model=MODEL, messages=[USER], tools=[TOOL], tool_choice="auto")
+    (choice,) = first.choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    assert (call.type, call.function.name, call.function.arguments) == ("function", "add", ARGUMENTS)
+    assert (choice.message.content, choice.message.reasoning_content) == (None, ANALYSIS)
+
+    result = {"role": "tool", "tool_call_id": call.id, "content": "42"}
+    turns = [USER, choice.message.model_dump(), result]
+    reply = roomy_client.chat.completions.create(model=MODEL, messages=turns, tools=[TOOL])
+    assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == (FINAL, "stop")
+    assert reply.choices[0].message.tool_calls is None
+    history = [USER, CALLING | {"thinking": ANALYSIS}, RESULT]
+    assert seen == [tuple(render_prompt(tokenizer, asked, "low", tools=[TOOL])) for asked in ([USER], history)]
+
+
+def test_a_streamed_call_adds_up(roomy_client):
+    names, arguments, ids, reasons, thoughts = [], "", set(), [], ""
+    for chunk in roomy_client.chat.completions.create(model=MODEL, messages=[USER], tools=[TOOL], stream=True):
+        delta = chunk.choices[0].delta
+        reasons.append(chunk.choices[0].finish_reason)
+        thoughts += getattr(delta, "reasoning_content", None) or ""
+        assert not delta.content
+        for call in delta.tool_calls or ():
+            assert call.index == 0
+            names += [call.function.name] if call.function.name else []
+            ids |= {call.id} if call.id else set()
+            arguments += call.function.arguments
+    assert (names, arguments, thoughts, len(ids)) == (["add"], ARGUMENTS, ANALYSIS, 1)
+    assert reasons[-1] == "tool_calls"
+    assert set(reasons[:-1]) == {None}
+
+
+def test_a_call_cut_by_its_limit_says_so(roomy_client, tokenizer):
+    length = len(render_completion(tokenizer, ANALYSIS, tool_calls=[ToolCall("add", ARGUMENTS)]))
+    reply = roomy_client.chat.completions.create(model=MODEL, messages=[USER], tools=[TOOL], max_tokens=length - 4)
+    assert reply.choices[0].finish_reason == "length"
+    found = reply.choices[0].message.tool_calls[0].function.arguments
+    assert ARGUMENTS.startswith(found) != (found == ARGUMENTS)
+
+
+def test_tools_that_are_not_to_be_called_are_not_offered(roomy_client, roomy_engine, tokenizer):
+    seen = seen_prompts(roomy_engine)
+    roomy_client.chat.completions.create(model=MODEL, messages=[USER], tools=[TOOL], tool_choice="none")
+    assert seen == [tuple(render_prompt(tokenizer, [USER], "low"))]
+
+
+@pytest.mark.parametrize("date", ["2025-08-05", None], ids=["pinned", "today"])
+def test_the_day_in_a_prompt_is_the_servers(tokenizer, date):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
+    engine = create_engine(dated)
+    seen = seen_prompts(engine)
+    with (
+        serving(engine, dated, date=date) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        client.chat.completions.create(model=MODEL, messages=[USER], max_tokens=4)
+    day = dated.decode(seen[0]).partition("<|start|>")[0]
+    today = datetime.date.today()
+    assert day in ([date] if date else [today.isoformat(), (today - datetime.timedelta(days=1)).isoformat()])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_ends_the_text_before_it_and_the_generation_in_the_engine(client, engine, tokenizer, stream):
     engine.step_seconds = 0.01
@@ -274,13 +368,31 @@ def test_a_stop_string_in_a_chat_is_looked_for_in_the_final_alone(client):
         ("chat/completions", {"n": 3}, "n", "greedy"),
         ("chat/completions", {"logprobs": True}, "logprobs", "not supported"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "not supported"),
-        ("chat/completions", {"tools": [{"type": "function"}]}, "tools", "tools are not supported"),
+        ("chat/completions", {"tools": [{"type": "function"}]}, "tools", "tools[0] is {'type': 'function'}; wanted"),
+        ("chat/completions", {"tools": "x"}, "tools", "wanted a list"),
+        ("chat/completions", {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "cannot be forced"),
+        ("chat/completions", {"functions": [{"name": "f"}]}, "functions", "use tools"),
+        ("chat/completions", {"tools": [{"function": {"name": "<|end|>"}}]}, "tools", "is named '<|end|>'"),
+        (
+            "chat/completions",
+            {"tools": [{"function": {"name": "f", "description": "<|end|>"}}]},
+            "messages",
+            "control tokens",
+        ),
+        ("chat/completions", {"messages": [USER, CALLING | {"content": "\ud800"}, RESULT]}, "messages", "Unicode"),
+        ("chat/completions", {"messages": [USER, CALLING | {"reasoning": "\ud800"}, RESULT]}, "messages", "Unicode"),
+        (
+            "chat/completions",
+            {"messages": [USER, CALLING, RESULT | {"name": "other"}]},
+            "messages",
+            "messages[2] has name 'other'; wanted that of the call before it, 'add'",
+        ),
         ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", "only text"),
         ("chat/completions", {"reasoning_effort": "max"}, "reasoning_effort", "low, medium, high"),
         ("chat/completions", {"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "one of them"),
         ("chat/completions", {"messages": []}, "messages", "non-empty list"),
         ("chat/completions", {"messages": "hi"}, "messages", "wanted a list"),
-        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages", "'tool'"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages", "right before it"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages", "'name'"),
         ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages", "wanted a string"),
         (
@@ -476,6 +588,12 @@ def test_where_there_are_no_efforts_asking_for_one_is_refused(chatml_client):
     with pytest.raises(openai.BadRequestError, match="tiny knows no reasoning efforts: leave it out") as refused:
         chatml_client.chat.completions.create(model=MODEL, messages=[USER], reasoning_effort="high")
     assert refused.value.param == "reasoning_effort"
+
+
+def test_where_there_are_no_tools_offering_one_is_refused(chatml_client):
+    with pytest.raises(openai.BadRequestError, match="tiny knows no tools: leave them out") as refused:
+        chatml_client.chat.completions.create(model=MODEL, messages=[USER], tools=[TOOL])
+    assert refused.value.param == "tools"
 
 
 def test_the_plain_arm_has_no_rounds_to_tell(tokenizer):

@@ -5,7 +5,7 @@ from channels import split_channels
 from chatml import chatml_tokenizer
 
 from pipeline.prompts.harmony import render_completion
-from pipeline.serve.text import ANALYSIS, FINAL, ChannelReader, Detokenizer, StopStrings, chat_reader
+from pipeline.serve.text import ANALYSIS, FINAL, ChannelReader, Detokenizer, StopStrings, ToolChannel, chat_reader
 
 WHOLE = "<|channel|>analysis<|message|>2 + 2 = 4.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
 TEXTS = ["naïve café", "東京 is big", "👩‍👩‍👧 family 🎉", "a\n\n  b\t", "1 + 1 = 2"]
@@ -118,6 +118,81 @@ def test_channels_of_any_tokens_are_those_of_the_whole(tokenizer):
         cut_off = special[5] not in token_ids
         found = read(tokenizer, token_ids, lambda: draw.randrange(1, 4), cut_off=cut_off)
         assert found == split_channels(tokenizer, token_ids), tokenizer.decode(token_ids)
+
+
+def read_all(tokenizer, text, sizes, *, cut_off=False):
+    """The text of each channel, calls in their order."""
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    reader, texts, at = ChannelReader(tokenizer), {}, 0
+    while at < len(token_ids):
+        size = sizes()
+        for channel, piece in reader.push(token_ids[at : at + size]):
+            texts[channel] = texts.get(channel, "") + piece
+        at += size
+    for channel, piece in reader.finish(cut_off=cut_off):
+        texts[channel] = texts.get(channel, "") + piece
+    return texts
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        (
+            "<|channel|>analysis<|message|>Look.<|end|><|start|>assistant<|channel|>commentary to=functions.add "
+            '<|constrain|>json<|message|>{"é": 1}<|call|>',
+            {ANALYSIS: "Look.", ToolChannel(0, "add"): '{"é": 1}'},
+        ),
+        ("<|channel|>commentary to=functions.add<|constrain|>json<|message|>{}<|call|>", {ToolChannel(0, "add"): "{}"}),
+        ("<|channel|>analysis to=functions.add code<|message|>{}<|call|>", {ToolChannel(0, "add"): "{}"}),
+        (
+            " to=functions.add<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+            {ToolChannel(0, "add"): "{}"},
+        ),
+        (" to=functions.add<|message|>{}<|call|>", {ToolChannel(0, "add"): "{}"}),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant to=functions.add<|channel|>commentary json"
+            "<|message|>{}<|call|>",
+            {ANALYSIS: "a", ToolChannel(0, "add"): "{}"},
+        ),
+        ("<|channel|>commentary to=functions.add json<|message|><|call|>", {ToolChannel(0, "add"): ""}),
+        (
+            "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.a "
+            "json<|message|>{}<|end|><|start|>assistant<|channel|>commentary to=functions.a json<|message|>[]<|call|>",
+            {ANALYSIS: "I look.", ToolChannel(0, "a"): "{}", ToolChannel(1, "a"): "[]"},
+        ),
+        (
+            "<|start|>assistant to=functions.a<|start|>assistant<|channel|>final<|message|>b<|return|>",
+            {FINAL: "b"},
+        ),
+        ("<|channel|>commentary to=browser.open<|message|>{}<|call|>", {ANALYSIS: "{}"}),
+        (" to=functions and so on<|return|>", {FINAL: " to=functions and so on"}),
+        (" to<|return|>", {FINAL: " to"}),
+        (" to the end", {FINAL: " to the end"}),
+    ],
+    ids=[
+        "behind the channel",
+        "no space",
+        "analysis",
+        "behind the role, at once",
+        "no channel",
+        "behind the role",
+        "no arguments",
+        "preamble and two calls",
+        "given up",
+        "another recipient",
+        "no recipient",
+        "beginning of a recipient",
+        "text",
+    ],
+)
+def test_a_message_to_a_function_is_a_call_wherever_its_header_names_it(tokenizer, text, texts, size):
+    assert read_all(tokenizer, text, lambda: size) == texts
+
+
+def test_an_answer_cut_off_in_the_header_of_a_call_has_no_text(tokenizer):
+    for text in (" to=functions.add", "<|channel|>commentary to=functions.add", "<|start|>assistant to=functions.add"):
+        assert "".join(read_all(tokenizer, text, lambda: 1, cut_off=True).values()) == ""
 
 
 def test_an_answer_in_a_format_without_channels_is_all_final(tokenizer):

@@ -13,10 +13,16 @@ from pipeline.artifacts import Artifact
 from pipeline.model import checkpoints, gpt_oss
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
+from pipeline.model.sampling import Sampling
+from pipeline.prompts.messages import Message
+from pipeline.prompts.sources import prompt_of
 from pipeline.teacher_cache.capture import Captured, capture, disagreements, padded_length
+from pipeline.teacher_cache.generate import Answered, Rendered, answer
+from pipeline.teacher_cache.origin import Origin
 from pipeline.teacher_cache.store import open_split
 
 TAPPED = (0, 2)
+DRAWN = Origin(sampling=Sampling(temperature=0.9, top_p=0.95), seed=2)
 
 
 @partial(jax.jit, static_argnames=("config", "tapped_layers"))
@@ -81,3 +87,94 @@ def test_only_generated_tokens_can_disagree() -> None:
 @pytest.mark.parametrize(("count", "length"), [(1, 64), (64, 64), (65, 128), (512, 512), (513, 1024), (1025, 1536)])
 def test_texts_are_padded_to_few_lengths(count: int, length: int) -> None:
     assert padded_length(count) == length
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def drawn_texts(target_directory: Path) -> tuple[GptOssConfig, GptOssWeights, list[Answered]]:
+    """Answers that the engine sampled at a temperature of 0.9 from a nucleus of 0.95."""
+    config, weights = checkpoints.load_target(target_directory, WeightsForm())
+    random = np.random.default_rng(5)
+    rows = [
+        Rendered(prompt_of([Message("user", str(index))], "low"), tuple(random.integers(0, 290, size).tolist()), None)
+        for index, size in enumerate((5, 70, 33, 12, 9))
+    ]
+    answers = answer(
+        weights,
+        config,
+        rows,
+        stop_token_ids=(299,),
+        slots=3,
+        max_prompt_tokens=70,
+        max_new_tokens=50,
+        on_finished=lambda _: None,
+        origin=DRAWN,
+    )
+    return config, weights, answers
+
+
+def test_the_noise_of_a_drawn_text_chooses_it_again_and_that_of_another_text_does_not(drawn_texts) -> None:
+    config, weights, answers = drawn_texts
+    keys = DRAWN.keys([one.prompt.prompt_id for one in answers])
+    texts = [one.token_ids for one in answers]
+    found = dict(capture(weights, config, TAPPED, texts, drawn=DRAWN.sampling, keys=keys))
+    greedy = dict(capture(weights, config, TAPPED, texts))
+    other = dict(capture(weights, config, TAPPED, texts, drawn=DRAWN.sampling, keys=keys[1:] + keys[:1]))
+    for index, one in enumerate(answers):
+        generated = np.arange(one.prompt_tokens, len(one.token_ids))
+        assert np.array_equal(found[index].next_ids[generated - 1], np.array(one.token_ids)[generated])
+        assert found[index].shortfall[generated - 1].max() <= 1e-3
+        assert disagreements(found[index], one.token_ids, one.prompt_tokens) == []
+        assert np.mean(greedy[index].shortfall[generated - 1] > 1e-3) > 0.3
+        assert np.mean(other[index].shortfall[generated - 1] > 1e-3) > 0.3
+        assert np.array_equal(found[index].features, greedy[index].features)
+
+
+def test_the_shortfall_of_a_drawn_text_is_the_distance_from_the_noisy_choice_within_the_nucleus(drawn_texts) -> None:
+    """numpy's, from the sorted logits and JAX's random bits, over a text that was not drawn at all."""
+    config, weights, _ = drawn_texts
+    text = np.random.default_rng(6).integers(0, config.vocab_size, 40)
+    key, how = DRAWN.keys(["another"])[0], DRAWN.sampling
+    found = dict(capture(weights, config, TAPPED, [text.tolist()], drawn=how, keys=[key]))[0]
+    _, logits = _plain_forward(weights, jnp.array(text), config=config, tapped_layers=TAPPED)
+    scaled = np.asarray(logits, np.float64) / how.temperature
+    outside = 0
+    for at in range(len(text) - 1):
+        probabilities = _softmax(scaled[at])
+        order = np.argsort(-scaled[at])
+        above = np.cumsum(probabilities[order]) - probabilities[order]
+        kept = order[above < how.top_p]
+        here = jax.random.fold_in(jax.random.wrap_key_data(np.array(key, np.uint32), impl="threefry2x32"), at + 1)
+        uniform = (np.asarray(jax.random.bits(here, scaled[at].shape), np.float64) + 0.5) / 2**32
+        noisy = scaled[at] - np.log(-np.log1p(-uniform))
+        best = kept[np.argmax(noisy[kept])]
+        assert found.next_ids[at] == best
+        inside = text[at + 1] in kept
+        outside += not inside
+        wanted = noisy[best] - noisy[text[at + 1]] if inside else scaled[at].max() - scaled[at][text[at + 1]]
+        np.testing.assert_allclose(found.shortfall[at], how.temperature * wanted, atol=1e-3)
+    assert 5 < outside < 35
+
+
+def test_a_text_drawn_elsewhere_surprises_on_average_as_what_the_target_draws(drawn_texts) -> None:
+    config, weights, answers = drawn_texts
+    texts = [one.token_ids for one in answers]
+    how = DRAWN.sampling
+    found = dict(capture(weights, config, TAPPED, texts, drawn=how))
+    for index, text in enumerate(texts[:1]):
+        _, logits = _plain_forward(weights, jnp.array(text), config=config, tapped_layers=TAPPED)
+        probabilities = _softmax(np.asarray(logits) / how.temperature)[:-1]
+        order = np.argsort(-probabilities, axis=-1)
+        above = np.cumsum(np.take_along_axis(probabilities, order, -1), axis=-1)
+        kept = np.zeros(probabilities.shape, bool)
+        np.put_along_axis(kept, order, above - np.take_along_axis(probabilities, order, -1) < how.top_p, -1)
+        logs, drawn = np.log(probabilities), np.where(kept, probabilities, 0)
+        mean = (drawn * logs).sum(axis=-1) / drawn.sum(axis=-1)
+        wanted = mean - logs[np.arange(len(text) - 1), text[1:]]
+        np.testing.assert_allclose(found[index].shortfall[:-1], wanted, atol=1e-3)
+    own = np.concatenate([found[i].shortfall[one.prompt_tokens - 1 : -1] for i, one in enumerate(answers)])
+    assert abs(own.mean()) < 4 * own.std() / np.sqrt(len(own))

@@ -1,8 +1,7 @@
 """The acceptance check passes a true cache and catches every cache that is one place off."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from pipeline.artifacts import Artifact, PipelineError
 from pipeline.dflash import blocks
 from pipeline.model import checkpoints
 from pipeline.model.gpt_oss_weights import WeightsForm
-from pipeline.teacher_cache.capture import capture
+from pipeline.teacher_cache.capture import Captured, capture
 from pipeline.teacher_cache.check import Checked, check
 from pipeline.teacher_cache.store import CachedSequence, CacheSplit, open_split
 
@@ -24,7 +23,10 @@ Change = Callable[[CachedSequence], CachedSequence]
 @pytest.fixture
 def run_check(cache: Artifact, target_directory: Path) -> Callable[..., Checked]:
     config, weights = checkpoints.load_target(target_directory, WeightsForm())
-    retake = partial(capture, weights, config, tuple(cache.contract["features"]["tapped_layers"]))
+    tapped = tuple(cache.contract["features"]["tapped_layers"])
+
+    def retake(texts: list[list[int]], _: list[str]) -> Iterator[tuple[int, Captured]]:
+        return capture(weights, config, tapped, texts)
 
     def run(change: Change | None = None, block_size: int = BLOCK_SIZE) -> Checked:
         split = open_split(cache.path, "heldout")

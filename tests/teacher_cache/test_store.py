@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from pipeline.artifacts import PipelineError
+from pipeline.prompts.channels import Channel
 from pipeline.teacher_cache import store
-from pipeline.teacher_cache.store import Rows, open_split, read_report, shard_path, write_header, write_shard
+from pipeline.teacher_cache.store import Layout, Rows, open_split, read_report, shard_path, write_header, write_shard
 
 FEATURE_SIZE = 6
+LAYOUT = Layout(stored="bfloat16", feature_size=FEATURE_SIZE, num_tapped=2)
+REPORT_KEYS = {"a", "bytes"}
 LENGTHS = {"train": ([300, 5, 411], [2, 700]), "heldout": ([9],)}
 
 
@@ -41,7 +44,9 @@ def _write(root: Path, split: str, shard: int, *, spoil: float | None = None) ->
         prompt_tokens=[1] * count,
     )
     tokens = np.concatenate([tokens for tokens, _ in sequences])
-    write_shard(shard_path(root, split, shard), rows, tokens, features, fingerprint="f", report={"a": 1})
+    channels = (tokens % len(Channel)).astype(np.uint8)
+    path = shard_path(root, split, shard)
+    write_shard(path, rows, tokens, channels, features, layout=LAYOUT, fingerprint="f", report={"a": 1})
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def root(tmp_path: Path) -> Path:
     for split, shards in LENGTHS.items():
         for shard in range(len(shards)):
             _write(tmp_path, split, shard)
-    write_header(tmp_path, FEATURE_SIZE, {split: len(shards) for split, shards in LENGTHS.items()})
+    write_header(tmp_path, LAYOUT, {split: len(shards) for split, shards in LENGTHS.items()})
     return tmp_path
 
 
@@ -79,7 +84,7 @@ def test_a_token_is_stored_once(root: Path) -> None:
     shard = shard_path(root, "train", 1)
     held = sum(file.stat().st_size for file in shard.rglob("*") if file.is_file() and "c" in file.parts)
     chunks = -(-702 // store.CHUNK_TOKENS)
-    assert held <= chunks * store.CHUNK_TOKENS * (4 + 2 * FEATURE_SIZE) + 200
+    assert held <= chunks * store.CHUNK_TOKENS * LAYOUT.token_bytes + 200
 
 
 @pytest.mark.parametrize("verify", [True, False], ids=["by sha256", "by the chunk's crc32c alone"])
@@ -109,7 +114,7 @@ def test_features_that_are_not_finite_are_named_by_shard_and_row(root: Path) -> 
 
 def test_a_torn_shard_is_absent(root: Path) -> None:
     path = shard_path(root, "train", 1)
-    assert read_report(path, "f") == {"a": 1}
+    assert read_report(path, "f").keys() == REPORT_KEYS
     assert read_report(path, "another") is None
     (path / store.SHARD).unlink()
     assert read_report(path, "f") is None
@@ -127,7 +132,7 @@ def test_a_killed_write_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     assert not shard_path(tmp_path, "train", 0).exists()
     _write(tmp_path, "train", 0)
-    assert read_report(shard_path(tmp_path, "train", 0), "f") == {"a": 1}
+    assert read_report(shard_path(tmp_path, "train", 0), "f").keys() == REPORT_KEYS
 
 
 def test_changed_rows_are_named_when_the_split_is_opened(root: Path) -> None:
@@ -140,7 +145,7 @@ def test_changed_rows_are_named_when_the_split_is_opened(root: Path) -> None:
 def test_another_format_is_refused(root: Path) -> None:
     header = json.loads((root / store.HEADER).read_text())
     (root / store.HEADER).write_text(json.dumps(header | {"format": 99}))
-    with pytest.raises(PipelineError, match="has format 99, this version reads 1"):
+    with pytest.raises(PipelineError, match="has format 99, this version reads 2"):
         open_split(root, "train")
 
 

@@ -1,17 +1,25 @@
 """Batches are a function of the step number."""
 
 import itertools
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_training
 
+from pipeline.artifacts import PipelineError
 from pipeline.dflash.blocks import anchor_candidates
 from pipeline.teacher_cache.store import open_split
 from pipeline.train.batches import Batches, made_ahead, padded_length
 
 FEATURE_SIZE, NUM_TRAIN = 6, 11
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,28 @@ def test_rows_hold_the_sequence_and_zeros_behind_it(split):
         assert np.flatnonzero(batch["generated"][row])[0] == sequence.prompt_tokens
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_read_their_rows_of_the_same_batch(split, count):
+    whole = batches_of(split)
+    hosts = [batches_of(split, host=(index, count)) for index in range(count)]
+    for step in range(whole.steps_per_epoch):
+        parts = [host.at(step) for host in hosts]
+        for name, array in whole.at(step).items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array, err_msg=name)
+
+
+def test_a_host_reads_no_other_rows(split, monkeypatch):
+    read, asked = split.read, []
+    monkeypatch.setattr(split, "read", lambda indices: asked.append(len(indices)) or read(indices))
+    batches_of(split, host=(1, 2)).at(0)
+    assert asked == [2]
+
+
+def test_hosts_that_cannot_share_a_batch_evenly_are_refused(split):
+    with pytest.raises(PipelineError, match="train.batch_sequences is 4; 3 hosts read equal parts"):
+        batches_of(split, host=(0, 3))
+
+
 def test_made_ahead_begins_where_it_is_told_and_passes_errors_on():
     def make(step):
         if step == 9:
@@ -109,3 +139,69 @@ def test_made_ahead_begins_where_it_is_told_and_passes_errors_on():
     assert [next(made) for _ in range(3)] == [36, 49, 64]
     with pytest.raises(ValueError, match="nine"):
         next(made)
+
+
+def test_several_batches_are_made_at_once_while_one_is_used():
+    together = threading.Barrier(4, timeout=20)  # breaks unless four reads wait here at the same time
+
+    def make(step):
+        together.wait()
+        return step
+
+    made = made_ahead(make, 0, ahead=4)
+    assert [next(made) for _ in range(5)] == [0, 1, 2, 3, 4]
+    together.abort()  # those that wait for steps nobody asks for
+    made.close()
+
+
+def test_no_more_batches_are_held_than_told():
+    begun = []
+    made = made_ahead(lambda step: begun.append(step) or step, 10, ahead=3)
+    for used in range(10, 16):
+        assert next(made) == used
+        deadline = time.monotonic() + 20
+        while len(begun) < used - 10 + 4 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert max(begun) == used + 3  # the one that is used, and three ahead of it
+    made.close()
+
+
+def test_an_interrupted_trainer_does_not_wait_for_reads_that_have_not_begun():
+    release, begun = threading.Event(), []
+
+    def make(step):
+        begun.append(step)
+        if step:
+            release.wait(20)
+        return step
+
+    made = made_ahead(make, 0, ahead=2)
+    next(made)
+    closed = time.monotonic()
+    made.close()
+    assert time.monotonic() - closed < 10  # the reads under way last until they are let go
+    release.set()
+    with pytest.raises(StopIteration):
+        next(made)
+    assert set(begun) <= {0, 1, 2}
+
+
+def test_ctrl_c_ends_a_process_that_reads_ahead(tmp_path):
+    script = """
+import time
+from pipeline.train.batches import made_ahead
+def make(step):
+    if step > 2:
+        time.sleep(0.2)
+    return step
+for batch in made_ahead(make, 0):
+    print(batch, flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "0\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors

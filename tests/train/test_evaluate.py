@@ -47,7 +47,10 @@ def written_by_rounds(random, propose, num_tokens):
         rounds.append(min(kept, num_tokens - anchor - 2))
         anchor += kept + 1
     return store.CachedSequence(
-        token_ids=token_ids[:num_tokens], prompt_tokens=prompt_tokens, features=features
+        token_ids=token_ids[:num_tokens],
+        channels=np.full(num_tokens, 3, np.uint8),
+        prompt_tokens=prompt_tokens,
+        features=features,
     ), rounds
 
 
@@ -64,10 +67,10 @@ def test_rounds_are_those_of_a_decoder(tmp_path, monkeypatch, num_sequences):
     lengths = [17, 6, 21, 5, 12]  # one with a single block, some that fill no pass
     texts = [written_by_rounds(random, propose, length) for length in lengths]
     shards = tiny_training.write_split(tmp_path, "heldout", [sequence for sequence, _ in texts])
-    store.write_header(tmp_path, DRAFT.feature_size, {"train": 0, "heldout": shards})
+    store.write_header(tmp_path, tiny_training.layout_of(DRAFT.feature_size), {"train": 0, "heldout": shards})
     found = evaluate(
         weights, DRAFT, embedding, head, store.open_split(tmp_path, "heldout"), num_sequences=num_sequences
     )
     kept = [count for _, rounds in texts[:num_sequences] for count in rounds]
-    assert found.histogram == tuple(np.bincount(kept, minlength=DRAFT.block_size))
-    assert num_sequences or min(found.histogram) > 0
+    assert found.total.histogram == tuple(np.bincount(kept, minlength=DRAFT.block_size))
+    assert num_sequences or min(found.total.histogram) > 0

@@ -10,8 +10,8 @@ from tiny_training import Recorder
 
 from pipeline import artifacts, lineage
 from pipeline.artifacts import PipelineError
-from pipeline.dflash.acceptance import Acceptance
 from pipeline.train import runs, stage
+from pipeline.train.score import Score
 
 
 def checkpoint_of(config):
@@ -25,14 +25,15 @@ def scratch_of(config):
 def test_killed_at_any_step_and_begun_again_it_makes_the_same_bytes(tmp_path):
     undisturbed = tiny_training.trained()
     config = tiny_training.prepare(tmp_path)
-    with tiny_training.start(tmp_path, stop_at=6) as process:
+    with tiny_training.start(tmp_path, stop_at=5) as process:  # saved, and not evaluated yet
         told = process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert told == "stopped\n", process.stderr
     scratch = scratch_of(config)
-    assert runs.latest(scratch) == 4
+    assert runs.latest(scratch) == 5
+    assert not (scratch / "evaluations.json").exists()
     half_written = runs.path_of(scratch, 8)  # as a kill within the next save would leave it
-    shutil.copytree(runs.path_of(scratch, 4), half_written)
+    shutil.copytree(runs.path_of(scratch, 5), half_written)
     (half_written / runs.COMPLETE).unlink()
     shutil.rmtree(half_written / "model" / "fuse")
     (scratch / "evaluation.json.tmp").write_text("{")
@@ -41,29 +42,31 @@ def test_killed_at_any_step_and_begun_again_it_makes_the_same_bytes(tmp_path):
         output, errors = process.communicate(timeout=tiny_training.LIMIT_SECONDS)
     assert process.returncode == 0, errors
     steps = [step for name, step, _ in json.loads(output) if name == "train/loss"]
-    assert steps == list(range(5, 13))  # it went on behind the last complete run directory
+    assert steps == list(range(6, 13))  # it went on behind the last complete run directory
     made, wanted = checkpoint_of(config), checkpoint_of(undisturbed)
     assert made.files == wanted.files
     assert made.fingerprint == wanted.fingerprint
     assert not scratch.exists()
 
 
-def test_the_artifact_holds_the_last_run_directory_and_what_is_said_of_it():
+def test_the_artifact_holds_the_best_run_directory_and_what_is_said_of_it():
     config = tiny_training.trained()
     made = checkpoint_of(config)
     names = {name.split("/")[0] for name in made.files}
-    assert names == {"run-12", "draft_config.json", "evaluation.json", "contract.json"}
-    run_files = {name.split("/")[1] for name in made.files if name.startswith("run-12/")}
+    evaluations = json.loads((made.path / "evaluations.json").read_text())
+    assert [one["step"] for one in evaluations] == [5, 10, 12]
+    best = max(evaluations, key=lambda one: one["heldout"]["accept_length"])
+    step = f"run-{best['step']}"
+    assert names == {step, "draft_config.json", "evaluation.json", "evaluations.json", "contract.json"}
+    run_files = {name.split("/")[1] for name in made.files if name.startswith(f"{step}/")}
     assert {"model", "tx", "config.json", "metadata.json", "tensorstore_index.json"} <= run_files
     evaluation = json.loads((made.path / "evaluation.json").read_text())
+    assert evaluation == best
     for split in ("heldout", "train"):
-        found = Acceptance(tuple(evaluation[split]["histogram"]))
-        assert evaluation[split] == {
-            "num_sequences": 7,
-            "histogram": list(found.histogram),
-            **found.metrics(),
-        }
-        assert found.num_rounds > 0
+        found = Score.from_json(evaluation[split])
+        assert evaluation[split] == json.loads(json.dumps(found.to_json()))
+        assert found.num_sequences == 7
+        assert found.total.num_rounds == found.by_effort["low"].num_rounds > 0
 
 
 def test_metrics_are_told_with_their_steps():
@@ -76,7 +79,9 @@ def test_metrics_are_told_with_their_steps():
         assert steps[f"train/{name}"] == every
     assert steps["train/tokens_per_second"] == every[1:]  # the first step compiles
     assert steps["eval/accept_length"] == [5, 10, 12]
-    assert steps["eval_train/accept_length"] == [12]
+    assert steps["eval_train/accept_length"] == steps["eval/train_to_heldout_ratio"] == [5, 10, 12]
+    assert steps["train/flops_per_second"] == every[1:]
+    assert "train/mfu" not in steps  # no chip is known behind a CPU
     assert {"eval/accept_rate", "eval/accept_rate_at_1", "eval/accept_rate_at_3"} <= steps.keys()
     rates = [values["train/learning_rate", step] for step in every]
     assert max(rates) == pytest.approx(1e-2)
@@ -89,7 +94,7 @@ def test_a_trained_draft_is_not_trained_again():
     before = checkpoint_of(config)
     stage.run(config, tracker)  # in this process: EasyDeL is not even imported
     evaluation = json.loads((before.path / "evaluation.json").read_text())
-    assert tracker.metrics["eval/accept_length", 12] == evaluation["heldout"]["accept_length"]
+    assert tracker.metrics["eval/accept_length", evaluation["step"]] == evaluation["heldout"]["accept_length"]
     assert checkpoint_of(config) == before
 
 

@@ -1,0 +1,46 @@
+"""What accelerators can do: bytes of memory, bytes a second from it, bfloat16 operations a second."""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has: bytes of HBM, bytes a second from it, and bfloat16 operations a second.
+
+    Source: cloud.google.com/tpu/docs, the pages of v5e, v5p and v6e (system architecture); NVIDIA's data sheets of
+    A100, H100 and H200 (SXM, without sparsity).
+    """
+
+    hbm_bytes: int
+    bytes_per_second: float
+    flops_per_second: float
+
+
+CHIPS = {
+    "v5e": Chip(16 * GIB, 819e9, 197e12),
+    "v5p": Chip(95 * GIB, 2765e9, 459e12),
+    "v6e": Chip(32 * GIB, 1640e9, 918e12),
+    "a100": Chip(80 * GIB, 2039e9, 312e12),
+    "h100": Chip(80 * GIB, 3350e9, 989e12),
+    "h200": Chip(141 * GIB, 4800e9, 989e12),
+}
+# part of what JAX calls a device's kind -> which chip it is
+KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "H200": "h200",
+    "H100": "h100",
+    "A100": "a100",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip behind JAX's `device_kind`; None for one that is not known here, as every CPU."""
+    names = [name for kind, name in KINDS.items() if kind in device_kind]
+    return CHIPS[names[0]] if names else None

@@ -1,0 +1,219 @@
+"""Where files lie: directories of this machine, or prefixes of buckets (`gs://bucket/prefix`, `s3://bucket/prefix`).
+
+A file in a bucket is written whole or not at all, as the services promise, and is never renamed. Buckets are reached
+through tensorstore: credentials as Google's and Amazon's own programs find them, another endpoint in
+TENSORSTORE_GCS_HTTP_URL or AWS_ENDPOINT_URL.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    import tensorstore
+
+DRIVERS = {"gs://": "gcs", "s3://": "s3"}
+RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}  # tensorstore's own last many minutes
+AT_ONCE = 16  # requests
+NO_SUCH_RANGE = ("OUT_OF_RANGE", "Unexpected Content-Range")  # what tensorstore says of bytes behind an object's end
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketPath:
+    """A file or a prefix in a bucket, with what artifacts need of pathlib.Path. Errors name the URL."""
+
+    url: str  # without a slash at its end
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> "BucketPath":
+        return BucketPath(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        """What follows the last slash."""
+        return self.url.rpartition("/")[2]
+
+    def is_file(self) -> bool:
+        """Whether there is an object of this name."""
+        with _reached(self):
+            return _store(self).read("", byte_range=slice(0, 0)).result().state == "value"
+
+    def exists(self) -> bool:
+        """Whether there is an object of this name, or any below it."""
+        return self.is_file() or bool(files(self))
+
+    def read_bytes(self) -> bytes:
+        """The object; FileNotFoundError when there is none."""
+        with _reached(self):
+            found = _store(self).read("").result()
+        if found.state != "value":
+            raise FileNotFoundError(f"no {self}")
+        return found.value
+
+    def read_text(self) -> str:
+        """The object as UTF-8."""
+        return self.read_bytes().decode()
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write or replace the object."""
+        with _reached(self):
+            _store(self).write("", data).result()
+
+
+Place = Path | BucketPath
+
+
+def place_of(text: str) -> Place:
+    """The place that a person wrote: a path of this machine or a bucket's URL."""
+    scheme = text[:5]
+    if scheme not in DRIVERS:
+        if "://" in text:
+            raise PipelineError(f"{text} is neither a path nor a bucket; wanted a path, {' or '.join(DRIVERS)}...")
+        return Path(text)
+    bucket, _, prefix = text[5:].partition("/")
+    if not bucket or not prefix.strip("/"):
+        raise PipelineError(f"{text} names no place in a bucket; wanted {scheme}bucket/prefix")
+    return BucketPath(text.rstrip("/"))
+
+
+def kvstore(place: Place) -> dict[str, Any]:
+    """tensorstore's key-value store of a place, as JSON."""
+    if isinstance(place, Path):
+        return {"driver": "file", "path": str(place)}
+    scheme, (bucket, _, path) = place.url[:5], place.url[5:].partition("/")
+    spec = {"driver": DRIVERS[scheme], "bucket": bucket, "path": path}
+    if scheme == "s3://":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        spec |= {"endpoint": endpoint} if endpoint else {}
+        spec |= {"aws_region": region} if region else {}
+        if "AWS_ACCESS_KEY_ID" in os.environ:
+            spec["aws_credentials"] = {"type": "environment"}  # and no look for files and machine roles
+    return spec
+
+
+@functools.cache
+def context() -> "tensorstore.Context":
+    """What all that is opened shares: connections, and how often a request is tried again."""
+    import tensorstore
+
+    return tensorstore.Context({"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES})
+
+
+def files(root: Place) -> list[str]:
+    """The names of all files below a place, with `/` between their parts, in order."""
+    if isinstance(root, Path):
+        return sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    import tensorstore
+
+    prefix = root.url[5:].partition("/")[2] + "/"
+    with _reached(root):
+        bucket = _store(BucketPath(root.url[: -len(prefix)]))
+        keys = bucket.list(tensorstore.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()  # 0 comes behind /
+    # services that only speak like Google's may list the whole bucket
+    return sorted(key.decode().removeprefix(prefix) for key in keys if key.startswith(prefix.encode()))
+
+
+def remove(place: Place) -> None:
+    """Remove a file or everything below a place; nothing there is no error."""
+    if isinstance(place, Path):
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+        return
+    with _reached(place):
+        for gone in [_store(one).write("", None) for one in (place, *(place / name for name in files(place)))]:
+            gone.result()
+
+
+def sha256(file: Place) -> str:
+    """sha256 (hex) of a file's bytes."""
+    if isinstance(file, BucketPath):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def entry(file: Place) -> dict[str, Any]:
+    """What a list of files says of one: its size and its sha256."""
+    if isinstance(file, BucketPath):
+        data = file.read_bytes()
+        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def damage(root: Place, entries: Mapping[str, Mapping[str, Any]], *, verify: bool) -> list[str]:
+    """What is wrong with files of which `entries` tells sizes and sha256s; only with `verify` their bytes are read."""
+    if isinstance(root, BucketPath) and not verify:
+        return _missing_or_short(root, entries)
+    problems = ((name, _problem(root / name, wanted, verify)) for name, wanted in entries.items())
+    return [f"{name}: {problem}" for name, problem in problems if problem is not None]
+
+
+def _problem(file: Place, wanted: Mapping[str, Any], verify: bool) -> str | None:
+    try:
+        found = entry(file) if verify else {"bytes": file.stat().st_size}
+    except (FileNotFoundError, IsADirectoryError):
+        return "missing"
+    if found["bytes"] != wanted["bytes"]:
+        return f"{found['bytes']} bytes, written with {wanted['bytes']}"
+    if verify and found["sha256"] != wanted["sha256"]:
+        return "sha256 differs from the one written"
+    return None
+
+
+def _missing_or_short(root: BucketPath, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A bucket tells no sizes, but whether the last byte is there."""
+
+    problems, names = [], list(entries)
+    with _reached(root):
+        for at in range(0, len(names), AT_ONCE):
+            some = names[at : at + AT_ONCE]
+            ends = [slice(max(entries[name]["bytes"] - 1, 0), entries[name]["bytes"]) for name in some]
+            reads = [_store(root / name).read("", byte_range=end) for name, end in zip(some, ends, strict=True)]
+            for name, read in zip(some, reads, strict=True):
+                try:
+                    if read.result().state != "value":
+                        problems.append(f"{name}: missing")
+                except ValueError as error:
+                    if not any(text in str(error) for text in NO_SUCH_RANGE):
+                        raise
+                    problems.append(f"{name}: shorter than the {entries[name]['bytes']} bytes written")
+    return problems
+
+
+def _store(place: BucketPath) -> "tensorstore.KvStore":
+    spec = kvstore(place)
+    path = spec.pop("path")
+    return _bucket(json.dumps(spec)) + path
+
+
+@functools.lru_cache(maxsize=8)  # opening a bucket asks where it is
+def _bucket(spec: str) -> "tensorstore.KvStore":
+    import tensorstore
+
+    return tensorstore.KvStore.open(json.loads(spec), context=context()).result()
+
+
+@contextlib.contextmanager
+def _reached(place: BucketPath) -> Iterator[None]:
+    """Turn what a bucket answers, or that it does not, into one error."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:  # as tensorstore reports what services and networks say
+        raise PipelineError(
+            f"{place} cannot be reached: {str(error).splitlines()[0][:300]}; check the network, the bucket's name and "
+            "your credentials, then run the same command: it goes on from the last complete piece"
+        ) from error

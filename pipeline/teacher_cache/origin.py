@@ -1,0 +1,84 @@
+"""Who wrote the answers of a teacher cache, how their tokens were chosen, and whether the target would have."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from pipeline.model.sampling import Sampling, key_of
+
+STANDARD_ERRORS = 3
+TOLD_SHARE, REFUSED_SHARE = 0.01, 0.05  # of greedy tokens: kernels and precisions differ in one of a hundred
+TOLD_NATS, REFUSED_NATS = 0.05, 0.25  # a token: a quantised server is 0.01 away, another size of a model about 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """`endpoint` (a model and a host) is None where our engine answers, `sampling` where tokens are the most likely."""
+
+    endpoint: str | None = None
+    sampling: Sampling | None = None
+    seed: int = 0
+
+    def keys(self, names: Sequence[str]) -> list[tuple[int, int]] | None:
+        """The keys with which our engine draws the answers to the prompts of these names."""
+        if self.sampling is None or self.endpoint is not None:
+            return None
+        return [key_of(self.seed, name) for name in names]
+
+
+ENGINE = Origin()
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How far an endpoint's tokens are from the target: `total` sums 0 or 1 a token (greedy), or nats (sampled)."""
+
+    num_tokens: int = 0
+    total: float = 0.0
+    total_squares: float = 0.0
+
+    @classmethod
+    def of(cls, shortfall: Float[np.ndarray, " tokens"], origin: Origin, tie_gap: float) -> "Divergence":
+        """Of generated tokens by their shortfalls (`capture.Captured`)."""
+        values = (shortfall > tie_gap) if origin.sampling is None else shortfall
+        values = values.astype(np.float64)
+        return cls(len(values), float(values.sum()), float((values**2).sum()))
+
+    def __add__(self, other: "Divergence") -> "Divergence":
+        return Divergence(
+            self.num_tokens + other.num_tokens, self.total + other.total, self.total_squares + other.total_squares
+        )
+
+    @property
+    def mean(self) -> float:
+        """A token's: the share of those that the target would not have chosen, or nats."""
+        return self.total / self.num_tokens if self.num_tokens else 0.0
+
+    @property
+    def least(self) -> float:
+        """What the mean is at least, chance aside."""
+        if not self.num_tokens:
+            return 0.0
+        variance = max(self.total_squares / self.num_tokens - self.mean**2, 1 / self.num_tokens)
+        return self.mean - STANDARD_ERRORS * math.sqrt(variance / self.num_tokens)
+
+    def problem(self, origin: Origin) -> tuple[str, bool] | None:
+        """What to tell about an endpoint whose texts are not quite the target's, and whether to refuse them."""
+        greedy = origin.sampling is None
+        told, refused = (TOLD_SHARE, REFUSED_SHARE) if greedy else (TOLD_NATS, REFUSED_NATS)
+        if self.least <= told:
+            return None
+        found = (
+            f"{self.mean:.1%} of {self.num_tokens} generated tokens are not the target's choice, {refused:.0%} may be"
+            if greedy
+            else f"{self.num_tokens} generated tokens surprise the target by {self.mean:.3f} nats each more than its "
+            f"own would, {refused} may be"
+        )
+        text = (
+            f"the text of {origin.endpoint} is not the target's: {found}; it serves another model, another precision "
+            "or another prompt template"
+        )
+        return text, self.least > refused

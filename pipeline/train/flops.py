@@ -1,0 +1,34 @@
+"""The arithmetic of a training step, counted from the shapes: what model FLOPs utilisation divides by time.
+
+Multiply-adds of matrix products alone, two operations each; what `remat` computes a second time is not counted
+(the convention of PaLM, arXiv 2204.02311, appendix B).
+"""
+
+from pipeline.model.draft import DraftConfig
+
+
+def step_flops(
+    config: DraftConfig, *, num_sequences: float, num_positions: int, num_anchors: int, context_tokens: float
+) -> float:
+    """Operations of one step: forward, and backward at twice that, where weights are trained.
+
+    A batch has `num_sequences` rows of `num_positions` tokens and of `num_anchors` blocks, which see `context_tokens`
+    cached tokens each on average.
+    """
+    d, nh = config.hidden_size, config.num_attention_heads * config.head_dim
+    gh = config.num_key_value_heads * config.head_dim
+    layers, slots = config.num_hidden_layers, num_sequences * num_anchors * config.block_size
+    tokens = num_sequences * num_positions
+    context = tokens * (config.feature_size * d + layers * 2 * d * gh)
+    layer = d * nh + 2 * d * gh + nh * d + 3 * d * config.intermediate_size
+    attention = 2 * nh * (context_tokens + config.block_size)
+    trained = context + slots * layers * (layer + attention)
+    fused = tokens * config.feature_size * d  # nothing below the features is trained: one product less backward
+    drafted = num_sequences * num_anchors * (config.block_size - 1)
+    head = drafted * d * config.vocab_size  # frozen: only the product with its input's gradient
+    return 2 * (3 * trained - fused + 2 * head)
+
+
+def target_flops(num_parameters: float, num_tokens: int) -> float:
+    """Operations of the frozen target over tokens, for `num_parameters` that a token meets; attention aside."""
+    return 2.0 * num_parameters * num_tokens

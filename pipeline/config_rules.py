@@ -75,6 +75,8 @@ def validate(config: PipelineConfig) -> None:
             )
     if config.bench.max_new_tokens == 1:
         broken.append("bench.max_new_tokens is 1; the first token is prefill's: at least 2 are needed to time decoding")
+    if config.train_peer.steps < 4:
+        broken.append(f"train_peer.steps is {config.train_peer.steps}; the first three are not counted: at least 4")
     if not 0 <= config.train.warmup_ratio < 1:
         broken.append(f"train.warmup_ratio is {config.train.warmup_ratio}; it must be at least 0 and below 1")
     if config.train.weight_decay < 0:
@@ -195,7 +197,7 @@ _POSITIVE = frozenset(
     "max_new_tokens batch_size shard_sequences num_tapped_layers rope_theta batch_sequences anchors_per_sequence "
     "clip_grad loss_decay slots max_length prefill_chunk num_prompts prompt_tokens repeats data expert tensor "
     "num_processes num_writers concurrency timeout_seconds pack_tokens accumulation fsdp tolerance rope_positions "
-    "context prefill_tokens verify_tokens expert_tokens".split()
+    "context prefill_tokens verify_tokens expert_tokens quality_steps".split()
 )
 
 

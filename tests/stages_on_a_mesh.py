@@ -39,7 +39,9 @@ def configuration(output_dir, target, draft, mesh="1x1x1"):
         target=TargetConfig(name="random", path=target),
         mesh=MeshConfig(data=data, expert=expert, tensor=tensor),
         prompts=PromptsConfig(count=24, heldout_fraction=0.4),
-        teacher_cache=TeacherCacheConfig(max_prompt_tokens=160, max_new_tokens=16, batch_size=4, shard_sequences=16),
+        teacher_cache=TeacherCacheConfig(  # sampled: bench.stage decodes greedily
+            max_prompt_tokens=160, max_new_tokens=16, batch_size=4, shard_sequences=16, temperature=0.8, top_p=0.95
+        ),
         draft=DRAFT,
         export=ExportConfig(path=draft),
         serve=ServeConfig(prefill_chunk=16),

@@ -9,6 +9,8 @@ from pipeline.artifacts import PipelineError
 from pipeline.config import (
     DraftConfig,
     Effort,
+    FeatureSource,
+    Generator,
     PipelineConfig,
     Precision,
     PretrainedConfig,
@@ -49,6 +51,15 @@ def test_defaults_are_valid():
         pytest.param({"draft__head_dim": 7}, "draft.head_dim is 7; rotary embedding", id="odd head"),
         pytest.param({"train__warmup_ratio": 1.0}, "train.warmup_ratio is 1.0", id="nothing but warm-up"),
         pytest.param({"train__weight_decay": -0.1}, "train.weight_decay is -0.1", id="negative decay"),
+        pytest.param(
+            {"train__distillation": 0.5}, "train.distillation is 0.5; the target's distribution", id="distils"
+        ),
+        pytest.param({"train__accumulation": 3}, "train.accumulation is 3; it must divide", id="uneven parts"),
+        pytest.param(
+            {"train__pack_tokens": 512, "train__features": FeatureSource.live},
+            "train.pack_tokens is 512; the target reads one sequence a row",
+            id="packed and live",
+        ),
         pytest.param({"bench__max_new_tokens": 1}, "bench.max_new_tokens is 1; the first token", id="no decoding"),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
         pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),
@@ -63,17 +74,51 @@ def test_defaults_are_valid():
         pytest.param(
             {"prompts__effort": Effort.mixed, "prompts__effort_mix": {"low": 0.0}}, "one above it", id="no share"
         ),
+        pytest.param(
+            {"prompts__dataset_revision": "abc"}, "prompts.dataset_revision is abc; it goes with", id="stray revision"
+        ),
+        pytest.param({"teacher_cache__temperature": -1.0}, "teacher_cache.temperature is -1.0", id="temperature"),
+        pytest.param({"teacher_cache__top_p": 0.0}, "teacher_cache.top_p is 0.0; it must be above 0", id="no nucleus"),
+        pytest.param(
+            {"teacher_cache__generator": Generator.openai, "teacher_cache__openai__url": "http://here/v1"},
+            "teacher_cache.openai: url is http://here/v1, model is None",
+            id="endpoint without a model",
+        ),
+        *(
+            pytest.param({"teacher_cache__openai__url": url}, "teacher_cache.openai.url is no plain address", id=url)
+            for url in (
+                "localhost:8000",
+                "ftp://here/v1",
+                "http:///v1",
+                "https://me:pw@here/v1",
+                "https://here/v1?key=1",
+            )
+        ),
         pytest.param({"draft__block_size": 1}, "draft.block_size is 1", id="a block of the anchor alone"),
         pytest.param({"draft__num_key_value_heads": 3}, "draft.num_attention_heads is 4", id="heads not grouped"),
         pytest.param({"draft__tapped_layers": [3, 1]}, "draft.tapped_layers is [3, 1]", id="descending layers"),
         pytest.param({"draft__tapped_layers": [1, 1]}, "draft.tapped_layers is [1, 1]", id="a layer twice"),
         pytest.param({"serve__port": 65536}, "serve.port is 65536", id="port out of range"),
+        pytest.param(
+            {"export__path": "gs://bucket/dflash"}, "export.path is gs://bucket/dflash", id="draft in a bucket"
+        ),
+        pytest.param(
+            {"stage": Stage.export, "export__path": "drafts/mine"},
+            "export.path is drafts/mine",
+            id="a name without dflash",
+        ),
     ],
 )
 def test_a_broken_rule_is_told_with_its_key_and_value(changes, told):
     with pytest.raises(PipelineError) as raised:
         validate(valid_config(**changes))
     assert told in str(raised.value)
+
+
+def test_a_url_that_holds_a_password_is_not_repeated():
+    with pytest.raises(PipelineError) as raised:
+        validate(valid_config(teacher_cache__openai__url="https://me:secret@here/v1"))
+    assert "secret" not in str(raised.value)
 
 
 def test_all_broken_rules_are_told_at_once():

@@ -57,7 +57,7 @@ def told(models, output_dir, mesh):
     return json.loads(made.stdout.splitlines()[-1])
 
 
-def test_a_mesh_caches_answers_and_measures_what_one_device_does(models, tmp_path):
+def test_a_mesh_samples_answers_caches_them_and_measures_what_one_device_does(models, tmp_path):
     alone, split = (told(models, tmp_path / mesh, mesh) for mesh in ("1x1x1", "2x2x2"))
     assert split["answers"] == alone["answers"]
     assert len(alone["answers"]) > 3

@@ -85,10 +85,11 @@ def answer(
     on_finished: Callable[[Finished], None],
     origin: Origin = ENGINE,
     here: Machine = ONE_DEVICE,
-) -> list[Answered]:
-    """The target's answers, in the order of `rows`.
+) -> list[Answered | Failed]:
+    """The target's answers, in the order of `rows`; a prompt that the engine refuses has failed.
 
-    The engine is made anew, so that the answers depend on these rows alone and not on what ran before.
+    The engine is made anew, so that the answers depend on these rows alone and not on what ran before. Raises
+    PipelineError when it refuses all.
     """
     engine = Engine(
         weights,
@@ -106,16 +107,26 @@ def answer(
         Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens, key=keys[index])
         for index, row in enumerate(rows)
     ]
+    problems = {request.request_id: _problem(engine, request) for request in requests}
+    if all(problems.values()):
+        raise PipelineError(f"the target can answer none of {len(rows)} prompts; the first: {problems['0']}")
     finished = {}
-    for one in engine.generate(requests):
-        finished[int(one.request_id)] = one
+    for one in engine.generate(request for request in requests if not problems[request.request_id]):
+        finished[one.request_id] = one
         on_finished(one)
     return [
-        Answered(
-            row.prompt,
-            row.token_ids + finished[index].token_ids,
-            len(row.token_ids),
-            finished[index].finish_reason,
-        )
-        for index, row in enumerate(rows)
+        Failed(row.prompt, problems[name]) if problems[name] else _answered(row, finished[name])
+        for name, row in zip(problems, rows, strict=True)
     ]
+
+
+def _problem(engine: Engine, request: Request) -> str | None:
+    try:
+        engine.check(request)
+    except PipelineError as error:  # as in `render`
+        return str(error)
+    return None
+
+
+def _answered(row: Rendered, finished: Finished) -> Answered:
+    return Answered(row.prompt, row.token_ids + finished.token_ids, len(row.token_ids), finished.finish_reason)

@@ -170,9 +170,11 @@ def make(
     _judge(differing, answers, teacher.precision)
     _judge_endpoint(divergence, teacher.origin)
     report = _report(answers, spoken, differing)
-    if teacher.origin.endpoint is not None:
-        failed = [row for row in outcomes if isinstance(row, Failed)]
+    failed = [row for row in outcomes if isinstance(row, Failed)]
+    if failed:
+        log.warning("teacher_cache: %d prompts of %s got no answer: %s", len(failed), one.path, failed[0].reason)
         report["failed"] = [{"prompt_id": row.prompt.prompt_id, "reason": row.reason} for row in failed]
+    if teacher.origin.endpoint is not None:
         report["divergence"] = dataclasses.asdict(divergence)
     rows = store.Rows(
         prompt_ids=[row.prompt.prompt_id for row in answers],

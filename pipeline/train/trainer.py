@@ -31,7 +31,7 @@ from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.linear import Kernel
 from pipeline.train import gathering, runs, shared_disk, vocabulary
-from pipeline.train.accumulation import accumulated
+from pipeline.train.accumulation import accumulated, require_divisible
 from pipeline.train.batches import made_ahead
 from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
 from pipeline.train.interrupt import between_steps
@@ -297,8 +297,10 @@ def jitted_step(
 ) -> Any:
     """The training step, jitted: state, batch and the target's two ends in, the donated state and metrics out.
 
-    `state` says of every array of the state where it lies, `head` tells how its own lies.
+    `state` says of every array of the state where it lies, `head` tells how its own lies. Raises PipelineError when
+    devices and parts do not share out the rows evenly.
     """
+    require_divisible(recipe.batch_sequences, recipe.accumulation, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(_train_step, config, recipe, schedule, mesh, _kernel_specs(state)),

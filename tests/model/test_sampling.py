@@ -96,7 +96,7 @@ def test_keys_of_seeds_and_names_differ_and_stay_what_they_are():
 
 
 def test_shards_of_the_vocabulary_draw_what_one_device_draws():
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}"}
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, str(HERE / "sampling_on_eight_devices.py")]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert made.returncode == 0, made.stderr[-3000:]
@@ -104,7 +104,5 @@ def test_shards_of_the_vocabulary_draw_what_one_device_draws():
     assert list(told) == ["1x1x1", "1x8x1", "2x2x2"]
     alone = told.pop("1x1x1")
     assert len(set(alone["tokens"])) > 20
-    assert len({tuple(answer) for answer in alone["answers"]}) == len(alone["answers"])
     for mesh, found in told.items():
-        assert found == {name: alone[name] for name in found}, mesh
-    assert "answers" in told["2x2x2"]
+        assert found == alone, mesh

@@ -2,8 +2,13 @@
 
 import dataclasses
 import logging
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +29,16 @@ from pipeline.teacher_cache.writers import Writer
 from pipeline.tracking import Run
 from pipeline.train.batches import Batches
 
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_SECONDS = 300
+STAGE_PROCESS = """
+import pickle, sys
+from pipeline.teacher_cache import stage
+class Silent:
+    def log_metrics(self, metrics, step=None): pass
+    def log_json(self, name, value): pass
+stage.run(pickle.load(open(sys.argv[1], "rb")), Silent())
+"""
 MADE_LAST = (stage.SUMMARY, stage.PROMPTS, store.HEADER, artifacts.CONTRACT, artifacts.MANIFEST)
 
 
@@ -192,6 +207,29 @@ def test_writers_that_complete_a_bucket_at_the_same_time_leave_one_cache(
         list(both.map(lambda one: stage.run(one, tracker), _writers(in_bucket, 2)))
     assert _made_by(in_bucket).fingerprint == cache.fingerprint
     assert places.files(root) == places.files(cache.path)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_make_the_cache_of_one(
+    cache: Artifact, config: PipelineConfig, tmp_path: Path, tracker: Run
+) -> None:
+    """From nothing, side by side; the second is ended by force and run again."""
+    processes = []
+    for index, one in enumerate(_writers(config, 2)):
+        pickled = tmp_path / f"{index}.pickle"
+        pickled.write_bytes(pickle.dumps(one))
+        command = [sys.executable, "-c", STAGE_PROCESS, str(pickled)]
+        processes.append(subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}))
+    first = artifacts.scratch_of(_address(config)) / "train" / "00001" / store.SHARD
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    processes[1].kill()
+    assert processes[1].wait(LIMIT_SECONDS) != 0
+    assert processes[0].wait(LIMIT_SECONDS) == 0
+    assert not artifacts.exists(_address(config))
+    stage.run(_writers(config, 2)[1], tracker)
+    assert _made_by(config).fingerprint == cache.fingerprint
 
 
 def test_features_kept_as_int8_pass_the_check_and_take_half(

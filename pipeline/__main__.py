@@ -80,6 +80,11 @@ ROOMS = {
         needs="target",
         makes="plain decoding against another program's, on the same prompts",
     ),
+    Stage.train_peer: Room(
+        module="pipeline.train.peer_stage",
+        needs="target, teacher_cache",
+        makes="training steps and drafts against another trainer's, on the same batches",
+    ),
     Stage.smoke: Room(
         module="pipeline.bench.smoke",
         needs="nothing",

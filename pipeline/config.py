@@ -19,6 +19,7 @@ class Stage(enum.Enum):
     compile = "compile"
     roofline = "roofline"
     peer = "peer"
+    train_peer = "train_peer"
     smoke = "smoke"
     all = "all"
 
@@ -382,6 +383,20 @@ class PeerConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class TrainPeerConfig:
+    """Another trainer of the same draft on the same batches: what `command` reads and writes, train/peer.py tells.
+
+    Its steps and ours are timed in turn, `steps` in each of `repeats` passes. With `quality_steps` both also train for
+    so many, the other one by its published recipe and by ours, and the drafts are evaluated on held-out texts.
+    """
+
+    command: list[str] = dataclasses.field(default_factory=list)
+    steps: int = 24
+    repeats: int = 3
+    quality_steps: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
 class TrackingConfig:
     """MLflow. `uri` null: a SQLite file under `output_dir`."""
 
@@ -406,6 +421,7 @@ class PipelineConfig:
     bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
     roofline: RooflineConfig = dataclasses.field(default_factory=RooflineConfig)
     peer: PeerConfig = dataclasses.field(default_factory=PeerConfig)
+    train_peer: TrainPeerConfig = dataclasses.field(default_factory=TrainPeerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     topology: str = "v6e:2x4"
     compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)

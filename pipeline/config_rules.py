@@ -1,9 +1,11 @@
 """The rules that the values of a configuration must keep, and one error that lists all that break them."""
 
 import dataclasses
+import datetime
 import math
 import re
 import urllib.parse
+from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import PipelineError
@@ -73,11 +75,18 @@ def validate(config: PipelineConfig) -> None:
             )
     if config.bench.max_new_tokens == 1:
         broken.append("bench.max_new_tokens is 1; the first token is prefill's: at least 2 are needed to time decoding")
+    if config.train_peer.steps < 4:
+        broken.append(f"train_peer.steps is {config.train_peer.steps}; the first three are not counted: at least 4")
     if not 0 <= config.train.warmup_ratio < 1:
         broken.append(f"train.warmup_ratio is {config.train.warmup_ratio}; it must be at least 0 and below 1")
     if config.train.weight_decay < 0:
         broken.append(f"train.weight_decay is {config.train.weight_decay}; it must not be negative")
     broken += _prompts(config.prompts, config.serve.date) + _teacher_cache(config.teacher_cache) + _train(config)
+    exported = config.export.path
+    if exported and "://" in exported:
+        broken.append(f"export.path is {exported}; a draft is written to a disk and served from one: give a directory")
+    if config.stage in (Stage.export, Stage.all) and exported and "dflash" not in Path(exported).name.lower():
+        broken.append(f"export.path is {exported}; its last part must contain dflash, by which vLLM knows the method")
     if draft.tapped_layers is not None and sorted(set(draft.tapped_layers)) != draft.tapped_layers:
         broken.append(f"draft.tapped_layers is {draft.tapped_layers}; ids must ascend without repeats")
     if uses_hosts(config.mesh) and config.stage not in ON_HOSTS:
@@ -92,7 +101,7 @@ def validate(config: PipelineConfig) -> None:
 def _prompts(prompts: PromptsConfig, serve_date: str | None) -> list[str]:
     broken = []
     for key, day in (("prompts.date", prompts.date), ("serve.date", serve_date)):
-        if day is not None and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", day):
+        if day is not None and not _is_day(day):
             broken.append(f"{key} is {day!r}; it must be a day such as 2025-08-05")
     for name, value in (("dataset_subset", prompts.dataset_subset), ("dataset_revision", prompts.dataset_revision)):
         if value is not None and prompts.source is not PromptSource.dataset:
@@ -108,6 +117,13 @@ def _prompts(prompts: PromptsConfig, serve_date: str | None) -> list[str]:
             f"prompts.effort_mix is {mix}; it must give low, medium or high shares of at least 0, one above it"
         )
     return broken
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _is_plain_url(url: str) -> bool:
@@ -161,6 +177,11 @@ def _train(config: PipelineConfig) -> list[str]:
         broken.append(f"train.init_revision is {train.init_revision}; it goes with a hub id in train.init")
     if train.features is FeatureSource.cached and config.teacher_cache.features is FeatureStore.none:
         broken.append("teacher_cache.features is none; train.features=cached reads them: store them, or train live")
+    if train.pack_tokens is not None and train.features is FeatureSource.live:
+        broken.append(
+            f"train.pack_tokens is {train.pack_tokens}; the target reads one sequence a row: leave it null with "
+            "train.features=live"
+        )
     if train.distillation and train.features is FeatureSource.cached:
         broken.append(
             f"train.distillation is {train.distillation}; the target's distribution is not stored: it needs "
@@ -176,7 +197,7 @@ _POSITIVE = frozenset(
     "max_new_tokens batch_size shard_sequences num_tapped_layers rope_theta batch_sequences anchors_per_sequence "
     "clip_grad loss_decay slots max_length prefill_chunk num_prompts prompt_tokens repeats data expert tensor "
     "num_processes num_writers concurrency timeout_seconds pack_tokens accumulation fsdp tolerance rope_positions "
-    "context prefill_tokens verify_tokens expert_tokens".split()
+    "context prefill_tokens verify_tokens expert_tokens quality_steps".split()
 )
 
 

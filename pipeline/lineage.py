@@ -34,7 +34,7 @@ from pipeline.dflash.contract import (
     TextIdentity,
     require_match,
 )
-from pipeline.model import checkpoints
+from pipeline.model import checkpoints, hf_draft
 from pipeline.model.draft import DraftConfig
 from pipeline.model.gpt_oss_config import GptOssConfig
 from pipeline.model.rope import Rope
@@ -46,7 +46,8 @@ from pipeline.prompts.efforts import EffortMix
 GENERATED_PROMPTS = 3072  # of sources without an end
 REMEMBERED = "sha256.json"  # of large files, under output_dir
 TARGET, TEACHER_CACHE, CHECKPOINT, DRAFT = "target", "teacher_cache", "checkpoint", "draft"
-DRAFT_CONFIG, EVALUATION = "draft_config.json", "evaluation.json"  # in a checkpoint; the latter in a draft too
+DRAFT_CONFIG, DATA = "draft_config.json", "data.json"  # in a checkpoint
+EVALUATION = "evaluation.json"  # in a checkpoint and in a draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,10 +364,10 @@ def checkpoint_settings(config: PipelineConfig, target: Target, cache_fingerprin
     return {"teacher_cache": cache_fingerprint, "draft": draft, "train": train, "seed": config.seed}
 
 
-def checkpoint_address(config: PipelineConfig, target: Target) -> Path:
-    """Where the trained checkpoint of this configuration lives."""
+def checkpoint_address(config: PipelineConfig, target: Target) -> Place:
+    """Where the trained checkpoint of this configuration lives; one that was copied to a bucket is read from there."""
     if config.train.path is not None:
-        return Path(config.train.path)
+        return places.place_of(config.train.path)
     settings = checkpoint_settings(config, target, teacher_cache(config, target).fingerprint)
     return artifacts.address(Path(config.output_dir), CHECKPOINT, config.target.name, settings)
 
@@ -378,16 +379,16 @@ def checkpoint(config: PipelineConfig, target: Target) -> Artifact:
     return made
 
 
-def export_settings(checkpoint_fingerprint: str) -> dict[str, Any]:
-    """What decides the bytes of an exported draft."""
-    return {"checkpoint": checkpoint_fingerprint, "dtype": "bfloat16"}
+def export_settings(config: PipelineConfig, checkpoint_fingerprint: str) -> dict[str, Any]:
+    """What decides the bytes of an exported draft; its tolerance decides whether there is one."""
+    return {"checkpoint": checkpoint_fingerprint, "dtype": "bfloat16", "num_prompts": config.export.num_prompts}
 
 
 def export_address(config: PipelineConfig, target: Target) -> Path:
     """Where the exported draft of this configuration lives; `dflash` in the name is how vLLM knows it."""
     if config.export.path is not None:
         return Path(config.export.path)
-    settings = export_settings(checkpoint(config, target).fingerprint)
+    settings = export_settings(config, checkpoint(config, target).fingerprint)
     return artifacts.address(Path(config.output_dir), DRAFT, f"{config.target.name}-dflash", settings)
 
 
@@ -401,7 +402,28 @@ def exported_draft(config: PipelineConfig, target: Target) -> Artifact:
     given = config.export.path is not None
     wanted = target.contract if given else draft_contract(config, target, {})
     _require(made, wanted, "export")
+    own_draft_config(made)
     return made
+
+
+def own_draft_config(made: Artifact) -> DraftConfig:
+    """The draft of a checkpoint or of an exported draft, as the artifact's own config file describes it.
+
+    Raises PipelineError when the artifact's contract describes another one: runtimes read the file alone.
+    """
+    name, stage = (DRAFT_CONFIG, "train") if made.kind == CHECKPOINT else ("config.json", "export")
+    if name not in made.files:
+        raise PipelineError(f"{made.path} holds no {name}; delete it and run: {command(stage)}")
+    draft = hf_draft.config_from_hf(json.loads((made.path / name).read_text()))
+    contract = Contract.from_json(made.contract)
+    features = FeatureIdentity(tapped_layers=list(draft.tapped_layers))
+    require_match(
+        dataclasses.replace(contract, features=features, draft=draft_identity(draft)),
+        contract,
+        what=f"{made.path / name}",
+        mend=f"the file was changed after it was made; delete {made.path} and run: {command(stage)}",
+    )
+    return draft
 
 
 def command(stage: str) -> str:

@@ -34,7 +34,7 @@ def run_oracle(script: str, **options: object) -> None:
     command = [str(oracle_python()), str(TESTS / "oracles" / f"{script}.py")]
     for key, value in options.items():
         command += [f"--{key}", str(value)]
-    result = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    result = subprocess.run(command, env=oracle_variables(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     if result.returncode != 0:
         raise AssertionError(
             f"oracle {script} ended with {result.returncode}: {' '.join(command)}\n"
@@ -42,7 +42,7 @@ def run_oracle(script: str, **options: object) -> None:
         )
 
 
-def _environment() -> dict[str, str]:
+def oracle_variables() -> dict[str, str]:
     """This process's, without what would lead the oracle to our packages, a GPU or the network."""
     ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     return {key: value for key, value in os.environ.items() if key not in ours} | {

@@ -9,6 +9,7 @@ from pipeline.artifacts import PipelineError
 from pipeline.config import (
     DraftConfig,
     Effort,
+    FeatureSource,
     Generator,
     PipelineConfig,
     Precision,
@@ -50,6 +51,15 @@ def test_defaults_are_valid():
         pytest.param({"draft__head_dim": 7}, "draft.head_dim is 7; rotary embedding", id="odd head"),
         pytest.param({"train__warmup_ratio": 1.0}, "train.warmup_ratio is 1.0", id="nothing but warm-up"),
         pytest.param({"train__weight_decay": -0.1}, "train.weight_decay is -0.1", id="negative decay"),
+        pytest.param(
+            {"train__distillation": 0.5}, "train.distillation is 0.5; the target's distribution", id="distils"
+        ),
+        pytest.param({"train__accumulation": 3}, "train.accumulation is 3; it must divide", id="uneven parts"),
+        pytest.param(
+            {"train__pack_tokens": 512, "train__features": FeatureSource.live},
+            "train.pack_tokens is 512; the target reads one sequence a row",
+            id="packed and live",
+        ),
         pytest.param({"bench__max_new_tokens": 1}, "bench.max_new_tokens is 1; the first token", id="no decoding"),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
         pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),
@@ -57,7 +67,7 @@ def test_defaults_are_valid():
         pytest.param({"prompts__source": PromptSource.jsonl}, "prompts.path is null", id="jsonl without a file"),
         pytest.param({"prompts__source": PromptSource.dataset}, "prompts.dataset is null", id="dataset without a name"),
         pytest.param({"prompts__date": "5 August"}, "prompts.date is '5 August'; it must be a day", id="date"),
-        pytest.param({"serve__date": "2025"}, "serve.date is '2025'; it must be a day", id="date served"),
+        pytest.param({"serve__date": "2025-02-30"}, "serve.date is '2025-02-30'; it must be a day", id="date served"),
         pytest.param({"prompts__effort_mix": {"max": 1.0}}, "prompts.effort_mix is {'max': 1.0}", id="effort"),
         pytest.param({"prompts__effort_mix": {"low": -0.5}}, "shares of at least 0", id="negative share"),
         pytest.param({"prompts__effort_mix": {"low": float("nan")}}, "shares of at least 0", id="share that is none"),
@@ -89,6 +99,14 @@ def test_defaults_are_valid():
         pytest.param({"draft__tapped_layers": [3, 1]}, "draft.tapped_layers is [3, 1]", id="descending layers"),
         pytest.param({"draft__tapped_layers": [1, 1]}, "draft.tapped_layers is [1, 1]", id="a layer twice"),
         pytest.param({"serve__port": 65536}, "serve.port is 65536", id="port out of range"),
+        pytest.param(
+            {"export__path": "gs://bucket/dflash"}, "export.path is gs://bucket/dflash", id="draft in a bucket"
+        ),
+        pytest.param(
+            {"stage": Stage.export, "export__path": "drafts/mine"},
+            "export.path is drafts/mine",
+            id="a name without dflash",
+        ),
     ],
 )
 def test_a_broken_rule_is_told_with_its_key_and_value(changes, told):

@@ -19,6 +19,7 @@ from pipeline.config import (
     PromptSource,
     TargetConfig,
 )
+from pipeline.model import hf_draft
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_an_address_follows_its_parents_fingerprint(config):
     target = lineage.target(config)
     other = dataclasses.replace(target, fingerprint="another target")
     assert lineage.teacher_cache_address(config, other) != lineage.teacher_cache_address(config, target)
-    assert lineage.export_settings("one") != lineage.export_settings("other")
+    assert lineage.export_settings(config, "one") != lineage.export_settings(config, "other")
 
 
 def test_other_weights_in_the_same_place_are_another_target(tmp_path):
@@ -211,10 +212,11 @@ def test_a_cache_of_something_else_is_refused_with_every_field(config, prepared)
 
 
 def sealed_draft(config, path):
-    """Files do not matter here, only what is said of them."""
-    scratch = artifacts.open_scratch(path, resume=False)
-    (scratch / "weights").write_text("x")
-    contract = lineage.draft_contract(config, lineage.target(config), {})
+    """Weights do not matter here, only what is said of them."""
+    scratch, target = artifacts.open_scratch(path, resume=False), lineage.target(config)
+    sizes = lineage.draft_config(config, target)
+    artifacts.write_json(scratch / "config.json", hf_draft.config_to_hf(sizes, "float32", {}))
+    contract = lineage.draft_contract(config, target, {})
     artifacts.seal(path, kind=lineage.DRAFT, settings={}, contract=contract.to_json())
     return str(path)
 
@@ -223,6 +225,23 @@ def test_any_draft_given_by_path_is_served_that_shares_the_target(config, tmp_pa
     config.export.path = sealed_draft(config, tmp_path / "draft")
     config.draft.block_size, config.draft.tapped_layers = 3, [1, 2]  # this configuration's, not the given draft's
     assert lineage.exported_draft(config, lineage.target(config)).contract["draft"]["block_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("mask_token_id", 5, "draft.mask_token_id: found 5, wanted 60"),
+        ("target_layer_ids", [0, 1], r"features.tapped_layers: found \[0, 1\], wanted \[0, 2\]"),
+    ],
+)
+def test_a_draft_whose_file_is_not_what_its_contract_says_is_refused(config, tmp_path, key, value, problem):
+    config.export.path = sealed_draft(config, tmp_path / "draft")
+    target, file = lineage.target(config), tmp_path / "draft" / "config.json"
+    values = json.loads(file.read_text())
+    values["dflash_config"][key] = value
+    file.write_text(json.dumps(values, indent=2, sort_keys=True).ljust(file.stat().st_size))  # of the same size
+    with pytest.raises(PipelineError, match=problem):
+        lineage.exported_draft(config, target)
 
 
 def test_a_draft_of_another_target_or_tokenizer_is_refused(config, tmp_path):

@@ -21,6 +21,7 @@ from pipeline.config import (
     DraftConfig,
     FeatureSource,
     FeatureStore,
+    LossWeights,
     PipelineConfig,
     TargetConfig,
     TeacherCacheConfig,
@@ -114,7 +115,14 @@ def configuration(root: Path, **train: object) -> PipelineConfig:
             intermediate_size=36,
             mask_token=MASK_TOKEN,
         ),
-        train=TrainConfig(**{**defaults, **train, "features": FeatureSource(train.get("features", "cached"))}),
+        train=TrainConfig(
+            **{
+                **defaults,
+                **train,
+                "features": FeatureSource(train.get("features", "cached")),
+                "loss_weights": LossWeights(train.get("loss_weights", "decay")),
+            }
+        ),
     )
 
 

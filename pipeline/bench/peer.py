@@ -12,20 +12,15 @@ where the seconds leave the first token, and with it prefill, out.
 """
 
 import dataclasses
-import json
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import PipelineError
+from pipeline import other_program
 from pipeline.bench.arms import run_pass
 from pipeline.serve.engine import Engine
 from pipeline.serve.scheduler import Request
-
-ERROR_LINES = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,14 +76,4 @@ def compare(
 
 def run_peer(command: Sequence[str], given: dict[str, Any]) -> list[dict[str, Any]]:
     """Run the other program once. Raises PipelineError with the end of what it said when it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder) / "in.json", Path(folder) / "out.json"
-        asked.write_text(json.dumps(given))
-        try:
-            made = subprocess.run([*command, str(asked), str(told)], capture_output=True, text=True)
-        except OSError as error:
-            raise PipelineError(f"peer.command cannot be run: {error}; give a program and its arguments") from error
-        if made.returncode or not told.is_file():
-            said = "\n  ".join(made.stderr.splitlines()[-ERROR_LINES:])
-            raise PipelineError(f"peer.command {' '.join(command)} ended with {made.returncode}:\n  {said}")
-        return json.loads(told.read_text())["outputs"]
+    return other_program.ask(command, given, "peer.command")["outputs"]

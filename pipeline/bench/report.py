@@ -7,10 +7,10 @@ from pipeline.bench.arms import Comparison
 from pipeline.bench.losslessness import Losslessness
 
 
-def results(comparison: Comparison, lossless: Losslessness, trained: dict[str, float] | None) -> dict[str, Any]:
+def results(comparison: Comparison, lossless: Losslessness, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Everything measured, JSON-ready; speeds are decode tokens per second.
 
-    `trained` is the training evaluation's acceptance, when the draft carries one.
+    `said` is what the draft carries of its evaluations: `heldout` by the training, `engine` by the export.
     """
     plain = [one.tokens_per_second for one in comparison.plain]
     dflash = [one.tokens_per_second for one in comparison.dflash]
@@ -30,9 +30,12 @@ def results(comparison: Comparison, lossless: Losslessness, trained: dict[str, f
         "tied_answers": len(lossless.differences) - len(lossless.bugs),
         "wrong_answers": len(lossless.bugs),
     }
-    if trained is not None:
-        measured["training_accept_length"] = trained["accept_length"]
-        measured["engine_over_training"] = comparison.acceptance.accept_length / trained["accept_length"]
+    if "heldout" in said:
+        trained = said["heldout"]["accept_length"]
+        measured["training_accept_length"] = trained
+        measured["engine_over_training"] = comparison.acceptance.accept_length / trained
+    if "engine" in said:
+        measured["export_accept_length"] = said["engine"]["accept_length"]
     return measured
 
 
@@ -54,6 +57,8 @@ def table(measured: dict[str, Any], block_size: int) -> str:
     if "training_accept_length" in measured:
         ratio = measured["engine_over_training"]
         rows.append(("training said", f"accept_length {measured['training_accept_length']:.3f} (engine {ratio:.1%})"))
+    if "export_accept_length" in measured:
+        rows.append(("export found", f"accept_length {measured['export_accept_length']:.3f}"))
     rows.append(("measured on", f"{measured['num_prompts']} prompts, {measured['decode_tokens']} tokens"))
     width = max(len(name) for name, _ in rows)
     ruler = "-" * (width + 2 + max(len(value) for _, value in rows))

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline import artifacts, hosts, lineage
 from pipeline.artifacts import PipelineError
@@ -61,7 +62,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     )
     slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
     lossless = losslessness.compare(slow, fast, requests, weights, model, here.run, here.mesh)
-    measured = report.results(comparison, lossless, _trained(config, exported.path))
+    measured = report.results(comparison, lossless, _said(config, exported.path))
     print(report.table(measured, draft_config.block_size), flush=True)
 
     contract = Contract.from_json(exported.contract)
@@ -83,12 +84,12 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     return measured
 
 
-def _trained(config: PipelineConfig, draft: Path) -> dict[str, float] | None:
-    """What the training evaluation said of the held-out texts, where this measures the same texts."""
+def _said(config: PipelineConfig, draft: Path) -> dict[str, Any]:
+    """What training and export said of the held-out texts, where this measures such texts."""
     evaluation = draft / lineage.EVALUATION
     if config.bench.prompt_tokens is not None or not evaluation.is_file():
-        return None
-    return json.loads(evaluation.read_text())["heldout"]
+        return {}
+    return json.loads(evaluation.read_text())
 
 
 def _longest(requests: list[Request]) -> int:

@@ -30,6 +30,9 @@ _CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_LOOP = re.compile(r"condition=%([\w.-]+), body=%([\w.-]+)")
+_ELEMENT = re.compile(r"index=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -50,7 +53,8 @@ class Shape:
 class Instruction:
     """One line: the arrays it makes, what it does, to what, and the rest of the line.
 
-    `is_near` tells that what it makes (first) lies in the memory beside the cores instead of in HBM.
+    `is_near` tells that what it makes (first) lies in the memory beside the cores instead of in HBM. `literal` is the
+    value of a constant.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     is_near: bool = False
+    literal: str = ""
 
     @property
     def op_name(self) -> str:
@@ -88,14 +93,25 @@ class Program:
         return (one for one in self.computations[self.entry] if one.opcode == "parameter")
 
     def collectives(self) -> list[Collective]:
-        """Everything exchanged; in a loop that runs a known number of times as often as that, else once."""
+        """Everything exchanged; in a loop that runs a known number of times as often as that, else once.
+
+        A TPU's program takes an exchange in steps beside other work, in a loop too, each written as the whole exchange,
+        all on one channel: that is one exchange.
+        """
         times = self._times()
-        found: collections.Counter[tuple[str, Shape]] = collections.Counter()
+        on_channel: dict[str, tuple[str, Shape, int]] = {}
         for computation, instructions in self.computations.items():
             for one in instructions:
                 kind = one.opcode.removesuffix("-start")
                 if kind in COLLECTIVES and times[computation]:
-                    found[kind, max(one.shapes, key=lambda shape: shape.num_bytes)] += times[computation]
+                    channel = _CHANNEL.search(one.attributes)
+                    shape = max(one.shapes, key=lambda shape: shape.num_bytes)
+                    name = channel[1] if channel else f"{computation} {one.name}"
+                    before = on_channel.get(name, (kind, shape, times[computation]))[2]
+                    on_channel[name] = (kind, shape, min(before, times[computation]))
+        found: collections.Counter[tuple[str, Shape]] = collections.Counter()
+        for kind, shape, count in on_channel.values():
+            found[kind, shape] += count
         return [Collective(kind, shape, count) for (kind, shape), count in found.items()]
 
     def readers(self, parameter: str) -> list[Instruction]:
@@ -132,6 +148,23 @@ class Program:
                     uses[computation, operand].append(one)
         return uses
 
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs: as XLA notes, or by the bound and step of its counter; 1 when neither is known.
+
+        Counters begin at 0.
+        """
+        noted = _TRIPS.search(loop.attributes)
+        parts = _LOOP.search(loop.attributes)
+        if noted or not parts:
+            return int(noted[1]) if noted else 1
+        condition, body = ({one.name: one for one in self.computations[name]} for name in parts.groups())
+        for compare in condition.values():
+            if compare.opcode == "compare" and "direction=LT" in compare.attributes:
+                counter, bound = (condition.get(name) for name in compare.operands)
+                if counter and bound and bound.literal.isdecimal():
+                    return -(-int(bound.literal) // _step(body, counter))
+        return 1
+
     def _times(self) -> collections.Counter[str]:
         """How often each computation runs in a run of the program."""
         times: collections.Counter[str] = collections.Counter()
@@ -139,9 +172,9 @@ class Program:
         def run(computation: str, count: int) -> None:
             times[computation] += count
             for one in self.computations[computation]:
-                trips = _TRIPS.search(one.attributes)
+                trips = self._trips(one) if one.opcode == "while" else 1
                 for inner in _called(one):
-                    run(inner, count * (int(trips[1]) if trips and one.opcode == "while" else 1))
+                    run(inner, count * trips)
 
         run(self.entry, 1)
         return times
@@ -193,7 +226,8 @@ def _instruction(name: str, rest: str) -> Instruction:
         Shape(found[1], tuple(int(size) for size in found[2].split(",") if size)) for found in _ARRAY.finditer(kind)
     )
     first = kind.split(", ")[0]
-    return Instruction(name, shapes, opcode, tuple(_OPERAND.findall(inside)), attributes, NEAR in first)
+    literal = inside if opcode == "constant" else ""
+    return Instruction(name, shapes, opcode, tuple(_OPERAND.findall(inside)), attributes, NEAR in first, literal)
 
 
 def _split_type(text: str) -> tuple[str, str]:
@@ -213,6 +247,19 @@ def _split_parenthesis(text: str) -> tuple[str, str]:
         if depth == 0:
             return text[:place], text[place + 1 :]
     raise ValueError(f"a parenthesis is not closed in {text[:80]!r}")
+
+
+def _step(body: dict[str, Instruction], counter: Instruction) -> int:
+    """What a run of a loop adds to the element of its state that `counter` reads; 1 when it is not seen."""
+    element = _ELEMENT.search(counter.attributes)
+    state = list(body.values())[-1]
+    if element and state.opcode == "tuple" and int(element[1]) < len(state.operands):
+        new = body.get(state.operands[int(element[1])])
+        added = [body[name].literal for name in new.operands if name in body] if new and new.opcode == "add" else []
+        steps = [int(literal) for literal in added if literal.isdecimal() and int(literal) > 0]
+        if len(steps) == 1:
+            return steps[0]
+    return 1
 
 
 def _called(instruction: Instruction) -> list[str]:

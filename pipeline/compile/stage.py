@@ -102,15 +102,19 @@ def _training(config: PipelineConfig, sizes: Serving, draft: DraftConfig) -> Any
     environment.prepare()
     from pipeline.train import lowered  # imports EasyDeL, which only now can be
 
-    cache, devices = config.teacher_cache, list(sizes.mesh.devices.flat)
-    rows = -(-config.train.batch_sequences // len(devices)) * len(devices)
-    recipe = recipe_of(config.train, draft, config.seed, jnp.dtype(programs.DTYPE))
+    train, devices = config.train, list(sizes.mesh.devices.flat)
+    unit = len(devices) * train.accumulation
+    rows = -(-train.batch_sequences // unit) * unit
+    recipe = recipe_of(train, draft, config.seed, jnp.dtype(programs.DTYPE))
+    longest = config.teacher_cache.max_prompt_tokens + config.teacher_cache.max_new_tokens
+    num_positions = train.pack_tokens or longest
     return lowered.lowered_step(
         draft,
         dataclasses.replace(recipe, batch_sequences=rows),
         devices,
-        num_positions=cache.max_prompt_tokens + cache.max_new_tokens,
-        num_anchors=config.train.anchors_per_sequence,
+        num_positions=num_positions,
+        num_anchors=-(-train.anchors_per_sequence * max(num_positions, longest) // longest),
+        packed=train.pack_tokens is not None,
     )
 
 

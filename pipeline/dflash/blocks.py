@@ -3,7 +3,8 @@
 A block has K slots. Slot 0 holds the anchor, the last certain token; slots 1..K-1 hold the mask token and
 predict the token at their own position. A block sees the target's features at positions strictly before its
 anchor and its own slots, in both directions, and never another block. A row of tokens is one sequence, or several
-end to end; then `starts` gives, for every token, where in the row its own sequence begins (in padding: the row's length).
+end to end; then `starts` gives, for every token, where in the row its own sequence begins, and in padding the row's
+length.
 Source: ../shared/reference/dflash.md sections 1.2 and 4.2.
 """
 

@@ -1,7 +1,10 @@
-"""Reading EasyDeL's run directories without EasyDeL: zarr arrays under the paths of `DraftWeights`."""
+"""Reading EasyDeL's run directories without EasyDeL: zarr arrays under the paths of `DraftWeights`.
+
+However many devices wrote an array, in however many chunks, it is read whole; from a disk or from a bucket.
+"""
 
 import json
-from pathlib import Path
+import re
 from typing import Any
 
 import jax
@@ -9,46 +12,86 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
+from pipeline import places
 from pipeline.artifacts import PipelineError
 from pipeline.model import draft
 from pipeline.model.checkpoints import weight_paths
 from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.places import Place
 
-INDEX, PREFIX = "tensorstore_index.json", "model"
+INDEX = "tensorstore_index.json"
+WEIGHTS = re.compile("(model/)()")
+AVERAGE = re.compile(r"(tx/\d+/average/).*(/value)$")  # train/optimizer.py keeps it, in a place of the chain
 MEND = "delete the checkpoint and run stage=train again"
 
 
-def read_checkpoint(run: Path, config: DraftConfig) -> DraftWeights:
-    """The float32 weights of a run directory (`run-<step>`).
+def read_checkpoint(run: Place, config: DraftConfig) -> DraftWeights:
+    """The float32 weights that a run directory (`run-<step>`) stands for: the average of them, where one is kept.
 
-    Raises PipelineError naming every array that is missing, unexpected, misshapen or not finite.
+    Raises PipelineError naming every array that is missing, wholly or in part, unexpected, misshapen or not finite.
     """
-    index = json.loads((run / INDEX).read_text())
-    stored = {entry["path"] for entry in index["prefixes"][PREFIX]}
+    stored, (head, tail) = _stored(run)
     shapes = draft.weight_shapes(config)
-    wanted = {f"{PREFIX}/{path.replace('.', '/')}": shape for path, shape in weight_paths(shapes)}
+    wanted = {f"{head}{path.replace('.', '/')}{tail}": shape for path, shape in weight_paths(shapes)}
+    found = _read_all(run, wanted.keys() & stored)
     problems = [f"{path}: unexpected" for path in sorted(stored - wanted.keys())]
-    leaves = []
-    for path, shape in wanted.items():
-        array = _read(run / path) if path in stored else None
-        if array is None:
-            problems.append(f"{path}: missing")
-        elif array.shape != shape.shape or array.dtype != np.float32:
-            problems.append(f"{path}: {array.dtype} {list(array.shape)}, wanted float32 {list(shape.shape)}")
-        elif not np.isfinite(array).all():
-            problems.append(f"{path}: not finite")
-        else:
-            leaves.append(jnp.asarray(array))
+    problems += [
+        f"{path}: {problem}"
+        for path, shape in wanted.items()
+        if (problem := _problem(found.get(path, "missing"), shape)) is not None
+    ]
     if problems:
         raise PipelineError(f"{run}: {len(problems)} array(s) wrong; {MEND}\n  " + "\n  ".join(problems))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [jnp.asarray(found[path]) for path in wanted])
 
 
-def _read(path: Path) -> np.ndarray | None:
-    store: dict[str, Any] = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
+def holds_weights(name: str) -> bool:
+    """Whether a file of a run directory is a part of what `read_checkpoint` reads, or may be."""
+    return name == INDEX or name.startswith("model/") or "/average/" in name
+
+
+def _stored(run: Place) -> tuple[set[str], tuple[str, str]]:
+    """The weights' arrays that EasyDeL says it wrote, and how their paths begin and end."""
     try:
-        return np.asarray(tensorstore.open(store, open=True, read=True).result().read().result())
+        index = json.loads((run / INDEX).read_text())
+        paths = [entry["path"] for entries in index["prefixes"].values() for entry in entries]
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise PipelineError(f"{run} is no run directory of EasyDeL's ({INDEX}: {error!r}); {MEND}") from error
+    for kind in (AVERAGE, WEIGHTS):
+        found = {path: match.groups() for path in paths if (match := kind.match(path))}
+        if len(set(found.values())) == 1:
+            return set(found), next(iter(found.values()))
+    raise PipelineError(f"{run} holds no weights ({INDEX} names {len(paths)} other arrays); {MEND}")
+
+
+def _problem(array: np.ndarray | str, shape: jax.ShapeDtypeStruct) -> str | None:
+    if isinstance(array, str):
+        return array
+    if array.shape != shape.shape or array.dtype != np.float32:
+        return f"{array.dtype} {list(array.shape)}, wanted float32 {list(shape.shape)}"
+    return None if np.isfinite(array).all() else "not finite"
+
+
+def _read_all(run: Place, paths: set[str]) -> dict[str, np.ndarray | str]:
+    """Arrays, or what they lack, by path; all are on their way at once, which a bucket needs to be quick."""
+    opened = {path: tensorstore.open(_spec(run, path), context=places.context()) for path in sorted(paths)}
+    arrays = {path: _result(run, path, future) for path, future in opened.items()}
+    reading = {path: array if isinstance(array, str) else array.read() for path, array in arrays.items()}
+    return {path: one if isinstance(one, str) else _result(run, path, one) for path, one in reading.items()}
+
+
+def _spec(run: Place, path: str) -> dict[str, Any]:
+    # a chunk that is not there would be read as zeros
+    lies = places.kvstore(run / path)
+    return {"driver": "zarr", "kvstore": lies, "open": True, "fill_missing_data_reads": False}
+
+
+def _result(run: Place, path: str, future: Any) -> Any:
+    """What a future holds; a text when the array or a chunk of it is not there."""
+    try:
+        return future.result()
     except ValueError as error:
-        if "NOT_FOUND" in str(error):
-            return None
-        raise PipelineError(f"{path} cannot be read ({error}); {MEND}") from error
+        told = str(error).splitlines()[0]
+        if "NOT_FOUND" not in told:
+            raise PipelineError(f"{run / path} cannot be read ({told}); {MEND}") from error
+        return f"missing ({told})" if "chunk" in told else "missing"

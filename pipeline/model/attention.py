@@ -193,10 +193,12 @@ def block_attention(
     fitting = num_devices * MAX_SCORES // (batch * num_heads * block_size * context_keys.shape[1])
     if fitting >= num_blocks:
         return _blocks(queries, context_keys, context_values, visible, block_keys, block_values)
-    size = max(divisor for divisor in range(1, max(1, fitting) + 1) if num_blocks % divisor == 0)
+    num_parts = -(-num_blocks // max(1, fitting))
+    size = -(-num_blocks // num_parts)
 
     def parts(array: Array) -> Array:
-        return jnp.moveaxis(array.reshape(batch, num_blocks // size, size, *array.shape[2:]), 1, 0)
+        spare = [(0, 0), (0, num_parts * size - num_blocks)] + [(0, 0)] * (array.ndim - 2)
+        return jnp.moveaxis(jnp.pad(array, spare).reshape(batch, num_parts, size, *array.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def one(part: tuple[Array, ...]) -> Float[Array, "B a K N H"]:
@@ -204,7 +206,7 @@ def block_attention(
         return _blocks(some_queries, context_keys, context_values, some_visible, *own)
 
     made = jax.lax.map(one, tuple(map(parts, (queries, visible, block_keys, block_values))))
-    return jnp.moveaxis(made, 0, 1).reshape(queries.shape)
+    return jnp.moveaxis(made, 0, 1).reshape(batch, num_parts * size, *queries.shape[2:])[:, :num_blocks]
 
 
 def _blocks(

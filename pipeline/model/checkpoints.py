@@ -103,7 +103,13 @@ def load_draft(
     is_transposed = lies_transposed(dtype)
     files = TensorFiles(directory)
     by_path = {path: leaf.shape for path, leaf in weight_paths(shapes)}
-    wrong = files.differences(hf_draft.expected_tensors(by_path, lies_transposed=is_transposed))
+    expected = hf_draft.expected_tensors(by_path, lies_transposed=is_transposed)
+    if {f"model.{name}" for name in expected} == files.names:
+        raise PipelineError(
+            f"{directory}: every tensor's name begins with 'model.', which vLLM cannot open and sglang-jax does not "
+            "find; write the draft again with names as z-lab has them, without it"
+        )
+    wrong = files.differences(expected)
 
     def source_of(path: str) -> Source:
         return hf_draft.source_of(path, lies_transposed=is_transposed)
@@ -223,4 +229,4 @@ def _is_place(value: Any) -> bool:
 
 
 def _first_device() -> Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

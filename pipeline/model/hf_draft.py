@@ -34,6 +34,16 @@ _NAMES = {
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
 }
+_INNER = {"tapped_layers": "target_layer_ids", "mask_token_id": "mask_token_id", "block_size": "block_size"}
+# a key that is absent or null means the same
+_PLAIN_INNER = {
+    "causal": False,
+    "use_swa": False,
+    "input_embedding_scale": 1,
+    "output_multiplier": 1,
+    "final_logit_softcapping": None,
+}
+_PLAIN = {"hidden_act": "silu", "is_causal": False, **_PLAIN_INNER}
 _KERNELS = {"fuse", "query", "key", "value", "output", "gate", "up", "down"}
 
 
@@ -83,35 +93,94 @@ def config_to_hf(config: DraftConfig, dtype: str, token_ids: Mapping[str, int]) 
 
 
 def config_from_hf(config: dict[str, Any]) -> DraftConfig:
-    """Read a draft's `config.json`. Raises PipelineError naming every key that is missing or not supported."""
-    inner = config.get("dflash_config") or {}
-    found = {
-        "tapped_layers": inner.get("target_layer_ids", config.get("target_layer_ids")),
-        "mask_token_id": inner.get("mask_token_id", config.get("mask_token_id")),
-        "block_size": inner.get("block_size", config.get("block_size")),
-    }
+    """Read a draft's `config.json`, ours or a published one (dflash.md sections 2.2 and 2.3).
+
+    The three values of `dflash_config` may be at top level instead; RoPE may be in either spelling. Raises
+    PipelineError naming every key that is missing, contradicts another one, or asks for a network that is not ours.
+    """
     sizes = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "head_dim num_target_layers rms_norm_eps"
     ).split()
-    found |= {key: config.get(key) for key in sizes}
+    found = {field: _twice(config, key) for field, key in _INNER.items()} | {key: config.get(key) for key in sizes}
     wrong = [f"{key}: missing" for key, value in found.items() if value is None]
-    if "DFlashDraftModel" not in config.get("architectures", []):
-        wrong.append(f"architectures: found {config.get('architectures')}, wanted ['DFlashDraftModel']")
-    if config.get("is_causal") or inner.get("causal"):
-        wrong.append("is_causal: found true, wanted false (only non-causal drafts are run)")
-    kinds = set(config.get("layer_types") or ["full_attention"])
-    if kinds != {"full_attention"}:
-        wrong.append(f"layer_types: found {sorted(kinds)}, wanted full_attention alone")
+    wrong += _contradictions(config) + _unsupported(config)
+    if not wrong:
+        wrong = _impossible(found)
+    try:
+        rope = Rope.from_hf(config)
+    except PipelineError as error:
+        wrong.append(str(error))
     if wrong:
         raise PipelineError("config.json is not a draft that can be run:\n  " + "\n  ".join(wrong))
     found["tapped_layers"] = tuple(found["tapped_layers"])
     return DraftConfig(
         **found,
-        rope=Rope.from_hf(config),
+        rope=rope,
         attention_bias=bool(config.get("attention_bias", False)),
         max_position_embeddings=config.get("max_position_embeddings", 131072),
     )
+
+
+def _inner(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("dflash_config") or {}
+
+
+def _twice(config: dict[str, Any], key: str) -> Any:
+    """A value that runtimes look for in `dflash_config`, then at top level."""
+    value = _inner(config).get(key)
+    return config.get(key) if value is None else value
+
+
+def _contradictions(config: dict[str, Any]) -> list[str]:
+    """Runtimes differ in which of the two places they read first."""
+    pairs = {key: (_inner(config).get(key), config.get(key)) for key in _INNER.values()}
+    return [
+        f"{key}: {inner} in dflash_config, {outer} at top level; they must agree"
+        for key, (inner, outer) in pairs.items()
+        if inner is not None and outer is not None and inner != outer
+    ]
+
+
+def _unsupported(config: dict[str, Any]) -> list[str]:
+    """Keys with values that make another network than the one in model/draft."""
+    wrong = []
+    if "DFlashDraftModel" not in config.get("architectures", []):
+        wrong.append(f"architectures: found {config.get('architectures')}, wanted ['DFlashDraftModel']")
+    for key, wanted in _PLAIN.items():
+        holder = _inner(config) if key in _PLAIN_INNER else config
+        value = holder.get(key)
+        if value is not None and value != wanted:
+            wrong.append(f"{key}: found {value}, wanted {wanted}")
+    kinds = set(config.get("layer_types") or [])
+    if kinds - {"full_attention"} or (not kinds and config.get("use_sliding_window")):
+        wrong.append(f"layer_types: found {sorted(kinds) or 'sliding windows'}, wanted full_attention alone")
+    if config.get("draft_vocab_size") not in (None, config.get("vocab_size")):
+        wrong.append(f"draft_vocab_size: found {config['draft_vocab_size']}, wanted the target's vocabulary")
+    if config.get("target_hidden_size") not in (None, config.get("hidden_size")):
+        wrong.append(f"target_hidden_size: found {config['target_hidden_size']}, wanted the draft's hidden_size")
+    return wrong
+
+
+def _impossible(found: dict[str, Any]) -> list[str]:
+    """Values that are there but cannot be."""
+    wrong = []
+    ids, last = found["tapped_layers"], found["num_target_layers"] - 2
+    if not ids or any(not _is_whole(one) for one in ids) or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] > last:
+        wrong.append(
+            f"target_layer_ids: found {ids}, wanted ascending layers of 0..{last} (runtimes take features in "
+            "ascending order, and the last layer's output only after the final norm)"
+        )
+    mask = found["mask_token_id"]
+    if not _is_whole(mask) or not 0 <= mask < found["vocab_size"]:
+        wrong.append(f"mask_token_id: found {mask!r}, wanted an id below vocab_size ({found['vocab_size']})")
+    if not _is_whole(found["block_size"]) or found["block_size"] < 2:
+        wrong.append(f"block_size: found {found['block_size']!r}, wanted at least 2")
+    return wrong
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def tensor_name(path: str) -> str:

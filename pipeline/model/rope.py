@@ -30,28 +30,41 @@ class Rope:
     def from_hf(cls, config: dict[str, Any]) -> "Rope":
         """Read either spelling of an HF config: `rope_parameters`, or `rope_theta` with `rope_scaling`.
 
-        Raises PipelineError when the two disagree or name a kind of RoPE that is not implemented.
+        Raises PipelineError when the two disagree, lack what decides the angles, or name a kind of RoPE that is not
+        implemented.
         """
-        new = config.get("rope_parameters")
-        old = config.get("rope_scaling")
-        given = dict(new if new is not None else old or {})
-        theta = given.pop("rope_theta", config.get("rope_theta"))
-        if theta is None:
+        new, old = config.get("rope_parameters"), config.get("rope_scaling")
+        spellings = [one for one in (new, old) if one is not None] or [{}]
+        thetas = {one.get("rope_theta") for one in (config, *spellings)} - {None}
+        if not thetas:
             raise PipelineError("config.json has no rope_theta (neither at top level nor in rope_parameters)")
-        if config.get("rope_theta", theta) != theta:
+        if len(thetas) > 1:
             raise PipelineError(
-                f"config.json says rope_theta {config['rope_theta']} and rope_parameters.rope_theta {theta}; "
+                f"config.json says rope_theta {config.get('rope_theta')} at top level and {sorted(thetas)} in all; "
                 "they must agree"
             )
-        kind = given.pop("rope_type", given.pop("type", "default"))
-        given.pop("type", None)
+        theta = float(thetas.pop())
+        found = [cls._of_kind(theta, one) for one in spellings]
+        if any(other != found[0] for other in found):
+            raise PipelineError(f"config.json says rope_parameters {new} and rope_scaling {old}; they must agree")
+        return found[0]
+
+    @classmethod
+    def _of_kind(cls, theta: float, values: dict[str, Any]) -> "Rope":
+        given = {key: value for key, value in values.items() if key != "rope_theta" and value is not None}
+        kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]  # the latter is the older name
+        kind = kinds[0] if kinds else "default"
         if kind == "default":
-            return cls(theta=float(theta))
-        known = {field.name for field in dataclasses.fields(cls)} - {"theta"}
-        unknown = sorted(key for key in given.keys() - known if given[key] is not None)
+            return cls(theta=theta)
+        unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(cls)} - {"theta"})
         if kind != "yarn" or unknown:
             raise PipelineError(f"RoPE of kind {kind!r} with {unknown or 'no other keys'}; known are default and yarn")
-        return cls(theta=float(theta), **{key: value for key, value in given.items() if value is not None})
+        lacking = [key for key in ("factor", "original_max_position_embeddings") if key not in given]
+        if lacking:
+            raise PipelineError(
+                f"RoPE of kind 'yarn' lacks {' and '.join(lacking)}, for which runtimes put this or that"
+            )
+        return cls(theta=theta, **given)
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` dictionary of transformers 5."""

@@ -8,6 +8,7 @@ none would leave them out without a word.
 """
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -89,19 +90,22 @@ def render_prompt(
     if problem is not None:
         raise PipelineError(problem)
     options: dict[str, Any] = {"reasoning_effort": effort}
-    if date is not None:
-        options["strftime_now"] = lambda _format: date  # a render variable hides the environment's global
     if functions:
         options["tools"] = functions
+    if date is not None:  # a render variable hides the environment's global
+        options["strftime_now"] = datetime.date.fromisoformat(date).strftime
+    return tokenizer.encode(_written(tokenizer, turns, options), add_special_tokens=False)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
-    except (TemplateError, TypeError) as error:  # TypeError: the official one joins a tool's defaults as texts
-        raise PipelineError(f"the chat template refuses the conversation: {error}; change it") from error
-    try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
         raise PipelineError(f"the conversation is not valid Unicode ({error}); correct its texts") from error
-    return tokenizer.encode(text, add_special_tokens=False)
+    except (TemplateError, TypeError) as error:  # TypeError: the official one joins a tool's defaults as texts
+        raise PipelineError(f"the chat template refuses the conversation: {error}; change it") from error
+    return text
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, date: str | None) -> list[int]:

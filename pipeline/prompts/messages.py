@@ -61,7 +61,7 @@ def messages_problem(messages: Any) -> str | None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return f"messages is {shown(messages)}; wanted a non-empty list of role and content objects"
     for index, message in enumerate(messages):
-        problem = _message_problem(message, index) or _place_problem(messages, index)
+        problem = _message_problem(message) or _place_problem(messages, index)
         if problem is not None:
             return f"messages[{index}] {problem}"
     if messages[-1]["role"] not in ASKING_ROLES:
@@ -69,7 +69,7 @@ def messages_problem(messages: Any) -> str | None:
     return None
 
 
-def _message_problem(message: Any, index: int) -> str | None:
+def _message_problem(message: Any) -> str | None:
     if not isinstance(message, Mapping):
         return f"is {shown(message)}; wanted an object with role and content"
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")

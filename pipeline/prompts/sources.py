@@ -213,7 +213,7 @@ def _row_problem(row: Any) -> str | None:
     if not isinstance(row, dict):
         return f"is a {type(row).__name__}; wanted an object with prompt or messages"
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         return f"is not valid Unicode ({error}); wanted text that UTF-8 can write"
     if ("prompt" in row) == ("messages" in row):

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.serve.engine import Update
-from pipeline.serve.text import Call, Channel, Reader, StopStrings
+from pipeline.serve.text import Reader, StopStrings, TextChannel, ToolChannel
 
 
 class Answer:
@@ -21,7 +21,7 @@ class Answer:
         self.prompt_tokens = prompt_tokens
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
-        self.texts: dict[Channel, str] = {}
+        self.texts: dict[TextChannel, str] = {}
         self._reader = reader
         self._stop = StopStrings(stop) if stop else None
         self._stop_channel = stop_channel
@@ -29,13 +29,13 @@ class Answer:
         self._kept: list[int] = []
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[ToolChannel]:
         """The calls of functions in it; their arguments are in `texts`."""
-        return [channel for channel in self.texts if isinstance(channel, Call)]
+        return [channel for channel in self.texts if isinstance(channel, ToolChannel)]
 
-    def take(self, update: Update) -> list[tuple[Channel, str]]:
+    def take(self, update: Update) -> list[tuple[TextChannel, str]]:
         """The new pieces of text, each with its channel; `finish_reason` tells whether they are the last."""
-        pieces: list[tuple[Channel, str]] = []
+        pieces: list[tuple[TextChannel, str]] = []
         before = len(self.token_ids)
         # one by one, to know which token completes a stop string; all at once is quicker
         steps = [update.token_ids] if self._stop is None else [(token_id,) for token_id in update.token_ids]
@@ -63,7 +63,7 @@ class Answer:
         """This answer's rounds; None on the plain arm."""
         return None if self._block_size is None else Acceptance.of(self._kept, self._block_size)
 
-    def _visible(self, pieces: Iterable[tuple[Channel, str]]) -> Iterator[tuple[Channel, str]]:
+    def _visible(self, pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:
         for channel, text in pieces:
             if self._stop is not None and channel == self._stop_channel:
                 yield channel, self._stop.push(text)
@@ -94,11 +94,11 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
     return told
 
 
-def _merged(pieces: Iterable[tuple[Channel, str]]) -> Iterator[tuple[Channel, str]]:
+def _merged(pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:
     """Neighbours of one channel joined, empty pieces left out; a call is told though it has no arguments yet."""
     current, texts = None, []
     for channel, text in pieces:
-        if not text and not isinstance(channel, Call):
+        if not text and not isinstance(channel, ToolChannel):
             continue
         if channel != current and texts:
             yield current, "".join(texts)

@@ -23,7 +23,7 @@ from pipeline.serve.engine import Engine
 from pipeline.serve.replies import ChatReplies, CompletionReplies, Replies
 from pipeline.serve.scheduler import Request
 from pipeline.serve.schema import Refusal
-from pipeline.serve.text import FINAL, TEXT, Channel, PlainReader, chat_reader
+from pipeline.serve.text import FINAL, TEXT, PlainReader, TextChannel, chat_reader
 from pipeline.serve.worker import Stream, Unavailable, Worker
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
@@ -41,7 +41,7 @@ class Call:
         counters.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
         self._lost = "cancelled"  # what became of answers that are not finished
 
-    async def pieces(self) -> AsyncIterator[tuple[int, list[tuple[Channel, str]]]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, list[tuple[TextChannel, str]]]]:
         """The index of an answer and its new text, until all are finished; raises Unavailable."""
         try:
             async for update in self._stream.updates():
@@ -136,13 +136,7 @@ class Api:
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions: messages in the target's chat format; analysis and final apart if it has both."""
         asked = schema.read_chat(await _body(http), self.model)
-        chat_format = chat_format_of(self._tokenizer)
-        if asked.effort is not None and not chat_format.has_efforts:
-            raise Refusal(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
-        problem = None if chat_format.has_tools or not asked.tools else f"{self.model} knows no tools: leave them out"
-        problem = problem or tools_problem(asked.tools)
-        if problem is not None:
-            raise Refusal(problem, param="tools")
+        self._refuse_unknown(asked)
         try:
             effort = asked.effort or self._effort
             prompt = render_prompt(self._tokenizer, asked.messages, effort, tools=asked.tools, date=self._date)
@@ -177,6 +171,17 @@ class Api:
         """GET /metrics."""
         text = metrics.exposition(self.counters, self.engine, healthy=self.worker.failure is None)
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
+
+    def _refuse_unknown(self, asked: schema.Chat) -> None:
+        """Raise Refusal for what the target's chat format does not know, and for tools that are none."""
+        chat_format = chat_format_of(self._tokenizer)
+        if asked.effort is not None and not chat_format.has_efforts:
+            raise Refusal(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
+        if asked.tools and not chat_format.has_tools:
+            raise Refusal(f"{self.model} knows no tools: leave them out", param="tools")
+        problem = tools_problem(asked.tools)
+        if problem is not None:
+            raise Refusal(problem, param="tools")
 
     async def _answer(
         self,

@@ -20,11 +20,15 @@ from pipeline.serve.programs import Chunk, State, Yield
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Jitted `programs.prefill`, `plain_step` and `dflash_round`; they donate the state they are given."""
+    """Jitted `programs.prefill`, `plain_step` and `dflash_round`; they donate the state they are given.
+
+    `replay_round` is `dflash_round` with an answer.
+    """
 
     prefill: Callable[..., tuple[State, Yield]]
     plain_step: Callable[..., tuple[State, Yield]]
     dflash_round: Callable[..., tuple[State, Yield]]
+    replay_round: Callable[..., tuple[State, Yield]]
 
 
 @functools.cache  # engines of equal models share what was compiled
@@ -57,6 +61,7 @@ def on_mesh(
         (target, draft, states, chunk, everywhere),
         (target, states, everywhere),
         (target, draft, states, everywhere),
+        (target, draft, states, everywhere, rows),
     ]
     steps = zip(_steps(config, draft_config, run, how), given, strict=True)
     told = (states, everywhere)
@@ -88,4 +93,4 @@ def _steps(
     both = functools.partial(programs.prefill, config=config, draft_config=draft_config, run=run, how=how)
     plain = functools.partial(programs.plain_step, config=config, run=run, how=how)
     drafted = functools.partial(programs.dflash_round, config=config, draft_config=draft_config, run=run)
-    return [(both, 2), (plain, 1), (drafted, 2)]
+    return [(both, 2), (plain, 1), (drafted, 2), (drafted, 2)]

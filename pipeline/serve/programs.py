@@ -156,6 +156,7 @@ def dflash_round(
     draft_weights: DraftWeights,
     state: State,
     stop_ids: Int[Array, " stops"],
+    answer: Int[Array, "B K"] | None = None,
     *,
     config: GptOssConfig,
     draft_config: DraftConfig,
@@ -164,13 +165,14 @@ def dflash_round(
     """Draft a block, verify it with the target, keep the longest agreeing prefix, commit it: 1..K tokens.
 
     Both caches are written for the whole block and `length` advances by what was kept, which drops the
-    rest: their slots are written again before anything sees them.
+    rest: their slots are written again before anything sees them. `answer` are the tokens that follow each
+    anchor in a text that is known: given, they stand for what the target would choose (replay.py).
     """
     positions = blocks.block_positions(state.length, draft_config.block_size)
     proposed = propose(weights, draft_weights, draft_config, state.anchor, state.length, state.draft_cache, run)
     block = jnp.concatenate([state.anchor[:, None], proposed], axis=1)
     out = gpt_oss.forward(weights, config, block, state.length, state.cache, draft_config.tapped_layers, run=run)
-    verified = gpt_oss.next_tokens(weights, out.hidden, run.shards)
+    verified = gpt_oss.next_tokens(weights, out.hidden, run.shards) if answer is None else answer
     kept = acceptance.count_kept(proposed, verified[:, :-1])
     new = draft_model.context(draft_weights, draft_config, out.features, positions, run.shards)
     draft_cache = draft_model.extend(state.draft_cache, new, state.length)

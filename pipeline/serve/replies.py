@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.serve.answer import Answer, usage
-from pipeline.serve.text import ANALYSIS, FINAL, TEXT, Call, Channel
+from pipeline.serve.text import ANALYSIS, FINAL, TEXT, TextChannel, ToolChannel
 
 
 class CompletionReplies:
@@ -32,7 +32,7 @@ class CompletionReplies:
         """Chunks sent before any text: none."""
         yield from ()
 
-    def chunks(self, index: int, pieces: list[tuple[Channel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
+    def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
         """Chunks for new pieces of an answer."""
         new = answer.token_ids[self._sent.get(index, 0) :]
         if pieces or answer.finish_reason is not None or (new and self._token_ids):
@@ -68,7 +68,7 @@ class ChatReplies:
         self._model = model
         self._created = int(time.time())
         self._prompt_ids = prompt_ids
-        self._told: set[tuple[int, Call]] = set()  # calls whose id and name are sent, by choice
+        self._told: set[tuple[int, ToolChannel]] = set()  # calls whose id and name are sent, by choice
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The reply in one."""
@@ -91,10 +91,10 @@ class ChatReplies:
         for index in range(num_answers):
             yield self._delta(index, {"role": "assistant", "content": ""}, None)
 
-    def chunks(self, index: int, pieces: list[tuple[Channel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
+    def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
         """Chunks for new pieces of an answer."""
         for channel, text in pieces:
-            if isinstance(channel, Call):
+            if isinstance(channel, ToolChannel):
                 yield self._delta(index, {"tool_calls": [self._call_delta(index, channel, text)]}, None)
                 continue
             names = ("reasoning_content", "reasoning") if channel == ANALYSIS else ("content",)
@@ -106,12 +106,12 @@ class ChatReplies:
         """The object around choices."""
         return self._reply("chat.completion.chunk", choices)
 
-    def _call(self, index: int, call: Call, arguments: str) -> dict[str, Any]:
+    def _call(self, index: int, call: ToolChannel, arguments: str) -> dict[str, Any]:
         """A call with an id of its own."""
         function = {"name": call.name, "arguments": arguments}
         return {"id": f"call-{self.reply_id}-{index}-{call.index}", "type": "function", "function": function}
 
-    def _call_delta(self, index: int, call: Call, text: str) -> dict[str, Any]:
+    def _call_delta(self, index: int, call: ToolChannel, text: str) -> dict[str, Any]:
         """A call's first piece has its id and name, the later ones more of its arguments."""
         if (index, call) in self._told:
             return {"index": call.index, "function": {"arguments": text}}

@@ -15,14 +15,14 @@ REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character (
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class ToolChannel:
     """The channel of a call's arguments: the `index`-th call of an answer, of the function `name`."""
 
     index: int
     name: str
 
 
-Channel = str | Call
+TextChannel = str | ToolChannel
 
 
 class Detokenizer:
@@ -66,11 +66,11 @@ class PlainReader:
         self._text = Detokenizer(tokenizer)
         self._channel = channel
 
-    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[Channel, str]]:
+    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[TextChannel, str]]:
         """Read further tokens."""
         yield self._channel, self._text.push(token_ids)
 
-    def finish(self, *, cut_off: bool) -> Iterator[tuple[Channel, str]]:
+    def finish(self, *, cut_off: bool) -> Iterator[tuple[TextChannel, str]]:
         """End the answer."""
         rest = self._text.flush()
         yield self._channel, "" if cut_off else rest
@@ -94,12 +94,12 @@ class ChannelReader:
         self._header: list[int] | None = None  # the tokens of the header being read; None inside a body
         self._called: str | None = None  # the function that the header names
         self._num_calls = 0
-        self._channel: Channel = FINAL
+        self._channel: TextChannel = FINAL
         self._in_body = False  # the body has tokens
-        self._written: set[Channel] = set()  # channels that had a body before
+        self._written: set[TextChannel] = set()  # channels that had a body before
         self._stopped = False
 
-    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[Channel, str]]:
+    def push(self, token_ids: Sequence[int]) -> Iterator[tuple[TextChannel, str]]:
         """Read further tokens; what follows a stop token is not read."""
         body: list[int] = []
         for token_id in token_ids:
@@ -116,7 +116,7 @@ class ChannelReader:
                 body += self._unless_opening(token_id)
         yield from self._read(body)
 
-    def finish(self, *, cut_off: bool) -> Iterator[tuple[Channel, str]]:
+    def finish(self, *, cut_off: bool) -> Iterator[tuple[TextChannel, str]]:
         """End the answer."""
         opening = self._opened(None)
         yield from self._read([] if self._function_in(opening) else opening)
@@ -138,7 +138,7 @@ class ChannelReader:
         self._header = opening
         return []
 
-    def _read(self, token_ids: list[int]) -> Iterator[tuple[Channel, str]]:
+    def _read(self, token_ids: list[int]) -> Iterator[tuple[TextChannel, str]]:
         if not token_ids:
             return
         if not self._in_body and self._channel in self._written:
@@ -146,14 +146,14 @@ class ChannelReader:
         self._in_body = True
         yield self._channel, self._text.push(token_ids)
 
-    def _end_body(self, *, cut_off: bool) -> Iterator[tuple[Channel, str]]:
+    def _end_body(self, *, cut_off: bool) -> Iterator[tuple[TextChannel, str]]:
         rest = self._text.flush()
         if self._in_body:
             self._written.add(self._channel)
             self._in_body = False
             yield self._channel, "" if cut_off else rest
 
-    def _turn(self, name: str) -> Iterator[tuple[Channel, str]]:
+    def _turn(self, name: str) -> Iterator[tuple[TextChannel, str]]:
         yield from self._end_body(cut_off=False)
         if name in HEADER_TOKENS:
             self._called = self._function_in(self._header or []) if name == "<|channel|>" else None
@@ -165,14 +165,14 @@ class ChannelReader:
         else:
             self._stopped = True
 
-    def _begin_body(self) -> Iterator[tuple[Channel, str]]:
+    def _begin_body(self) -> Iterator[tuple[TextChannel, str]]:
         header = self._header or []
         called, self._called, self._header = self._function_in(header) or self._called, None, None
         words = self._tokenizer.decode(header, skip_special_tokens=True).split()
         if called is None:
             self._channel = FINAL if not words or words[0] == FINAL else ANALYSIS
             return
-        self._channel = Call(self._num_calls, called)
+        self._channel = ToolChannel(self._num_calls, called)
         self._num_calls += 1
         yield self._channel, ""
 

@@ -8,10 +8,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from pipeline.artifacts import PipelineError
 from pipeline.train.loss import Batch
 from pipeline.train.vocabulary import ROWS
 
 Differentiated = Callable[[Any, Batch], tuple[tuple[Array, Any], Any]]
+
+
+def require_divisible(num_rows: int, num_parts: int, mesh: Any) -> None:
+    """PipelineError when the rows of a batch cannot be shared out evenly to parts and devices."""
+    num_devices = mesh.shape["dp"] * mesh.shape["fsdp"]
+    if num_rows % (num_parts * num_devices):
+        raise PipelineError(
+            f"train.batch_sequences is {num_rows}; it must be a multiple of train.accumulation x train.data x "
+            f"train.fsdp ({num_parts} x {mesh.shape['dp']} x {mesh.shape['fsdp']})"
+        )
 
 
 def accumulated(

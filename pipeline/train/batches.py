@@ -27,18 +27,20 @@ def padded_length(num_tokens: Int[np.ndarray, " sequences"], *, divisor: int = 1
 
 def stack(sequences: Sequence[CachedSequence], num_positions: int) -> dict[str, np.ndarray]:
     """Sequences as rows of `num_positions` tokens: token_ids [B, T], generated [B, T], features [B, T, L*D]."""
-    fields = lay_out([[sequence] for sequence in sequences], num_positions)
+    width = 0 if sequences[0].features is None else sequences[0].features.shape[1]
+    fields = lay_out([[sequence] for sequence in sequences], num_positions, width)
     del fields["starts"]
     return fields
 
 
-def lay_out(rows: Sequence[Sequence[CachedSequence]], num_positions: int) -> dict[str, np.ndarray]:
-    """As `stack` for rows that hold any number of sequences, end to end; `starts` [B, T] says where each begins."""
+def lay_out(rows: Sequence[Sequence[CachedSequence]], num_positions: int, width: int) -> dict[str, np.ndarray]:
+    """As `stack` for rows that hold any number of sequences, end to end; `starts` [B, T] says where each begins.
+
+    Features are `width` wide; 0 where the target makes them later.
+    """
     shape = (len(rows), num_positions)
-    with_features = rows[0][0].features is not None
     token_ids = np.zeros(shape, dtype=np.int32)
     generated = np.zeros(shape, dtype=bool)
-    width = rows[0][0].features.shape[1] if with_features else 0
     features = np.zeros((*shape, width), dtype=ml_dtypes.bfloat16)
     starts = np.full(shape, num_positions, dtype=np.int32)
     for row, sequences in enumerate(rows):
@@ -47,7 +49,7 @@ def lay_out(rows: Sequence[Sequence[CachedSequence]], num_positions: int) -> dic
             end = start + len(sequence.token_ids)
             token_ids[row, start:end] = sequence.token_ids
             generated[row, start + sequence.prompt_tokens : end] = True
-            if with_features:
+            if width:
                 features[row, start:end] = sequence.features
             starts[row, start:end] = start
             start = end
@@ -73,6 +75,7 @@ class Batches:
         self._seed = seed
         self.lengths = (padded_length(split.num_tokens, divisor=2), padded_length(split.num_tokens))
         self.steps_per_epoch = -(-split.num_sequences // num_sequences)
+        self.sequences_per_step = float(num_sequences)
         self._epoch = functools.lru_cache(maxsize=2)(self._drawn)
 
     def at(self, step: int) -> dict[str, np.ndarray]:

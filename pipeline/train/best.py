@@ -1,8 +1,9 @@
 """Which of a training's checkpoints is the best: the one with the highest accept_length on held-out texts.
 
 Every evaluation is written down beside the run directories, and the best one's run directory is kept under
-`best/`, where EasyDeL does not look for one to go on from. A kill between any two of these steps is made good by
-`keep`, which looks at what is written down alone.
+`best/`, where EasyDeL does not look for one to go on from. The held-out texts with the rounds over them are written
+before the evaluation, for only the best one's are kept. A kill between any two of these steps is made good by `keep`,
+which looks at what is written down alone.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from pipeline import artifacts, hosts
 from pipeline.artifacts import PipelineError
+from pipeline.dflash import scored
 from pipeline.train import runs
 from pipeline.train.score import Score
 
@@ -41,6 +43,7 @@ def add(root: Path, step: int, scores: Mapping[str, Score]) -> Evaluation:
     new = Evaluation(step, scores["heldout"], scores["train"])
     if hosts.is_first():
         before = [one for one in read(root) if one.step < step]  # a training may have been set back to a checkpoint
+        artifacts.write_bytes(_texts_of(root, step), scored.to_lines(new.heldout.texts))
         artifacts.write_json(root / EVALUATIONS, [as_json(one) for one in (*before, new)])
         keep(root)
     return new
@@ -63,10 +66,17 @@ def keep(root: Path) -> None:
         shutil.copytree(source, wanted, copy_function=_link, ignore=shutil.ignore_patterns(runs.COMPLETE))
         _link(source / runs.COMPLETE, wanted / runs.COMPLETE)
     runs.keep_only(root / BEST, wanted)
+    texts = _texts_of(root, of(evaluations).step)
+    for other in root.glob(_texts_of(root, "*").name):
+        if other != texts:
+            other.unlink()
 
 
 def take(root: Path) -> Evaluation:
-    """End a training: leave the best run directory as the only one in `root`; tells its evaluation."""
+    """End a training: leave the best run directory as the only one in `root`; tells its evaluation.
+
+    The held-out texts of that evaluation are left as `scored.FILE`.
+    """
     best = of(read(root))
     kept, final = runs.path_of(root / BEST, best.step), runs.path_of(root, best.step)
     if kept.exists():
@@ -76,12 +86,21 @@ def take(root: Path) -> Evaluation:
         raise PipelineError(f"{root} holds no run directory of step {best.step}; delete it and train again")
     runs.keep_only(root, final)
     shutil.rmtree(root / BEST, ignore_errors=True)
+    texts = _texts_of(root, best.step)
+    if texts.exists():
+        os.rename(texts, root / scored.FILE)
+    if not (root / scored.FILE).is_file():
+        raise PipelineError(f"{root} holds no texts of step {best.step}'s evaluation; delete it and train again")
     return best
 
 
 def as_json(one: Evaluation) -> dict[str, object]:
     """As a row of evaluations.json."""
     return {"step": one.step, "heldout": one.heldout.to_json(), "train": one.train.to_json()}
+
+
+def _texts_of(root: Path, step: int | str) -> Path:
+    return root / f"heldout-{step}.jsonl"
 
 
 def _link(source: str | Path, destination: str | Path) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from pipeline.model.linear import Kernel, Transposed, product
 from pipeline.train.vocabulary import ROWS_SPEC, Words, is_split, table_spec
 
-MAX_LOGITS = 2**26  # elements a device holds at once
+MAX_LOGITS = 2**25  # elements a device holds at once
 
 
 class TokenLosses(NamedTuple):

@@ -1,5 +1,6 @@
 """How many tokens a draft would yield per round on text that the target wrote: the engine's count, without it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pipeline import hosts
 from pipeline.dflash import acceptance, blocks
+from pipeline.dflash.scored import ScoredText
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.linear import Kernel
 from pipeline.prompts.channels import Channel
@@ -45,7 +47,7 @@ def evaluate(
     count = split.num_sequences if num_sequences is None else min(num_sequences, split.num_sequences)
     num_generated = split.num_tokens[:count] - split.prompt_tokens[:count]
     order = np.argsort(num_generated, kind="stable")  # rows of a pass have about as many blocks
-    tally = Tally(config.block_size)
+    tally, texts = Tally(config.block_size), {}
     size = math.lcm(SEQUENCES_PER_PASS, vocabulary.num_row_shares(mesh))
     place = functools.partial(jax.device_put, device=mesh and NamedSharding(mesh, vocabulary.ROWS_SPEC))
     drafted = functools.partial(_kept, weights, config, embedding, head, mesh=mesh)
@@ -58,7 +60,13 @@ def evaluate(
         for index, sequence, kept in zip(indices, sequences, kept_at, strict=False):
             rounds = acceptance.walk(kept, sequence.prompt_tokens, len(sequence.token_ids))
             tally.add(rounds, _channels(sequence, rounds), split.efforts[index])
-    return tally.score()
+            texts[index] = ScoredText(
+                prompt_id=split.prompt_ids[index],
+                prompt_tokens=sequence.prompt_tokens,
+                token_ids=tuple(sequence.token_ids.tolist()),
+                kept=tuple(rounds),
+            )
+    return dataclasses.replace(tally.score(), texts=tuple(texts[index] for index in range(count)))
 
 
 def _channels(sequence: CachedSequence, rounds: list[int]) -> list[str]:

@@ -8,7 +8,7 @@ from pipeline.model.draft import DraftConfig
 
 
 def step_flops(
-    config: DraftConfig, *, num_sequences: int, num_positions: int, num_anchors: int, context_tokens: float
+    config: DraftConfig, *, num_sequences: float, num_positions: int, num_anchors: int, context_tokens: float
 ) -> float:
     """Operations of one step: forward, and backward at twice that, where weights are trained.
 

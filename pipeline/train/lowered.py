@@ -11,12 +11,13 @@ from easydel.infra.base_state import EasyDeLState
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pipeline.artifacts import PipelineError
 from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig
 from pipeline.model.linear import Transposed
 from pipeline.train import trainer, vocabulary
 from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
-from pipeline.train.recipe import Recipe
+from pipeline.train.recipe import Recipe, Split
 
 AXES = ("dp", "fsdp", "ep", "tp", "sp")  # EasyDeL's mesh
 
@@ -30,12 +31,12 @@ def lowered_step(
     num_anchors: int,
     packed: bool = False,
 ) -> Any:
-    """The traced step, ready to be compiled, with state and batch split over all devices (`fsdp`).
+    """The traced step, ready to be compiled, with state and batch split over all devices as `recipe.split` says.
 
     A batch has `recipe.batch_sequences` rows of `num_positions` tokens and `num_anchors` blocks; `packed` rows hold
     several sequences each.
     """
-    mesh = Mesh(np.array(devices).reshape(1, len(devices), 1, 1, 1), AXES)
+    mesh = _mesh(recipe.split, devices)
     module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(config, "float32", {}))
     optimizer, schedule = trainer.arguments_of(Path("run"), recipe).get_optimizer_and_scheduler(recipe.steps)
 
@@ -54,6 +55,16 @@ def lowered_step(
         _batch(config, recipe, num_positions, num_anchors, NamedSharding(mesh, vocabulary.ROWS_SPEC), packed=packed),
         frozen,
     )
+
+
+def _mesh(split: Split, devices: Sequence[Any]) -> Mesh:
+    try:
+        return Mesh(np.array(devices).reshape(split.data, split.fsdp, 1, split.tensor, 1), AXES)
+    except ValueError as error:
+        raise PipelineError(
+            f"train.data x train.fsdp x train.tensor is {split.data} x {split.fsdp} x {split.tensor} (-1: what the "
+            f"others leave); that is no way to share out {len(devices)} devices"
+        ) from error
 
 
 def spec_of(path: Any, leaf: Any) -> PartitionSpec:

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from pipeline.dflash import blocks
 from pipeline.teacher_cache.store import CacheSplit
 from pipeline.train import packing
-from pipeline.train.batches import lay_out
+from pipeline.train.batches import lay_out, rows_of_host
 
 
 class PackedBatches:
@@ -16,12 +16,22 @@ class PackedBatches:
 
     An epoch shows every sequence exactly once; rows that the last batch of a draw lacks are empty. Which sequences
     share a row is drawn from (seed, epoch) among those of equal length; the anchors of a sequence are those that
-    `Batches` draws. Raises PipelineError when a sequence is longer than a row.
+    `Batches` draws; `host` as there. Raises PipelineError when a sequence is longer than a row.
     """
 
-    def __init__(self, split: CacheSplit, *, num_rows: int, row_tokens: int, num_anchors: int, seed: int) -> None:
+    def __init__(
+        self,
+        split: CacheSplit,
+        *,
+        num_rows: int,
+        row_tokens: int,
+        num_anchors: int,
+        seed: int,
+        host: tuple[int, int] = (0, 1),
+    ) -> None:
         packing.require_fitting(split.num_tokens, row_tokens)
         self._split = split
+        self._rows = rows_of_host(num_rows, *host)
         self._num_rows, self._row_tokens, self._seed = num_rows, row_tokens, seed
         # a block starts at no prompt token, and not at the last token
         self._num_anchors = np.clip(split.num_tokens - split.prompt_tokens - 1, 0, num_anchors)
@@ -30,15 +40,16 @@ class PackedBatches:
         self._epoch = functools.lru_cache(maxsize=2)(self._drawn)
         self.num_filled = len(self._packed(np.arange(split.num_sequences)))  # the same in every epoch
         self.steps_per_epoch = -(-self.num_filled // num_rows)
+        self.sequences_per_step = split.num_sequences / self.steps_per_epoch  # on average
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         """The fields of `loss.Batch` for this step (0, 1, ...)."""
         epoch, place = divmod(step, self.steps_per_epoch)
         rows = self._epoch(epoch)[place * self._num_rows : (place + 1) * self._num_rows]
-        rows += [[]] * (self._num_rows - len(rows))
+        rows = (rows + [[]] * (self._num_rows - len(rows)))[self._rows]
         read = iter(self._split.read([sequence for row in rows for sequence in row]))
-        batch = lay_out([[next(read) for _ in row] for row in rows], self._row_tokens)
-        anchors, taken = np.zeros((2, self._num_rows, self.row_anchors), dtype=np.int32)
+        batch = lay_out([[next(read) for _ in row] for row in rows], self._row_tokens, self._split.feature_size)
+        anchors, taken = np.zeros((2, len(rows), self.row_anchors), dtype=np.int32)
         for index, row in enumerate(rows):
             found = self._anchors(epoch, row, batch["generated"][index])
             anchors[index, : len(found)], taken[index, : len(found)] = found, 1

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from pipeline.artifacts import PipelineError
 
 
-def pack(costs: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(costs: Int[np.ndarray, " S"], order: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows of indices whose costs are at most `capacity` in sum: each, in `order`, into the fullest row that takes it.
 
     How many rows there are, and how full each, depends on the costs in that order alone and not on which index has
@@ -41,7 +41,7 @@ def anchors_per_row(num_tokens: Int[np.ndarray, " S"], num_anchors: Int[np.ndarr
 def costs_of(
     num_tokens: Int[np.ndarray, " S"], num_anchors: Int[np.ndarray, " S"], row_tokens: int, row_anchors: int
 ) -> Int[np.ndarray, " S"]:
-    """What sequences take of a row of `row_tokens` tokens and `row_anchors` blocks: the larger of both shares, in tokens.
+    """The larger of the shares that sequences take of a row of `row_tokens` tokens and `row_anchors` blocks, in tokens.
 
     Rows of sequences whose costs are at most `row_tokens` in sum have room for all of their tokens and anchors.
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
+from pipeline.dflash.scored import ScoredText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +15,14 @@ class Score:
     """Acceptance over `num_sequences` texts.
 
     `by_effort` parts it by the reasoning effort of a text, `by_channel` by the channel that a round begins in.
+    `texts` are the texts themselves, in the split's order; they are kept in a file of their own (best.py).
     """
 
     num_sequences: int
     total: Acceptance
     by_effort: Mapping[str, Acceptance] = dataclasses.field(default_factory=dict)
     by_channel: Mapping[str, Acceptance] = dataclasses.field(default_factory=dict)
+    texts: tuple[ScoredText, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def metrics(self) -> dict[str, float]:
         """The whole's metrics, and accept_length of every part where there are several."""
@@ -29,7 +32,7 @@ class Score:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """As evaluation.json has it; metrics beside the histograms that they are read off."""
+        """As evaluation.json has it; metrics beside the histograms that they are read off, and no texts."""
         return {
             "num_sequences": self.num_sequences,
             **_told(self.total),

@@ -21,14 +21,16 @@ from pipeline.machine import machine, read_target
 from pipeline.model import checkpoints, hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights, weight_shapes
 from pipeline.model.linear import Kernel
+from pipeline.places import BucketPath
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
-from pipeline.train import best, environment, flops, vocabulary
+from pipeline.train import best, data, environment, flops, vocabulary
 from pipeline.train.batches import Batches
 from pipeline.train.best import Evaluation
 from pipeline.train.evaluate import evaluate
 from pipeline.train.journal import Capacity, Journal, log_scores
 from pipeline.train.live import LiveTarget
+from pipeline.train.packed_batches import PackedBatches
 from pipeline.train.recipe import Recipe, Split
 from pipeline.train.score import Score
 
@@ -58,6 +60,11 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     if artifacts.exists(path):
         _report(tracker, lineage.checkpoint(config, target), "stands")
         return
+    if isinstance(path, BucketPath):
+        raise PipelineError(
+            f"train.path is {path}; training writes to a disk: give it a directory, and copy that to the bucket when "
+            "it is complete (stage=export reads it from there)"
+        )
     cache = lineage.teacher_cache(config, target)
     draft = lineage.draft_config(config, target)
     settings = lineage.checkpoint_settings(config, target, cache.fingerprint)
@@ -74,6 +81,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
             found = best.take(scratch)
             artifacts.write_json(scratch / lineage.DRAFT_CONFIG, hf_draft.config_to_hf(draft, "float32", {}))
             artifacts.write_json(scratch / lineage.EVALUATION, best.as_json(found))
+            artifacts.write_json(scratch / lineage.DATA, data.told(cache))
             artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
         hosts.meet("training is over")
     _report(tracker, lineage.checkpoint(config, target), "is made")
@@ -175,12 +183,7 @@ def _fit(scratch: Path, config: PipelineConfig, given: Given, tracker: Run) -> N
     from pipeline.train import trainer  # imports EasyDeL, which only now can be
 
     train, recipe = config.train, given.recipe
-    batches = Batches(
-        given.splits["train"],
-        num_sequences=train.batch_sequences,
-        num_anchors=train.anchors_per_sequence,
-        seed=config.seed,
-    )
+    batches = _batches(given.splits["train"], train, config.seed)
     evaluations = best.read(scratch)
     if hosts.is_first():
         best.keep(scratch)
@@ -212,12 +215,33 @@ def _initial(config: PipelineConfig) -> DraftWeights | None:
     return None if directory is None else checkpoints.load_draft(directory, jnp.float32)[1]
 
 
-def _capacity(given: Given, train: TrainConfig, batches: Batches) -> Capacity:
+def _batches(split: CacheSplit, train: TrainConfig, seed: int) -> Batches | PackedBatches:
+    """Rows of one sequence each, or of `train.pack_tokens` tokens."""
+    given = {
+        "num_anchors": train.anchors_per_sequence,
+        "seed": seed,
+        "host": (jax.process_index(), jax.process_count()),
+    }
+    if train.pack_tokens is None:
+        return Batches(split, num_sequences=train.batch_sequences, **given)
+    batches = PackedBatches(split, num_rows=train.batch_sequences, row_tokens=train.pack_tokens, **given)
+    log.info(
+        "train: %d sequences are packed into %d rows of %d tokens (%.0f%% full) and %d blocks",
+        split.num_sequences,
+        batches.num_filled,
+        train.pack_tokens,
+        100 * split.num_tokens.sum() / (batches.num_filled * train.pack_tokens),
+        batches.row_anchors,
+    )
+    return batches
+
+
+def _capacity(given: Given, train: TrainConfig, batches: Batches | PackedBatches) -> Capacity:
     split = given.splits["train"]
     mean_tokens = float(split.num_tokens.mean())
     needed = flops.step_flops(
         given.draft,
-        num_sequences=train.batch_sequences,
+        num_sequences=batches.sequences_per_step,
         num_positions=mean_tokens,
         num_anchors=train.anchors_per_sequence,
         context_tokens=float((split.num_tokens + split.prompt_tokens).mean()) / 2,
@@ -247,7 +271,7 @@ def _report(tracker: Run, made: Artifact, verb: str) -> None:
     scores = {split: Score.from_json(found[split]) for split in ("heldout", "train")}
     log_scores(tracker, scores, step)
     tracker.log_json(artifacts.CONTRACT, made.contract)
-    tracker.log_artifact(made.path / lineage.EVALUATION)
+    tracker.log_json(lineage.EVALUATION, found)
     heldout, trained = scores["heldout"].total, scores["train"].total
     log.info(
         "train: the draft %s at %s; the best of its evaluations is that of step %d of %d; accept_length %.3f of %d on "

@@ -30,8 +30,8 @@ from pipeline.dflash import blocks
 from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig, DraftWeights
 from pipeline.model.linear import Kernel
-from pipeline.train import gathering, runs, vocabulary
-from pipeline.train.accumulation import accumulated
+from pipeline.train import gathering, runs, shared_disk, vocabulary
+from pipeline.train.accumulation import accumulated, require_divisible
 from pipeline.train.batches import made_ahead
 from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
 from pipeline.train.interrupt import between_steps
@@ -168,7 +168,7 @@ class DraftTrainer(ed.Trainer):
         self._batch_at = batch_at
         self._on_step = on_step
         self._complete = complete
-        super().__init__(arguments=arguments, model=module, data_collator=lambda batch: batch)
+        super().__init__(arguments=arguments, model_state=_state_of(module), data_collator=lambda batch: batch)
 
     def began_at(self) -> int:
         """The step at which state and optimizer agree to be; -1 when they do not."""
@@ -240,7 +240,8 @@ class DraftTrainer(ed.Trainer):
     def _save(self, state: EasyDeLState, step: int) -> None:
         root = Path(str(self.arguments._get_save_directory()))
         run = runs.path_of(root, step)
-        self._save_state(state=state, save_directory=str(run))
+        with shared_disk.one_writer():
+            self._save_state(state=state, save_directory=str(run))
         hosts.meet(f"step {step} is written")
         if hosts.is_first():
             runs.settle(run, step)
@@ -255,6 +256,30 @@ class DraftTrainer(ed.Trainer):
         except BaseException as error:
             self.failure = error
             raise
+
+
+def _state_of(module: DraftModule) -> EasyDeLState:
+    """The state to begin with. Each of several hosts has the same in its own memory, and gives its devices their parts.
+
+    EasyDeL hands it out with `device_put`, which takes from one host's devices nothing that others are to have: so
+    weights come in arrays of NumPy, and what is small lies on all devices already.
+    """
+    state = module.to_state()
+    if not hosts.are_several():
+        return state
+    everywhere = NamedSharding(module.mesh, PartitionSpec())
+
+    def on_all(leaf: Array) -> Array:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            key = np.asarray(jax.random.key_data(leaf))
+            return jax.jit(jax.random.wrap_key_data, out_shardings=everywhere)(key)
+        return jax.device_put(np.asarray(leaf), everywhere)
+
+    return state.replace(
+        step=on_all(jnp.int32(state.step)),
+        graphstate=jax.tree.map(np.asarray, state.graphstate),
+        graphother=jax.tree.map(on_all, state.graphother),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +297,10 @@ def jitted_step(
 ) -> Any:
     """The training step, jitted: state, batch and the target's two ends in, the donated state and metrics out.
 
-    `state` says of every array of the state where it lies, `head` tells how its own lies.
+    `state` says of every array of the state where it lies, `head` tells how its own lies. Raises PipelineError when
+    devices and parts do not share out the rows evenly.
     """
+    require_divisible(recipe.batch_sequences, recipe.accumulation, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(_train_step, config, recipe, schedule, mesh, _kernel_specs(state)),

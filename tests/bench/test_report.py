@@ -50,8 +50,8 @@ def lossless(*gaps):
     return Losslessness(num_answers=9, differences=differences, tie_gap=1e-3)
 
 
-def measured(*gaps, trained=None):
-    return report.results(COMPARISON, lossless(*gaps), trained)
+def measured(*gaps, **said):
+    return report.results(COMPARISON, lossless(*gaps), said)
 
 
 def test_results_hold_every_measure_under_the_names_of_mlflow():
@@ -67,14 +67,16 @@ def test_results_hold_every_measure_under_the_names_of_mlflow():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_a_draft_with_a_training_evaluation_is_compared_with_it():
-    found = measured(trained={"accept_length": 2.0})
+def test_a_draft_is_compared_with_what_training_and_export_said_of_it():
+    found = measured(heldout={"accept_length": 2.0})
     assert found.keys() == KEYS | {"training_accept_length", "engine_over_training"}
     assert found["engine_over_training"] == pytest.approx(1.25)
+    found = measured(heldout={"accept_length": 2.0}, engine={"accept_length": 2.4})
+    assert found["export_accept_length"] == 2.4
 
 
 def test_the_table_shows_every_number_a_demo_promises():
-    lines = report.table(measured(trained={"accept_length": 2.0}), 4).splitlines()
+    lines = report.table(measured(heldout={"accept_length": 2.0}, engine={"accept_length": 2.4}), 4).splitlines()
     rows = dict(line.split("  ", 1) for line in lines[1:-1])
     assert lines[0] == lines[-1] == "-" * len(lines[0])
     assert max(map(len, lines[1:-1])) == len(lines[0])
@@ -87,6 +89,7 @@ def test_the_table_shows_every_number_a_demo_promises():
         "speedup": "2.00x (2.00 to 3.00)",
         "losslessness": "9 of 9 answers equal plain greedy's",
         "training said": "accept_length 2.000 (engine 125.0%)",
+        "export found": "accept_length 2.400",
         "measured on": "9 prompts, 1200 tokens",
     }
 

@@ -57,6 +57,39 @@ def test_what_is_exchanged_in_a_loop_counts_as_often_as_it_runs():
     assert Shape("s4", (3,)).num_bytes == 2
 
 
+def test_a_loop_whose_runs_are_not_noted_runs_as_often_as_its_counter_takes_to_its_bound():
+    noted = ', backend_config={"known_trip_count":{"n":"3"}}'
+    counted = TEXT.replace(noted, "").replace(
+        "  ROOT %less = pred[] constant(false)",
+        """  %i = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %bound = s32[]{:T(128)} constant(11)
+  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT""",
+    )
+
+    def times(text: str) -> list[int]:
+        return [one.times for one in parse(text).collectives() if one.kind == "all-reduce"]
+
+    assert times(counted) == [11]
+    by_two = """  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%n, %two)
+  ROOT %out = (s32[]{:T(128)}, bf16[8,64]{1,0}) tuple(%next, %sum)"""
+    assert times(counted.replace("  ROOT %out = (s32[]{:T(128)}, bf16[8,64]{1,0}) tuple(%n, %sum)", by_two)) == [6]
+    assert times(counted.replace("constant(11)", "get-tuple-element(%arg.1), index=0")) == [1]
+
+
+def test_the_steps_of_an_exchange_that_share_a_channel_are_one_exchange():
+    steps = "".join(
+        f"  %step.{step} = bf16[8,512]{{1,0}} all-gather(%p.0), channel_id=7, dimensions={{1}}\n" for step in range(3)
+    )
+    begun = TEXT.replace("  %gather = (", steps + "  %gather = (")
+    inside = begun.replace(
+        "  ROOT %out = (s32", "  %step.9 = bf16[8,512]{1,0} all-gather(%x), channel_id=7\n  ROOT %out = (s32"
+    )
+    assert inside != begun
+    for text in (begun, inside):
+        assert Collective("all-gather", Shape("bf16", (8, 512)), 2) in parse(text).collectives()  # one has no channel
+
+
 def test_a_kernel_whose_notes_have_line_breaks_ends_no_computation():
     notes = """frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"

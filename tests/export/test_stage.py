@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_loop
 import tiny_training
+from buckets import EMULATORS
 from tiny_training import Recorder
 
-from pipeline import artifacts, lineage
+from pipeline import artifacts, lineage, places
 from pipeline.artifacts import PipelineError
 from pipeline.export import stage
 from pipeline.export.run_directory import read_checkpoint
@@ -19,11 +21,19 @@ from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.teacher_cache.store import open_split
 from pipeline.train.evaluate import evaluate
 
+RUN = f"run-{tiny_loop.STEPS}"
+
 
 @pytest.fixture(scope="module")
 def trained():
-    config = tiny_training.trained()
+    config = tiny_loop.trained()
     return lineage.checkpoint(config, lineage.target(config))
+
+
+def run_of(trained):
+    """The directory of the best step, whichever that was."""
+    (found,) = trained.path.glob("run-*")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +43,26 @@ def draft_config(trained):
 
 @pytest.fixture(scope="module")
 def weights(trained, draft_config):
-    return read_checkpoint(trained.path / "run-12", draft_config)
+    return read_checkpoint(run_of(trained), draft_config)
 
 
 @pytest.fixture
 def config(tmp_path):
     """The trained configuration, with an output of its own for the exported draft."""
-    config = tiny_training.configuration(tiny_training.root_of(tiny_training.trained()))
+    config = tiny_loop.copy(tiny_loop.trained())
     config.export.path = str(tmp_path / "dflash-mine")
     return config
 
 
 def test_weights_read_without_easydel_score_what_the_trainer_scored(trained, draft_config, weights):
-    config = tiny_training.trained()
+    config = tiny_loop.trained()
     target = lineage.target(config)
     _, of_target = checkpoints.load_target(target.path, WeightsForm())
     split = open_split(lineage.teacher_cache(config, target).path, "heldout")
     found = evaluate(weights, draft_config, of_target.embedding, of_target.head, split)
-    assert json.loads((trained.path / "evaluation.json").read_text())["heldout"]["histogram"] == list(found.histogram)
+    assert json.loads((trained.path / "evaluation.json").read_text())["heldout"]["histogram"] == list(
+        found.total.histogram
+    )
 
 
 def test_the_exported_draft_is_the_trained_one_in_bfloat16(config, weights):
@@ -62,7 +74,9 @@ def test_the_exported_draft_is_the_trained_one_in_bfloat16(config, weights):
         np.testing.assert_array_equal(np.asarray(left.astype(jnp.bfloat16).astype(jnp.float32)), right)
     assert set(made.files) == {"README.md", "config.json", "contract.json", "evaluation.json", "model.safetensors"}
     written = json.loads((made.path / "config.json").read_text())
-    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (0, 1, 2)
+    ids = checkpoints.read_config(lineage.target(config).path)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert written[key] == ids[key]
     assert 0 < tracker.metrics["export/relative_error", None] < 1e-2
     assert "accept_length" in (made.path / "README.md").read_text()
 
@@ -86,7 +100,7 @@ def test_before_training_it_says_which_stage_to_run(tmp_path):
 
 def test_a_run_directory_that_does_not_fit_is_refused_with_every_fault(trained, draft_config, tmp_path):
     run = tmp_path / "run-12"
-    shutil.copytree(trained.path / "run-12", run)
+    shutil.copytree(run_of(trained), run)
     shutil.rmtree(run / "model" / "layers" / "0" / "key")
     index = json.loads((run / "tensorstore_index.json").read_text())
     entries = [one for one in index["prefixes"]["model"] if one["path"] != "model/norm"]
@@ -105,3 +119,31 @@ def test_a_run_directory_that_does_not_fit_is_refused_with_every_fault(trained, 
         "model/fuse: float32",
     ):
         assert fault in message
+
+
+def test_a_flipped_byte_of_the_weights_is_found_before_they_are_read(config, trained, tmp_path):
+    copied = tmp_path / "checkpoint"
+    shutil.copytree(trained.path, copied)
+    chunk = next(path for path in sorted((copied / run_of(trained).name / "model").rglob("*")) if path.name == "0.0")
+    data = bytearray(chunk.read_bytes())
+    data[-1] ^= 1
+    chunk.write_bytes(data)
+    config.train.path = str(copied)
+    with pytest.raises(PipelineError, match=f"{chunk.parent.name}/0.0: sha256 differs"):
+        stage.run(config, Recorder())
+
+
+def test_a_checkpoint_in_a_bucket_is_exported_as_one_on_a_disk(config, trained, tmp_path, monkeypatch):
+    stage.run(config, Recorder())
+    with EMULATORS["gs"]() as (bucket, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        place = places.place_of(f"{bucket}/checkpoints/mine")
+        for name in places.files(trained.path):
+            (place / name).write_bytes((trained.path / name).read_bytes())
+        config.train.path = str(place)
+        config.export.path = str(tmp_path / "dflash-from-the-bucket")
+        stage.run(config, Recorder())
+    for name in ("config.json", "model.safetensors", "README.md", "evaluation.json"):
+        one, other = (tmp_path / directory / name for directory in ("dflash-mine", "dflash-from-the-bucket"))
+        assert one.read_bytes() == other.read_bytes()

@@ -11,10 +11,9 @@ from oracle_environment import run_oracle
 
 from pipeline.artifacts import PipelineError
 from pipeline.dflash import blocks
-from pipeline.export.layout import require_layout, tensor_shapes
 from pipeline.export.parity import require_parity
 from pipeline.export.write import write_draft
-from pipeline.model import checkpoints, draft, tensor_files
+from pipeline.model import checkpoints, draft
 from pipeline.model.rope import Rope
 
 YARN = Rope(theta=150000.0, factor=8.0, truncate=False, original_max_position_embeddings=32)
@@ -87,42 +86,6 @@ def test_many_blocks_in_one_call_are_single_blocks_over_a_cache(config):
         start += size
         alone = draft.denoise(weights, config, jnp.asarray(embeddings), jnp.full(NUM_SEQUENCES, start), cache)
         np.testing.assert_allclose(together[index], alone, atol=2e-5)
-
-
-def test_the_layout_is_that_of_the_published_gpt_oss_drafts():
-    config = draft.DraftConfig(
-        vocab_size=201088,
-        hidden_size=2880,
-        intermediate_size=7680,
-        num_hidden_layers=8,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=64,
-        rope=Rope(theta=1e6),
-        tapped_layers=(1, 6, 11, 16, 21),
-        num_target_layers=24,
-        block_size=8,
-        mask_token_id=200000,
-    )
-    shapes = tensor_shapes(config)
-    assert len(shapes) == 91
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 784_703_104
-    with_biases = tensor_shapes(dataclasses.replace(config, attention_bias=True))
-    assert sum(int(np.prod(shape)) for shape in with_biases.values()) == 784_767_104
-
-
-def test_a_file_in_another_layout_is_refused_with_every_fault(tmp_path):
-    weights = tiny_training.weights_of(0)
-    checkpoints.save_draft(tmp_path, PLAIN, weights, TOKEN_IDS)
-    file = tmp_path / tensor_files.WEIGHTS_FILE
-    require_layout(file, PLAIN, "F32")
-    with pytest.raises(PipelineError) as caught:
-        require_layout(file, dataclasses.replace(PLAIN, num_hidden_layers=1, intermediate_size=29), "F32")
-    message = str(caught.value)
-    assert "layers.1.mlp.up_proj.weight: found ('F32', [28, 20]), wanted nothing" in message
-    assert "layers.0.mlp.down_proj.weight: found ('F32', [20, 28]), wanted ('F32', [20, 29])" in message
-    with pytest.raises(PipelineError, match=r"fc\.weight: found \('F32'"):
-        require_layout(file, PLAIN, "BF16")
 
 
 def test_a_draft_that_is_not_the_trained_one_is_refused(tmp_path):

@@ -55,11 +55,11 @@ def test_control_tokens_are_one_token_each(tokenizer):
 def test_a_date_stands_in_for_today_in_templates_that_print_one(tokenizer):
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = (
-        '{%- macro system() %}{{ "Current date: " + strftime_now("%Y-%m-%d") }}{% endmacro -%}'
+        '{%- macro system() %}{{ "Current date: " + strftime_now("%Y-%m-%d, %A") }}{% endmacro -%}'
         "{{ system() }} {{ messages[0].content }}"
     )
     frozen = tokenizer.decode(render_prompt(dated, [USER], "low", date="2025-08-05"))
-    assert frozen == "Current date: 2025-08-05 What is 2 + 2?"
+    assert frozen == "Current date: 2025-08-05, Tuesday What is 2 + 2?"
     assert "2025-08-05" not in tokenizer.decode(render_prompt(dated, [USER], "low"))
 
 

@@ -19,7 +19,7 @@ from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.prompts.tools import ToolCall
-from pipeline.serve.text import Call, chat_reader
+from pipeline.serve.text import ToolChannel, chat_reader
 from pipeline.target import batches as target_batches
 from pipeline.teacher_cache.store import CachedSequence
 from pipeline.train import batches as train_batches
@@ -355,7 +355,7 @@ def test_the_server_reads_answers_as_openai_harmony_does_preambles_as_analysis(o
     for channel, recipient, text in ANSWERS[kind].parsed:
         name = "analysis" if channel == "commentary" else channel
         if recipient is not None:
-            wanted[Call(0, recipient.removeprefix("functions."))] = text
+            wanted[ToolChannel(0, recipient.removeprefix("functions."))] = text
         else:
             wanted[name] = f"{wanted[name]}\n{text}" if name in wanted else text
     for spelled in (completions[kind], whole[len(prompt) :]):  # by the model, and by openai-harmony

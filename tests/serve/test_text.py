@@ -5,7 +5,7 @@ from channels import split_channels
 from chatml import chatml_tokenizer
 
 from pipeline.prompts.harmony import render_completion
-from pipeline.serve.text import ANALYSIS, FINAL, Call, ChannelReader, Detokenizer, StopStrings, chat_reader
+from pipeline.serve.text import ANALYSIS, FINAL, ChannelReader, Detokenizer, StopStrings, ToolChannel, chat_reader
 
 WHOLE = "<|channel|>analysis<|message|>2 + 2 = 4.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
 TEXTS = ["naïve café", "東京 is big", "👩‍👩‍👧 family 🎉", "a\n\n  b\t", "1 + 1 = 2"]
@@ -141,22 +141,25 @@ def read_all(tokenizer, text, sizes, *, cut_off=False):
         (
             "<|channel|>analysis<|message|>Look.<|end|><|start|>assistant<|channel|>commentary to=functions.add "
             '<|constrain|>json<|message|>{"é": 1}<|call|>',
-            {ANALYSIS: "Look.", Call(0, "add"): '{"é": 1}'},
+            {ANALYSIS: "Look.", ToolChannel(0, "add"): '{"é": 1}'},
         ),
-        ("<|channel|>commentary to=functions.add<|constrain|>json<|message|>{}<|call|>", {Call(0, "add"): "{}"}),
-        ("<|channel|>analysis to=functions.add code<|message|>{}<|call|>", {Call(0, "add"): "{}"}),
-        (" to=functions.add<|channel|>commentary <|constrain|>json<|message|>{}<|call|>", {Call(0, "add"): "{}"}),
-        (" to=functions.add<|message|>{}<|call|>", {Call(0, "add"): "{}"}),
+        ("<|channel|>commentary to=functions.add<|constrain|>json<|message|>{}<|call|>", {ToolChannel(0, "add"): "{}"}),
+        ("<|channel|>analysis to=functions.add code<|message|>{}<|call|>", {ToolChannel(0, "add"): "{}"}),
+        (
+            " to=functions.add<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+            {ToolChannel(0, "add"): "{}"},
+        ),
+        (" to=functions.add<|message|>{}<|call|>", {ToolChannel(0, "add"): "{}"}),
         (
             "<|channel|>analysis<|message|>a<|end|><|start|>assistant to=functions.add<|channel|>commentary json"
             "<|message|>{}<|call|>",
-            {ANALYSIS: "a", Call(0, "add"): "{}"},
+            {ANALYSIS: "a", ToolChannel(0, "add"): "{}"},
         ),
-        ("<|channel|>commentary to=functions.add json<|message|><|call|>", {Call(0, "add"): ""}),
+        ("<|channel|>commentary to=functions.add json<|message|><|call|>", {ToolChannel(0, "add"): ""}),
         (
             "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.a "
             "json<|message|>{}<|end|><|start|>assistant<|channel|>commentary to=functions.a json<|message|>[]<|call|>",
-            {ANALYSIS: "I look.", Call(0, "a"): "{}", Call(1, "a"): "[]"},
+            {ANALYSIS: "I look.", ToolChannel(0, "a"): "{}", ToolChannel(1, "a"): "[]"},
         ),
         (
             "<|start|>assistant to=functions.a<|start|>assistant<|channel|>final<|message|>b<|return|>",

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import buckets
 import numpy as np
 import pytest
 import tiny_store
 
-from pipeline import artifacts
+from pipeline import artifacts, places
 from pipeline.artifacts import PipelineError
 from pipeline.teacher_cache import features, store
 from pipeline.teacher_cache.store import open_split
@@ -112,6 +113,23 @@ def test_features_that_are_not_finite_are_named_and_not_trained_on(tmp_path: Pat
     root = tiny_store.build(tmp_path / "cache", stored, spoil=value).path
     with pytest.raises(PipelineError, match=r"train/00000, row 1 \(prompt train-0-1\).*1 tokens.*position 2"):
         _train(root)
+
+
+def test_a_bucket_that_is_gone_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While training reads: nobody is told to delete the cache."""
+    monkeypatch.setattr(places, "RETRIES", {"max_retries": 2, "initial_delay": "10ms", "max_delay": "10ms"})
+    places.context.cache_clear()
+    with buckets.s3() as (url, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        root = places.place_of(f"{url}/a/cache")
+        tiny_store.build(root, staging=tmp_path / "staging")
+        split = open_split(root, "train", verify=False)
+        assert len(split.read([0])) == 1
+    with pytest.raises(PipelineError, match=rf"{root}/train/00000 cannot be reached: .*check the network") as raised:
+        split.read([1])
+    assert "delete" not in str(raised.value)
+    places.context.cache_clear()
 
 
 def test_a_reader_that_is_told_not_to_compare_sees_it_by_the_chunks_own_sums(root: Path) -> None:

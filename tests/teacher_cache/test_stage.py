@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import artifacts, lineage
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import PipelineConfig, Precision, PromptSource
+from pipeline.config import Effort, PipelineConfig, Precision, PromptSource
 from pipeline.teacher_cache import shards, stage, store
 from pipeline.teacher_cache.capture import Disagreement
 from pipeline.tracking import Run
@@ -212,12 +212,23 @@ def test_a_bad_jsonl_row_is_named_with_its_line(config: PipelineConfig, tracker:
         stage.run(config, tracker)
 
 
-def test_the_contract_names_the_efforts_that_rows_bring(config: PipelineConfig, tracker: Run, tmp_path: Path) -> None:
+def test_rows_bring_efforts_and_tools_others_get_an_effort_of_the_mix_and_the_contract_names_them(
+    config: PipelineConfig, tracker: Run, tmp_path: Path
+) -> None:
     file = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"Count to {n}."} | ({"effort": "high"} if n % 2 else {}) for n in range(12)]
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tool = {"type": "function", "function": {"name": "f", "description": "Goes."}}
+    rows[0] = {"messages": [*turns, {"role": "tool", "content": "gone"}], "tools": [tool]}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config.prompts.source, config.prompts.path = PromptSource.jsonl, str(file)
+    config.prompts.effort, config.prompts.effort_mix = Effort.mixed, {"low": 1.0}
+    config.teacher_cache.max_prompt_tokens = 192
     stage.run(config, tracker)
+    lines = [json.loads(line) for line in (_made_by(config).path / "prompts.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if "tools" in line]
+    assert (line["messages"], line["tools"], line["skipped"]) == (rows[0]["messages"], [tool], None)
     made = _made_by(config)
     assert made.contract["text"]["reasoning_efforts"] == ["high", "low"]
     assert set(store.open_split(made.path, "train").efforts) == {"high", "low"}

@@ -3,39 +3,36 @@
     eight_devices.py '[[[DATA, FSDP, TENSOR], {"packed": ..., "accumulation": ..., ...}], ...]'
 
 A program of its own, because the number of devices is fixed when JAX starts. Prints one JSON line: for every case its
-losses, the other metrics of the last step, and the bytes of embedding and head that the first device holds.
+losses, the other metrics of the last step, the bytes of embedding and head that the first device holds, and the sizes
+of all that the devices exchange in a step.
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
-from pipeline.train import environment
-
-environment.prepare()
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from easydel.infra.base_state import EasyDeLState
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from pipeline.compile.program_text import parse
 from pipeline.dflash import blocks
 from pipeline.model import hf_draft
 from pipeline.model.draft import DraftConfig
 from pipeline.model.rope import Rope
-from pipeline.train import lowered, trainer, vocabulary
-from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+from pipeline.train import environment, vocabulary
 from pipeline.train.recipe import Recipe
 
 NUM_ROWS, NUM_POSITIONS, NUM_ANCHORS, NUM_STEPS = 16, 32, 6, 5
 DRAFT = DraftConfig(
-    vocab_size=37,  # no mesh divides it
+    vocab_size=53,  # no mesh divides it
     hidden_size=40,
     intermediate_size=64,
     num_hidden_layers=2,
@@ -46,7 +43,7 @@ DRAFT = DraftConfig(
     tapped_layers=(0, 2),
     num_target_layers=4,
     block_size=5,
-    mask_token_id=36,
+    mask_token_id=52,
 )
 
 
@@ -74,6 +71,11 @@ def batch_at(step: int, *, packed: bool, teacher: bool) -> dict[str, np.ndarray]
 
 def trained(sizes: list[int], case: dict) -> dict:
     """The losses of a few steps on a mesh of `sizes`."""
+    from easydel.infra.base_state import EasyDeLState  # which only now can be imported
+
+    from pipeline.train import lowered, trainer
+    from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+
     data, fsdp, tensor = sizes
     packed = case.pop("packed")
     devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, 1, tensor, 1)
@@ -91,7 +93,7 @@ def trained(sizes: list[int], case: dict) -> dict:
         seed=0,
         **case,
     )
-    optimizer, schedule = trainer.arguments_of(lowered.Path("run"), recipe).get_optimizer_and_scheduler(NUM_STEPS)
+    optimizer, schedule = trainer.arguments_of(Path("run"), recipe).get_optimizer_and_scheduler(NUM_STEPS)
     module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
     module = DraftModule(config=module_config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     state = EasyDeLState.create(step=0, model=module, tx=optimizer, init_opt_state=True)
@@ -103,15 +105,19 @@ def trained(sizes: list[int], case: dict) -> dict:
     tables = [jnp.asarray(random.normal(size=(DRAFT.vocab_size, DRAFT.hidden_size)), jnp.float32) for _ in range(2)]
     frozen = vocabulary.share_out(tables[0], tables[1].T, mesh)
     step = trainer.jitted_step(DRAFT, recipe, schedule, places, frozen[1], mesh)
-    losses = []
+    losses, compiled = [], None
     for number in range(NUM_STEPS):
         batch = batch_at(number, packed=packed, teacher=recipe.distillation > 0)
-        state, metrics = step(state, batch, frozen)
+        batch = jax.device_put(batch, NamedSharding(mesh, vocabulary.ROWS_SPEC))
+        compiled = compiled or step.lower(state, batch, frozen).compile()
+        state, metrics = compiled(state, batch, frozen)
         losses.append(float(metrics.loss))
     others = {name: float(value) for name, value in metrics.other_metrics.items()}
     held = sum(table.addressable_shards[0].data.nbytes for table in frozen)
-    return {"losses": losses, "others": others, "held_bytes": held}
+    exchanged = [list(one.shape.sizes) for one in parse(compiled.as_text()).collectives()]
+    return {"losses": losses, "others": others, "held_bytes": held, "exchanged": exchanged}
 
 
 if __name__ == "__main__":
+    environment.prepare()
     print(json.dumps([trained(sizes, case) for sizes, case in json.loads(sys.argv[1])]))

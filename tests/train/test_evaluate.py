@@ -74,3 +74,6 @@ def test_rounds_are_those_of_a_decoder(tmp_path, monkeypatch, num_sequences):
     kept = [count for _, rounds in texts[:num_sequences] for count in rounds]
     assert found.total.histogram == tuple(np.bincount(kept, minlength=DRAFT.block_size))
     assert num_sequences or min(found.total.histogram) > 0
+    for told, (sequence, rounds) in zip(found.texts, texts[:num_sequences], strict=True):
+        assert told.token_ids == tuple(sequence.token_ids.tolist())
+        assert (told.prompt_tokens, told.kept) == (sequence.prompt_tokens, tuple(rounds))

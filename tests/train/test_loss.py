@@ -1,17 +1,26 @@
 """The loss against plain NumPy, and the walls between blocks."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from tiny_training import DRAFT as CONFIG
 from tiny_training import weights_of
 
+from pipeline.artifacts import PipelineError
 from pipeline.dflash import blocks
 from pipeline.train import cross_entropy
-from pipeline.train.loss import Batch, block_hidden, draft_loss
+from pipeline.train.accumulation import accumulated, require_divisible
+from pipeline.train.cross_entropy import token_losses
+from pipeline.train.loss import Batch, block_hidden, draft_loss, draft_sums, normaliser
+from pipeline.train.loss_weights import dpace
 
+hidden_of = jax.jit(block_hidden, static_argnums=1)
 NUM_SEQUENCES, NUM_POSITIONS, NUM_ANCHORS = 3, 32, 4
 
 
@@ -74,9 +83,7 @@ def loss_in_numpy(logits: np.ndarray, batch: Batch, decay: float) -> tuple[float
 def test_the_loss_is_that_of_a_loop_over_slots(seed, max_logits, monkeypatch):
     monkeypatch.setattr(cross_entropy, "MAX_LOGITS", max_logits)
     weights, batch, (embedding, head) = weights_of(seed), batch_of(seed), frozen_of(seed)
-    hidden = block_hidden(
-        weights, CONFIG, embedding, *map(jnp.asarray, (batch.token_ids, batch.features, batch.anchors))
-    )
+    hidden = hidden_of(weights, CONFIG, embedding, *map(jnp.asarray, (batch.token_ids, batch.features, batch.anchors)))
     logits = np.asarray(hidden) @ np.asarray(head)
     # texts that the draft gets right now and then, so that kept is not always 0
     for row, place in np.argwhere(batch.anchor_taken)[::2]:
@@ -85,7 +92,8 @@ def test_the_loss_is_that_of_a_loop_over_slots(seed, max_logits, monkeypatch):
         free = ~np.isin(span, batch.anchors[row])  # an anchor's token decides its own block's logits
         batch.token_ids[row, span[free]] = logits[row, place].argmax(-1)[: len(span)][free]
     slot_weights = blocks.slot_weights(CONFIG.block_size, 3.0)
-    found, others = draft_loss(weights, CONFIG, embedding, head, on_device(batch), slot_weights)
+    given = (weights, CONFIG, embedding, head, on_device(batch), slot_weights)
+    found, others = jax.jit(lambda: draft_loss(*given))()
     wanted, accuracy, accept_length, count = loss_in_numpy(logits, batch, 3.0)
     assert accept_length > 1.1
     assert float(found) == pytest.approx(wanted, rel=1e-5)
@@ -117,7 +125,7 @@ def test_nothing_outside_a_block_and_its_context_changes_it(seed):
     place = int(random.choice(np.flatnonzero(batch.anchor_taken[row])))
     anchor = int(batch.anchors[row, place])
     inputs = [np.array(field) for field in (batch.token_ids, batch.features, batch.anchors)]
-    before = np.asarray(block_hidden(weights, CONFIG, embedding, *map(jnp.asarray, inputs)))
+    before = np.asarray(hidden_of(weights, CONFIG, embedding, *map(jnp.asarray, inputs)))
 
     token_ids, features, anchors = (field.copy() for field in inputs)
     elsewhere = np.arange(NUM_POSITIONS) != anchor
@@ -129,7 +137,7 @@ def test_nothing_outside_a_block_and_its_context_changes_it(seed):
     changed = list(range(NUM_SEQUENCES))
     changed.remove(row)
     features[changed] = random.normal(size=features[changed].shape)
-    after = np.asarray(block_hidden(weights, CONFIG, embedding, *map(jnp.asarray, (token_ids, features, anchors))))
+    after = np.asarray(hidden_of(weights, CONFIG, embedding, *map(jnp.asarray, (token_ids, features, anchors))))
     np.testing.assert_array_equal(before[row, place], after[row, place])
 
     # and the test can see: its own anchor's token and any feature before it do change it
@@ -139,5 +147,183 @@ def test_nothing_outside_a_block_and_its_context_changes_it(seed):
             token_ids[row, anchor] = (token_ids[row, anchor] + 1) % 36
         else:
             features[row, random.integers(anchor)] += 1
-        moved = np.asarray(block_hidden(weights, CONFIG, embedding, *map(jnp.asarray, (token_ids, features, anchors))))
+        moved = np.asarray(hidden_of(weights, CONFIG, embedding, *map(jnp.asarray, (token_ids, features, anchors))))
         assert np.abs(moved[row, place] - before[row, place]).max() > 1e-4, what
+
+
+def dpace_in_numpy(nll: np.ndarray, counts: np.ndarray, smoothing: float) -> np.ndarray:
+    """One block's weights, by their definition."""
+    weights = np.zeros(len(nll))
+    for slot in np.flatnonzero(counts):
+        for later in range(slot, len(nll)):
+            if counts[later]:
+                reached = [(1 - smoothing) * np.exp(-nll[at]) + smoothing for at in range(later + 1) if counts[at]]
+                weights[slot] += np.prod(reached)
+    return weights
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 1.0])
+def test_dpace_weighs_a_slot_by_all_that_it_opens_the_way_to(smoothing):
+    random = np.random.default_rng(3)
+    nll, counts = random.exponential(size=(20, 7)), random.random((20, 7)) < 0.7
+    found = dpace(jnp.asarray(nll, jnp.float32), jnp.asarray(counts), smoothing)
+    wanted = [dpace_in_numpy(*block, smoothing) for block in zip(nll, counts, strict=True)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    peak = wide.max(-1, keepdims=True)
+    return wide - peak - np.log(np.exp(wide - peak).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("distillation", "smoothing"), [(0.4, None), (1.0, 0.5), (0.0, 0.5)], ids=["decay", "teacher alone", "dpace alone"]
+)
+def test_a_distilled_loss_is_that_of_a_loop_over_slots(distillation, smoothing, monkeypatch):
+    """Two chunks; the teacher of slot k is the target's state at anchor + k - 1."""
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 40 * CONFIG.vocab_size)
+    weights, batch, (embedding, head) = weights_of(1), batch_of(1), frozen_of(1)
+    random = np.random.default_rng(9)
+    states = random.normal(size=(NUM_SEQUENCES, NUM_POSITIONS, CONFIG.hidden_size)).astype(np.float32)
+    hidden = hidden_of(weights, CONFIG, embedding, *map(jnp.asarray, (batch.token_ids, batch.features, batch.anchors)))
+    drafted, taught = (log_softmax(np.asarray(one) @ np.asarray(head)) for one in (hidden, states))
+    slot_weights = blocks.slot_weights(CONFIG.block_size, 3.0)
+    total = weight_of_all = 0.0
+    for row, place in np.argwhere(batch.anchor_taken):
+        positions = batch.anchors[row, place] + np.arange(1, CONFIG.block_size)
+        counts = np.array([at < NUM_POSITIONS and batch.generated[row, at] for at in positions])
+        inside = np.minimum(positions, NUM_POSITIONS - 1)
+        text = -drafted[row, place, np.arange(len(inside)), batch.token_ids[row, inside]]
+        soft = -(np.exp(taught[row, positions[counts] - 1]) * drafted[row, place, counts]).sum(-1)
+        mixed = (1 - distillation) * text[counts] + distillation * soft
+        factor = slot_weights[1:] if smoothing is None else dpace_in_numpy(text, counts, smoothing)
+        total += (factor[counts] * mixed).sum()
+        weight_of_all += factor[counts].sum()
+    wanted = total / (weight_of_all if smoothing is None else NUM_SEQUENCES)
+    taught_batch = on_device(batch._replace(teacher_hidden=states if distillation else None))
+    options = {"dpace_smoothing": smoothing, "distillation": distillation}
+    given = (weights, CONFIG, embedding, head, taught_batch, slot_weights)
+    found, _ = jax.jit(lambda: draft_loss(*given, **options))()
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.4])
+def test_the_gradient_made_in_the_forward_pass_is_the_derivative(distillation):
+    random = np.random.default_rng(2)
+    shape = (2, 3, 4)
+    hidden, teacher = (jnp.asarray(random.normal(size=(*shape, 20)), jnp.float32) for _ in range(2))
+    labels, weight = jnp.asarray(random.integers(0, 37, shape)), jnp.asarray(random.random(shape), jnp.float32)
+    head = frozen_of(0)[1] / 4
+    taught = teacher if distillation else None
+
+    def plainly(hidden):
+        logits = jax.nn.log_softmax(hidden @ head)
+        text = -jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        soft = -(jax.nn.softmax(teacher @ head) * logits).sum(-1)
+        return (weight * ((1 - distillation) * text + distillation * soft)).sum()
+
+    def ours(hidden):
+        made = token_losses(head, hidden, labels, taught, vocab_size=37, distillation=distillation)
+        return (weight * made.loss).sum()
+
+    (wanted, slope), (found, gradient) = (jax.jit(jax.value_and_grad(one))(hidden) for one in (plainly, ours))
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+    np.testing.assert_allclose(gradient, slope, atol=1e-6)
+    in_bfloat16 = jax.grad(lambda one: ours(one.astype(jnp.bfloat16)))(hidden)
+    assert in_bfloat16.dtype == jnp.float32
+    np.testing.assert_allclose(in_bfloat16, slope, atol=0.02 * float(jnp.abs(slope).max()))
+
+
+SHALLOW = dataclasses.replace(CONFIG, num_hidden_layers=1)
+DECAY = {"slot_weights": blocks.slot_weights(CONFIG.block_size, 3.0)}
+
+
+def test_bfloat16_arithmetic_keeps_losses_and_gradients_in_float32():
+    weights, batch = weights_of(0, SHALLOW), on_device(batch_of(0))
+    made = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        embedding, head = (table.astype(dtype) for table in frozen_of(0))
+
+        def loss_of(masters, dtype=dtype, embedding=embedding, head=head):
+            used = jax.tree.map(lambda array: array.astype(dtype), masters)
+            return draft_loss(used, SHALLOW, embedding, head, batch, **DECAY)[0]
+
+        made.append(jax.jit(jax.value_and_grad(loss_of))(weights))
+    (exact, gradients), (found, rounded) = made
+    assert found.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype(jnp.float32)}
+    assert float(found) == pytest.approx(float(exact), rel=0.02)
+    norms = [np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(tree))) for tree in (gradients, rounded)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
+
+
+def test_what_is_summed_over_words_is_float32_in_bfloat16_arithmetic():
+    head, hidden = frozen_of(0)[1].astype(jnp.bfloat16), jnp.zeros((1, 2, 20), jnp.bfloat16)
+    labels = jnp.zeros((1, 2), int)
+    program = jax.make_jaxpr(lambda hidden: token_losses(head, hidden, labels, vocab_size=37))(hidden)
+    (call,) = [one for one in program.eqns if "custom_vjp" in one.primitive.name]
+    inner = call.params["call_jaxpr"].eqns
+    kinds = {name: {str(one.outvars[0].aval.dtype) for one in inner if one.primitive.name == name}
+             for name in ("dot_general", "exp", "reduce_sum", "log")}  # fmt: skip
+    assert kinds == {name: {"float32"} for name in kinds}
+
+
+def both_batches() -> Batch:
+    """Six rows, of unequal weight."""
+    two = [batch_of(seed) for seed in (3, 4)]
+    wide = max(one.anchors.shape[1] for one in two)
+
+    def joined(name: str) -> np.ndarray:
+        fields = [getattr(one, name) for one in two]
+        if name.startswith("anchor"):
+            fields = [np.pad(field, [(0, 0), (0, wide)])[:, :wide] for field in fields]
+        return np.concatenate(fields)
+
+    return on_device(Batch(*map(joined, Batch._fields[:5])))
+
+
+@pytest.mark.parametrize(
+    "smoothing", [pytest.param(None, id="decay"), pytest.param(0.5, id="dpace", marks=pytest.mark.slow)]
+)
+def test_accumulated_gradients_are_those_of_the_whole_batch(smoothing):
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), ("dp", "fsdp", "ep", "tp", "sp"))
+    weights, (embedding, head), batch = weights_of(0, SHALLOW), frozen_of(0), both_batches()
+    objective = DECAY | {"dpace_smoothing": smoothing}
+    total = normaliser(SHALLOW, batch, **objective)
+
+    def loss_of(weights, part):
+        sums = draft_sums(weights, SHALLOW, embedding, head, part, total=total, **objective)
+        return sums.loss, sums
+
+    def made(num_parts):
+        differentiate = jax.value_and_grad(loss_of, has_aux=True)
+        return jax.jit(lambda weights: accumulated(differentiate, weights, batch, num_parts, mesh))(weights)
+
+    (loss, sums), gradients = made(1)
+    (parts_loss, parts_sums), parts_gradients = made(3)
+    assert float(parts_loss) == pytest.approx(float(loss), rel=1e-6)
+    for name, value in sums.metrics().items():
+        assert float(parts_sums.metrics()[name]) == pytest.approx(float(value), rel=1e-6), name
+    for left, right in zip(jax.tree.leaves(gradients), jax.tree.leaves(parts_gradients), strict=True):
+        rounding = 2e-6 * float(np.abs(left).max())  # sums cancel: float32 rounds them by their largest terms
+        np.testing.assert_allclose(left, right, rtol=0, atol=rounding)
+
+
+def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient():
+    batch = batch_of(0)
+    batch = on_device(batch._replace(anchor_taken=np.zeros_like(batch.anchor_taken)))
+
+    def loss_of(weights):
+        return draft_loss(weights, SHALLOW, *frozen_of(0), batch, **DECAY)[0]
+
+    found, gradients = jax.jit(jax.value_and_grad(loss_of))(weights_of(0, SHALLOW))
+    assert float(found) == 0
+    assert not any(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients))
+
+
+def test_rows_that_devices_and_parts_do_not_share_out_evenly_are_refused():
+    mesh = SimpleNamespace(shape={"dp": 2, "fsdp": 4})
+    require_divisible(16, 2, mesh)
+    with pytest.raises(PipelineError, match=r"train.batch_sequences is 12; .* train.fsdp \(1 x 2 x 4\)"):
+        require_divisible(12, 1, mesh)

@@ -57,7 +57,8 @@ def test_the_artifact_holds_the_best_run_directory_and_what_is_said_of_it():
     assert [one["step"] for one in evaluations] == [5, 10, 12]
     best = max(evaluations, key=lambda one: one["heldout"]["accept_length"])
     step = f"run-{best['step']}"
-    assert names == {step, "draft_config.json", "evaluation.json", "evaluations.json", "contract.json"}
+    told = {"data.json", "draft_config.json", "evaluation.json", "evaluations.json", "heldout.jsonl", "contract.json"}
+    assert names == {step} | told
     run_files = {name.split("/")[1] for name in made.files if name.startswith(f"{step}/")}
     assert {"model", "tx", "config.json", "metadata.json", "tensorstore_index.json"} <= run_files
     evaluation = json.loads((made.path / "evaluation.json").read_text())

@@ -1,0 +1,112 @@
+"""How an exported draft is served in each runtime that reads z-lab's layout, and what is known of it there.
+
+Source: ../shared/reference/dflash.md section 2.3 and engines.md; the commands of SGLang and vLLM are those on z-lab's
+cards of its gpt-oss drafts.
+"""
+
+import dataclasses
+
+from pipeline.model.draft import DraftConfig
+
+DRAFT_PLACE, TARGET_PLACE = "<this directory>", "<the target's directory>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """A program that serves the draft: its command, what was tried with drafts of this layout, and what to mind."""
+
+    name: str
+    command: str
+    tried: str
+    notes: tuple[str, ...] = ()
+
+
+def runtimes(config: DraftConfig, target: str | None, target_choice: str) -> list[Runtime]:
+    """All of them. `target` is the target's hub id, `target_choice` how this pipeline is told of it."""
+    place = target or TARGET_PLACE
+    return [
+        _pipeline(target_choice),
+        _sglang(config, place),
+        _vllm(config, place),
+        _sglang_jax(config, place),
+        _z_lab(config),
+    ]
+
+
+def _pipeline(target_choice: str) -> Runtime:
+    return Runtime(
+        name="this pipeline",
+        command=f"python -m pipeline stage=serve {target_choice} export.path={DRAFT_PLACE}",
+        tried="measured the numbers above",
+    )
+
+
+def _sglang(config: DraftConfig, target: str) -> Runtime:
+    return Runtime(
+        name="SGLang",
+        command=(
+            f"python -m sglang.launch_server --model-path {target} --dtype bfloat16 \\\n"
+            f"    --speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT_PLACE} \\\n"
+            f"    --speculative-num-draft-tokens {config.block_size} --attention-backend fa3"
+        ),
+        tried="not run: names, shapes and config keys were checked against the rules of its reader (0.5.23)",
+        notes=(
+            f"its number of draft tokens counts the anchor: it is the block size, {config.block_size}",
+            "it reports no missing tensor: do not edit the weights' names",
+        ),
+    )
+
+
+def _vllm(config: DraftConfig, target: str) -> Runtime:
+    drafted = f'{{"method": "dflash", "model": "{DRAFT_PLACE}", "num_speculative_tokens": {config.block_size - 1}}}'
+    return Runtime(
+        name="vLLM",
+        command=(
+            f"vllm serve {target} --attention-backend flash_attn --max-num-batched-tokens 32768 \\\n"
+            f"    --speculative-config '{drafted}'"
+        ),
+        tried="not run: names, shapes and config keys were checked against the rules of its reader (0.33)",
+        notes=(
+            f"its number of tokens leaves the anchor out: {config.block_size - 1}, and never more",
+            "blocks are not causal, which not every attention backend can do",
+        ),
+    )
+
+
+def _sglang_jax(config: DraftConfig, target: str) -> Runtime:
+    notes = [
+        "it decodes greedily and refuses requests with a temperature; in 0.1.0rc0 a request for logprobs ends the "
+        "server, and answers may be longer than max_tokens",
+        "it has no GPT-OSS model of its own (0.1.0rc0): one must be registered before its server is started",
+        "it warns of a missing tensor and goes on with random weights: look for 'No file found' in its log",
+    ]
+    if config.rope.factor is not None:
+        notes.append("it does not know YaRN, which this draft has: acceptance falls there")
+    return Runtime(
+        name="sglang-jax",
+        command=(
+            f"python -m sgl_jax.launch_server --model-path {target} --dtype bfloat16 --grammar-backend none \\\n"
+            f"    --speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT_PLACE} \\\n"
+            "    --speculative-eagle-topk 1 --speculative-num-steps 1 --disable-overlap-schedule"
+        ),
+        tried=(
+            "its reader, loader and model (0.1.0rc0) open drafts of this layout in this pipeline's tests, every tensor "
+            "found, hidden states equal in float32; its server and its kernels were not run"
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _z_lab(config: DraftConfig) -> Runtime:
+    return Runtime(
+        name="z-lab's dflash",
+        command=(
+            "from dflash.model import DFlashDraftModel\n"
+            f'draft = DFlashDraftModel.from_pretrained("{DRAFT_PLACE}", dtype="bfloat16")'
+        ),
+        tried=(
+            "dflash 0.1.0 opens drafts of this layout in this pipeline's tests, no tensor missing or unexpected, "
+            "hidden states equal in float32"
+        ),
+        notes=("its own generation loop knows Qwen3 and LLaMA targets; for GPT-OSS call dflash_generate",),
+    )

@@ -1,0 +1,153 @@
+"""Another trainer beside ours: the same draft, first weights, sequences in the same batches, machine and threads.
+
+The other trainer is a command that is given the names of two files (`other_program`). It reads the first one,
+
+    {"draft": directory, "data": file, "order": [[index, ...], ...], "num_anchors": n, "threads": n, "seed": n,
+     "recipe": {...}, "attention": name or null, "draft_out": file or null}
+
+trains the draft of the directory (HF layout, float32) one step per batch of `order`, `num_anchors` blocks in each, by
+the `recipe` (`PeerRecipe`), writes its tensors to `draft_out` when that is given, and to the second file
+
+    {"step_seconds": [s, ...], "losses": [x, ...], "attention": name}
+
+The data is an .npz of the distinct sequences end to end: token_ids [tokens], features [tokens, L*D] as the bits of
+bfloat16, offsets [sequences + 1], prompt_tokens [sequences], and the target's embedding and head, both [V, D].
+"""
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from pipeline import other_program
+from pipeline.model.linear import Kernel, Transposed
+
+KEY = "train_peer.command"
+WARM_UP_STEPS = 3  # of a pass, not counted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeerRecipe:
+    """How the other trainer trains: slots' weights by its own names, and what its optimizer and schedule are given."""
+
+    weights: str
+    decay: float
+    smoothing: float
+    trainer: dict[str, Any]
+
+
+# Defaults of `speculators train --speculator-type dflash` 0.9.0 (train/config/schema.py): Muon beside AdamW, linear
+# decay after 1 % of warm-up, D-PACE weights. The number of epochs is what steps take the place of.
+PUBLISHED = PeerRecipe(
+    weights="dpace",
+    decay=4.0,
+    smoothing=0.5,
+    trainer={"optimizer": "muon", "lr": 1e-3, "muon_lr": 1e-3, "weight_decay": 0.01, "scheduler_type": "linear"},
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Sequences by number, and which of them each step's batch holds."""
+
+    file: Path
+    order: list[list[int]]
+    num_tokens: list[int]  # of each step's batch, without padding
+
+    @classmethod
+    def write(
+        cls, file: Path, batches: Iterable[dict[str, np.ndarray]], embedding: Float[Array, "V D"], head: Kernel
+    ) -> "Data":
+        """What these batches (fields of `loss.Batch`, a sequence to a row) hold, each sequence once."""
+        places: dict[bytes, int] = {}
+        sequences: list[tuple[np.ndarray, np.ndarray, int]] = []
+        order = []
+        for batch in batches:
+            order.append([])
+            for tokens, generated, features in zip(
+                batch["token_ids"], batch["generated"], batch["features"], strict=True
+            ):
+                answered = np.flatnonzero(generated)
+                length = int(answered[-1]) + 1  # a sequence ends in what the target generated
+                key = tokens[:length].tobytes()
+                if key not in places:
+                    places[key] = len(sequences)
+                    sequences.append((tokens[:length], features[:length], int(answered[0])))
+                order[-1].append(places[key])
+        lengths = [len(tokens) for tokens, _, _ in sequences]
+        np.savez(
+            file,
+            token_ids=np.concatenate([tokens for tokens, _, _ in sequences]),
+            features=np.concatenate([features.view(np.int16) for _, features, _ in sequences]),
+            offsets=np.cumsum([0, *lengths]),
+            prompt_tokens=np.array([prompt for _, _, prompt in sequences]),
+            embedding=np.asarray(embedding),
+            head=np.asarray(head.array if isinstance(head, Transposed) else head.T),
+        )
+        return cls(file=file, order=order, num_tokens=[sum(lengths[one] for one in batch) for batch in order])
+
+
+def run_peer(
+    command: Sequence[str],
+    draft: Path,
+    data: Data,
+    recipe: PeerRecipe,
+    *,
+    num_anchors: int,
+    seed: int,
+    attention: str | None = None,
+    draft_out: Path | None = None,
+) -> dict[str, Any]:
+    """The other trainer's answer. Raises PipelineError when it fails."""
+    given = {
+        "draft": str(draft),
+        "data": str(data.file),
+        "order": data.order,
+        "num_anchors": num_anchors,
+        "threads": len(os.sched_getaffinity(0)),  # as many as XLA takes
+        "seed": seed,
+        "recipe": dataclasses.asdict(recipe),
+        "attention": attention,
+        "draft_out": None if draft_out is None else str(draft_out),
+    }
+    return other_program.ask(command, given, KEY)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Against:
+    """Seconds of each step, pass by pass, ours and theirs, and tokens of each step's batch."""
+
+    ours: tuple[tuple[float, ...], ...]
+    theirs: tuple[tuple[float, ...], ...]
+    num_tokens: tuple[int, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast our step is, pass by pass: the median over steps, each with the same batch."""
+        return [
+            statistics.median(their / our for our, their in list(zip(*steps, strict=True))[WARM_UP_STEPS:])
+            for steps in zip(self.ours, self.theirs, strict=True)
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """As they are logged."""
+        ratios = self.ratios
+        return {
+            "train_peer/ours_tokens_per_second": self._speed(self.ours),
+            "train_peer/theirs_tokens_per_second": self._speed(self.theirs),
+            "train_peer/ratio": statistics.median(ratios),
+            "train_peer/ratio_min": min(ratios),
+            "train_peer/ratio_max": max(ratios),
+        }
+
+    def _speed(self, passes: Sequence[Sequence[float]]) -> float:
+        return statistics.median(
+            tokens / seconds
+            for steps in passes
+            for tokens, seconds in list(zip(self.num_tokens, steps, strict=True))[WARM_UP_STEPS:]
+        )

@@ -192,8 +192,8 @@ class OpenAIConfig:
     """The endpoint of `teacher_cache.generator=openai`; its key is read from the environment variable `api_key_env`.
 
     `url` is what stands before /chat/completions. `api=completions` needs an endpoint that takes and tells token ids:
-    vLLM, `stage=serve`. `extra` are further fields of each request. A request is tried again `retries` times after
-    429, 5xx, lost connections and `timeout_seconds` without an answer.
+    vLLM, `stage=serve`. `extra` are further fields of each request (`+teacher_cache.openai.extra.top_k=20`). A request
+    is tried again `retries` times after 429, 5xx, lost connections and `timeout_seconds` without an answer.
     """
 
     url: str | None = None

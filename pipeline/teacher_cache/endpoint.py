@@ -3,7 +3,6 @@
 import asyncio
 import collections
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -105,7 +104,9 @@ class Correspondence:
             reason = f"no answer within {self._endpoint.timeout_seconds:g} s (teacher_cache.openai.timeout_seconds)"
         except openai.APIConnectionError as error:
             reason = self._endpoint.redacted(f"{NO_CONNECTION}: {error.__cause__ or error}")
-        except json.JSONDecodeError as error:
+        except openai.APIError as error:
+            reason = self._endpoint.redacted(str(error))
+        except ValueError as error:  # no JSON, or no UTF-8
             reason = f"the reply is no JSON: {error}"
         except BadReply as error:
             reason = self._endpoint.redacted(str(error))

@@ -135,6 +135,8 @@ LASTING = {
     "too long": (Reply({"error": {"message": "maximum context length is 8"}}, 400), "HTTP 400: .*maximum context"),
     "hangs": (Reply(hangs=True), r"no answer within 1\.5 s"),
     "no JSON": (Reply(b'{"choices": ['), "the reply is no JSON"),
+    "no UTF-8": (Reply(b'{"choices": "\xff"}'), "the reply is no JSON"),
+    "nothing": (Reply(b""), "the reply is no JSON"),
     "HTML": (Reply(b"<html>", headers={"Content-Type": "text/html"}), "the reply has no choices: '<html>'"),
     "an error for a reply": (Reply({"error": "busy"}), "the reply has no choices"),
     "filtered": (Reply({"choices": [{"finish_reason": "content_filter"}]}), "ended with 'content_filter'"),

@@ -27,7 +27,7 @@ test: lint oracle-env
 	$(BIN)/python -m pytest
 
 conformance: test-env oracle-env conformance-env # what each runtime's own reader makes of an exported draft
-	$(BIN)/python -m pytest -m conformance
+	$(BIN)/python -m pytest -m conformance tests/conformance tests/export
 
 peer: env oracle-env # plain decoding beside transformers' generate; another target: make peer ARGS=experiment=smollm2
 	$(BIN)/python -m pipeline stage=target $(ARGS)

@@ -11,7 +11,7 @@ the `recipe` (`PeerRecipe`), writes its tensors to `draft_out` when that is give
     {"step_seconds": [s, ...], "losses": [x, ...], "attention": name}
 
 The data is an .npz of the distinct sequences end to end: token_ids [tokens], features [tokens, L*D] as the bits of
-bfloat16, offsets [sequences + 1], prompt_tokens [sequences], and the target's embedding and head, both [V, D].
+bfloat16, generated [tokens], offsets [sequences + 1], and the target's embedding and head, both [V, D].
 """
 
 import dataclasses
@@ -65,27 +65,24 @@ class Data:
     ) -> "Data":
         """What these batches (fields of `loss.Batch`, a sequence to a row) hold, each sequence once."""
         places: dict[bytes, int] = {}
-        sequences: list[tuple[np.ndarray, np.ndarray, int]] = []
+        sequences: list[dict[str, np.ndarray]] = []
         order = []
         for batch in batches:
             order.append([])
-            for tokens, generated, features in zip(
-                batch["token_ids"], batch["generated"], batch["features"], strict=True
-            ):
-                answered = np.flatnonzero(generated)
-                length = int(answered[-1]) + 1  # a sequence ends in what the target generated
-                key = tokens[:length].tobytes()
+            for row, generated in enumerate(batch["generated"]):
+                end = np.flatnonzero(generated)[-1] + 1  # nothing is learned of or from what lies behind
+                one = {name: batch[name][row, :end] for name in ("token_ids", "generated", "features")}
+                key = one["token_ids"].tobytes() + one["generated"].tobytes()
                 if key not in places:
                     places[key] = len(sequences)
-                    sequences.append((tokens[:length], features[:length], int(answered[0])))
+                    sequences.append(one)
                 order[-1].append(places[key])
-        lengths = [len(tokens) for tokens, _, _ in sequences]
+        lengths = [len(one["token_ids"]) for one in sequences]
+        tokens = {name: np.concatenate([one[name] for one in sequences]) for name in sequences[0]}
         np.savez(
             file,
-            token_ids=np.concatenate([tokens for tokens, _, _ in sequences]),
-            features=np.concatenate([features.view(np.int16) for _, features, _ in sequences]),
+            **{**tokens, "features": tokens["features"].view(np.int16)},
             offsets=np.cumsum([0, *lengths]),
-            prompt_tokens=np.array([prompt for _, _, prompt in sequences]),
             embedding=np.asarray(embedding),
             head=np.asarray(head.array if isinstance(head, Transposed) else head.T),
         )

@@ -46,12 +46,9 @@ class Sequences(Dataset):
         self.token_ids = torch.from_numpy(arrays["token_ids"]).long()
         self.features = torch.from_numpy(arrays["features"]).view(torch.bfloat16)
         self.embedding, self.head = torch.from_numpy(arrays["embedding"]), torch.from_numpy(arrays["head"])
-        self.offsets, self.prompt_tokens = arrays["offsets"].tolist(), arrays["prompt_tokens"].tolist()
+        self.generated, self.offsets = torch.from_numpy(arrays["generated"]), arrays["offsets"].tolist()
         self.order = order
         self.row_tokens = max(sum(self.offsets[one + 1] - self.offsets[one] for one in batch) for batch in order)
-        prompts = np.repeat(self.prompt_tokens, np.diff(self.offsets))
-        places = np.arange(len(self.token_ids)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
-        self.generated = torch.from_numpy(places >= prompts)
         self.states = trainers.verifier_states(self.token_ids, self.generated, self.head)
 
     def span(self, index: int) -> slice:

@@ -17,6 +17,7 @@ from pipeline.model.gpt_oss_weights import WeightsForm
 from pipeline.serve import compiled, programs
 from pipeline.serve.engine import num_positions, rows_of_shard
 from pipeline.serve.programs import Chunk
+from pipeline.teacher_cache import capture
 
 PREFILL, DECODE = "prefill", "decode"
 NUM_STOPS = 3  # return, call and endoftext
@@ -53,6 +54,13 @@ def lowered(sizes: Serving, draft: DraftConfig, block_sizes: list[int]) -> Itera
                 weights, drafted, _state(sizes, block), stops
             ),
         )
+
+
+def lowered_features(sizes: Serving, draft: DraftConfig, *, num_rows: int, num_positions: int) -> Any:
+    """The traced pass of the frozen target that a live training takes its features from."""
+    weights = _placed_target(sizes)
+    program = capture.feature_program(weights, sizes.model, draft.tapped_layers, run=sizes.run, mesh=sizes.mesh)
+    return program.lower(weights, _array(sizes.mesh, (num_rows, num_positions), jnp.int32, placement.ROWS))
 
 
 def _compiled(sizes: Serving, draft: DraftConfig | None) -> compiled.Compiled:

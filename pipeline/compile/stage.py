@@ -17,7 +17,7 @@ from pipeline.compile.chips import Slice
 from pipeline.compile.program_text import parse
 from pipeline.compile.programs import DECODE, PREFILL, Serving
 from pipeline.compile.report import Costs, Told
-from pipeline.config import CompileConfig, PipelineConfig, plain
+from pipeline.config import CompileConfig, FeatureSource, PipelineConfig, plain
 from pipeline.machine import choose_shards, is_held_packed, on_slice
 from pipeline.model import attention, checkpoints, placement, traffic
 from pipeline.model.draft import DraftConfig
@@ -31,7 +31,7 @@ from pipeline.train.stage import recipe_of
 log = logging.getLogger("pipeline")
 
 REPORT = "compile.json"
-TRAIN = "train"
+TRAIN, FEATURES = "train", "features"
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
@@ -95,7 +95,22 @@ def _serving(config: PipelineConfig, found: Slice, model: GptOssConfig, draft: D
 def _programs(config: PipelineConfig, sizes: Serving, draft: DraftConfig) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from programs.lowered(sizes, draft, config.compile.block_sizes)
     if config.compile.training:
+        if config.train.features is FeatureSource.live:
+            rows, longest = _training_rows(config, sizes), _longest(config)
+            yield (
+                FEATURES,
+                lambda: programs.lowered_features(sizes, draft, num_rows=rows, num_positions=longest),
+            )
         yield TRAIN, lambda: _training(config, sizes, draft)
+
+
+def _training_rows(config: PipelineConfig, sizes: Serving) -> int:
+    unit = sizes.mesh.devices.size * config.train.accumulation
+    return -(-config.train.batch_sequences // unit) * unit
+
+
+def _longest(config: PipelineConfig) -> int:
+    return config.teacher_cache.max_prompt_tokens + config.teacher_cache.max_new_tokens
 
 
 def _training(config: PipelineConfig, sizes: Serving, draft: DraftConfig) -> Any:
@@ -103,10 +118,9 @@ def _training(config: PipelineConfig, sizes: Serving, draft: DraftConfig) -> Any
     from pipeline.train import lowered  # imports EasyDeL, which only now can be
 
     train, devices = config.train, list(sizes.mesh.devices.flat)
-    unit = len(devices) * train.accumulation
-    rows = -(-train.batch_sequences // unit) * unit
+    rows = _training_rows(config, sizes)
     recipe = recipe_of(train, draft, config.seed, jnp.dtype(programs.DTYPE))
-    longest = config.teacher_cache.max_prompt_tokens + config.teacher_cache.max_new_tokens
+    longest = _longest(config)
     num_positions = train.pack_tokens or longest
     return lowered.lowered_step(
         draft,
@@ -146,7 +160,7 @@ def _compiled(
     )
     lengths = _cache_lengths(sizes, config.block_sizes)
     problems = report.does_not_fit(told, found.chip) + report.gathered_caches(program, lengths, sizes.model.head_dim)
-    if name not in (PREFILL, TRAIN):  # many tokens read all experts
+    if name not in (PREFILL, TRAIN, FEATURES):  # many tokens read all experts
         problems += report.experts_read_whole(program)
     return dataclasses.replace(told, problems=tuple(problems))
 
@@ -155,7 +169,7 @@ def _floor(name: str, flops: float, sizes: Serving, draft: DraftConfig, found: S
     """Seconds that one device takes at the least to read what the step needs, or to multiply."""
     rows = sizes.slots // sizes.run.shards.data
     tokens, drafted = 1, 0.0
-    if name == TRAIN:
+    if name in (TRAIN, FEATURES):
         return flops / found.chip.flops_per_second
     if name == PREFILL:
         tokens = sizes.prefill_chunk

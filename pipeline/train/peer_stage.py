@@ -192,6 +192,6 @@ def _qualities(pair: _Pair, num_steps: int, heldout: CacheSplit) -> dict[str, fl
     measured = {}
     for name, weights in made.items():
         found = evaluate(weights, pair.draft, *pair.ends, heldout, num_sequences=EVALUATED_SEQUENCES)
-        measured[f"train_peer/{name}_accept_length"] = found.accept_length
-        print(f"{name:24} {found.accept_length:.3f} accept_length after {num_steps} steps", flush=True)
+        measured[f"train_peer/{name}_accept_length"] = found.total.accept_length
+        print(f"{name:24} {found.total.accept_length:.3f} accept_length after {num_steps} steps", flush=True)
     return measured

@@ -1,4 +1,4 @@
-"""AdamW or Muon as a draft is trained with it: no decay on norms and biases, cosine with warm-up, an average if wanted."""
+"""AdamW or Muon as drafts are trained with: no decay on norms and biases, cosine with warm-up, an average if wanted."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,6 @@ import optax.contrib
 from jaxtyping import Array
 
 from pipeline.train.recipe import Recipe
-
 
 MUON_RMS = 0.2  # of a Muon step over the learning rate: what Adam's have
 

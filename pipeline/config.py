@@ -92,6 +92,13 @@ class LossWeights(enum.Enum):
     dpace = "dpace"
 
 
+class Optimizer(enum.Enum):
+    """Who moves the kernels: AdamW, or Muon (norms and biases are AdamW's in any case)."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 class ServeMode(enum.Enum):
     """Which decoding arm a server runs."""
 
@@ -268,6 +275,7 @@ class TrainConfig:
     pack_tokens: int | None = None
     accumulation: int = 1
     remat: bool = False
+    optimizer: Optimizer = Optimizer.adamw
     learning_rate: float = 3e-3
     final_learning_rate: float = 0.0
     warmup_ratio: float = 0.04

@@ -1,4 +1,4 @@
-"""AdamW as a draft is trained with it: no decay on norms and biases, cosine with warm-up, an average if wanted."""
+"""AdamW or Muon as drafts are trained with: no decay on norms and biases, cosine with warm-up, an average if wanted."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array
 
 from pipeline.train.recipe import Recipe
+
+MUON_RMS = 0.2  # of a Muon step over the learning rate: what Adam's have
 
 
 class Averaged(NamedTuple):
@@ -18,14 +21,29 @@ class Averaged(NamedTuple):
 
 
 def optimizer_of(recipe: Recipe) -> optax.GradientTransformation:
-    """Clip by the global norm, Adam, decay of kernels alone, the schedule; then the average, which changes nothing."""
+    """Clip by the global norm, step by the schedule, kernels decayed alone; then the average, which changes nothing.
+
+    Steps are Adam's, or with `muon` Muon's for kernels, scaled to the size that Adam's have, so that one learning rate
+    suits both. Source of the scale: `adjust_lr_fn="match_rms_adamw"` of torch.optim.Muon; arXiv 2502.16982.
+    """
+    adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
     steps = [
         optax.clip_by_global_norm(recipe.clip_grad),
-        optax.scale_by_adam(recipe.beta1, recipe.beta2),
+        optax.partition({True: _muon(), False: adam}, _is_kernel) if recipe.muon else adam,
         optax.add_decayed_weights(recipe.weight_decay, mask=_is_kernel),
         optax.scale_by_learning_rate(schedule_of(recipe)),
     ]
     return optax.chain(*steps, *([] if recipe.ema_decay is None else [averaged(recipe.ema_decay)]))
+
+
+def _muon() -> optax.GradientTransformation:
+    def axes(kernels: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), kernels)
+
+    def sized(update: Array, _weight: Array | None) -> Array:
+        return update * (MUON_RMS * max(update.shape) ** 0.5)
+
+    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless_with_tree_map(sized))
 
 
 def schedule_of(recipe: Recipe) -> Callable[[Array], Array]:

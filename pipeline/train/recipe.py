@@ -41,6 +41,7 @@ class Recipe:
     eval_steps: int
     seed: int
     dtype: DTypeLike = jnp.float32
+    muon: bool = False
     remat: bool = False
     dpace_smoothing: float | None = None
     distillation: float = 0.0

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from pipeline import artifacts, chips, hosts, lineage
 from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import FeatureSource, LossWeights, PipelineConfig, TrainConfig
+from pipeline.config import FeatureSource, LossWeights, Optimizer, PipelineConfig, TrainConfig
 from pipeline.dflash import blocks
 from pipeline.dflash.contract import Contract
 from pipeline.lineage import Target
@@ -94,6 +94,7 @@ def recipe_of(train: TrainConfig, draft: DraftConfig, seed: int, dtype: jnp.dtyp
     return Recipe(
         steps=train.steps,
         batch_sequences=train.batch_sequences,
+        muon=train.optimizer is Optimizer.muon,
         learning_rate=train.learning_rate,
         final_learning_rate=train.final_learning_rate,
         warmup_ratio=train.warmup_ratio,

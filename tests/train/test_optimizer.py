@@ -100,3 +100,16 @@ def test_the_average_is_that_of_all_weights_so_far_and_changes_no_step():
     for name in WEIGHTS:
         np.testing.assert_array_equal(found[name], plain[name])
         np.testing.assert_allclose(average_in(memory)[name], average[name], rtol=1e-5)
+
+
+def test_under_muon_a_kernels_step_has_equal_singular_values_and_vectors_are_adamws():
+    recipe = dataclasses.replace(RECIPE, muon=True, weight_decay=0.0, clip_grad=1e9)
+    (before, _), (after, _) = trained(7, recipe), trained(8, recipe)
+    wanted = adamw(8, recipe)[-1]
+    for name, weight in after.items():
+        if weight.ndim == 1:
+            np.testing.assert_allclose(weight, wanted[name], rtol=1e-5)
+            continue
+        step = np.asarray(before[name] - weight) / rate_at(7, recipe)
+        values = np.linalg.svd(step, compute_uv=False) / (0.2 * max(weight.shape) ** 0.5)
+        assert ((values > 0.6) & (values < 1.3)).all(), values  # what five Newton-Schulz steps make of them

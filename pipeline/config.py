@@ -275,7 +275,7 @@ class TrainConfig:
     pack_tokens: int | None = None
     accumulation: int = 1
     remat: bool = False
-    optimizer: Optimizer = Optimizer.adamw
+    optimizer: Optimizer = Optimizer.muon
     learning_rate: float = 3e-3
     final_learning_rate: float = 0.0
     warmup_ratio: float = 0.04
@@ -283,7 +283,7 @@ class TrainConfig:
     beta2: float = 0.999
     weight_decay: float = 0.0
     clip_grad: float = 1.0
-    loss_weights: LossWeights = LossWeights.decay
+    loss_weights: LossWeights = LossWeights.dpace
     loss_decay: float | None = None
     dpace_smoothing: float = 0.5
     distillation: float = 0.0

@@ -142,9 +142,11 @@ class _Pair:
             decay=own.loss_decay,
             smoothing=train.dpace_smoothing,
             trainer={
-                "optimizer": "adamw",
+                "optimizer": train.optimizer.value,
                 "lr": train.learning_rate,
+                "muon_lr": train.learning_rate,
                 "weight_decay": train.weight_decay,
+                "muon_weight_decay": train.weight_decay,
                 "scheduler_type": "cosine",
                 "scheduler_warmup_ratio": train.warmup_ratio,
             },

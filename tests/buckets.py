@@ -1,6 +1,9 @@
 """Buckets on this machine, served by emulators of Amazon's and Google's services, for tests."""
 
+import atexit
 import contextlib
+import functools
+import itertools
 import json
 import os
 import socket
@@ -13,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 
 BUCKET = "a-bucket"
+_numbers = itertools.count()
 START_SECONDS = 60
 # the interpreter that has the emulators, where the tests' own has not
 PYTHON = os.environ.get("EMULATORS_PYTHON", sys.executable)
@@ -45,12 +49,21 @@ def s3() -> Iterator[tuple[str, dict[str, str]]]:
 @contextlib.contextmanager
 def gcs() -> Iterator[tuple[str, dict[str, str]]]:
     """A bucket's URL, and the environment that leads there."""
-    port = _free_port()
-    endpoint = f"http://127.0.0.1:{port}"
+    endpoint = _gcs_endpoint()
+    bucket = f"{BUCKET}-{next(_numbers)}"
+    _request(f"{endpoint}/storage/v1/b?project=of-a-test", "POST", json.dumps({"name": bucket}).encode())
+    yield f"gs://{bucket}", {"TENSORSTORE_GCS_HTTP_URL": endpoint, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "of-a-test"}
+
+
+@functools.cache
+def _gcs_endpoint() -> str:
+    """One server as long as this process lives: tensorstore asks its environment once where Google is."""
+    endpoint = f"http://127.0.0.1:{(port := _free_port())}"
     options = ["-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
-    with _serving(["-c", FAKE_GCS_SERVER, *options], f"{endpoint}/storage/v1/b"):
-        _request(f"{endpoint}/storage/v1/b?project=of-a-test", "POST", json.dumps({"name": BUCKET}).encode())
-        yield f"gs://{BUCKET}", {"TENSORSTORE_GCS_HTTP_URL": endpoint, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "of-a-test"}
+    running = contextlib.ExitStack()
+    running.enter_context(_serving(["-c", FAKE_GCS_SERVER, *options], f"{endpoint}/storage/v1/b"))
+    atexit.register(running.close)
+    return endpoint
 
 
 EMULATORS = {"s3": s3, "gs": gcs}

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+MEMORISED = 1.3  # accept_length on train texts over that on held-out ones
+
 
 def count_kept(proposed: Int[Array, "*batch drafted"], verified: Int[Array, "*batch drafted"]) -> Int[Array, "*batch"]:
     """How many leading proposed tokens equal the target's own tokens at the same positions (0..B-1)."""
@@ -112,6 +114,11 @@ class Acceptance:
 def empty(block_size: int) -> Acceptance:
     """No rounds yet."""
     return Acceptance((0,) * block_size)
+
+
+def memorises(trained: float, heldout: float) -> bool:
+    """Whether accept_length on train texts lies so far above that on held-out ones that a draft knows them by heart."""
+    return trained > MEMORISED * heldout
 
 
 def speedup(dflash_tokens_per_second: float, plain_tokens_per_second: float) -> float:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.dflash.acceptance import memorises
 from pipeline.dflash.contract import Contract
 from pipeline.export.layout import tensor_shapes
 from pipeline.export.runtimes import Runtime, runtimes
 from pipeline.model.draft import DraftConfig
 
 TAGS = ("speculative-decoding", "dflash", "block-diffusion")
-MEMORISED = 1.3  # accept_length on train texts over that on held-out ones, from which on the card says so
 SPLITS = {"heldout": "held out", "train": "trained on"}
 
 CARD = """\
@@ -218,7 +218,7 @@ def _limits(config: DraftConfig, contract: Contract, evaluation: Mapping[str, An
     if config.attention_bias:
         lines.append("Its attention has biases, which tpu-inference cannot load.")
     heldout, trained = (evaluation[split]["accept_length"] for split in SPLITS)
-    if trained > MEMORISED * heldout:
+    if memorises(trained, heldout):
         lines.append(
             f"**It memorises**: {trained:.2f} tokens a round on texts it was trained on, {heldout:.2f} on held-out ones"
         )

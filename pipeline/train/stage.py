@@ -15,6 +15,7 @@ from pipeline import artifacts, chips, hosts, lineage
 from pipeline.artifacts import Artifact, PipelineError
 from pipeline.config import FeatureSource, LossWeights, Optimizer, PipelineConfig, TrainConfig
 from pipeline.dflash import blocks
+from pipeline.dflash.acceptance import MEMORISED, memorises
 from pipeline.dflash.contract import Contract
 from pipeline.lineage import Target
 from pipeline.machine import machine, read_target
@@ -37,7 +38,6 @@ from pipeline.train.score import Score
 log = logging.getLogger("pipeline")
 
 EVALUATED_SEQUENCES = 256  # of a split, at most
-MEMORISED = 1.3  # accept_length on train texts over that on held-out ones, from which on we warn
 SAVED_BYTES_PER_WEIGHT = 3 * 4  # the weight and Adam's two moments, float32
 
 
@@ -285,7 +285,7 @@ def _report(tracker: Run, made: Artifact, verb: str) -> None:
         heldout.block_size,
         trained.accept_length,
     )
-    if trained.accept_length > MEMORISED * heldout.accept_length:
+    if memorises(trained.accept_length, heldout.accept_length):
         tracker.set_tag("memorised", "true")
         log.warning(
             "train: accept_length on train texts is more than %.1f times that on held-out ones: the draft "

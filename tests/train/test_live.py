@@ -1,5 +1,6 @@
 """Training with the target inside the job: the same features, and so the same gradients, as from a cache."""
 
+import dataclasses
 import json
 
 import jax
@@ -109,7 +110,9 @@ def test_the_stage_trains_on_tokens_alone_from_a_draft_that_is_there(tmp_path):
     options = {"features": "live", "steps": 3, "eval_steps": 3, "distillation": 0.5, "ema_decay": 0.5}
     config = tiny_training.configuration(tmp_path, **options)
     tiny_training.make_target(tmp_path / "target")
-    draft = lineage.draft_config(config, lineage.target(config))
+    sizes = lineage.draft_config(config, lineage.target(config))
+    stretched = Rope(theta=5000.0, factor=4.0, original_max_position_embeddings=64)
+    draft = dataclasses.replace(sizes, attention_bias=True, rope=stretched)  # as the published ones for GPT-OSS
     begun_with = tiny_training.weights_of(7, draft)
     (tmp_path / "init-dflash").mkdir()
     checkpoints.save_draft(tmp_path / "init-dflash", draft, begun_with, {})

@@ -177,6 +177,8 @@ def _train(config: PipelineConfig) -> list[str]:
         broken.append(f"train.init_revision is {train.init_revision}; it goes with a hub id in train.init")
     if train.features is FeatureSource.cached and config.teacher_cache.features is FeatureStore.none:
         broken.append("teacher_cache.features is none; train.features=cached reads them: store them, or train live")
+    if uses_hosts(config.mesh) and train.features is FeatureSource.live and config.stage is Stage.train:
+        broken.append("train.features is live; several hosts train on cached features: make a cache, or use one host")
     if train.pack_tokens is not None and train.features is FeatureSource.live:
         broken.append(
             f"train.pack_tokens is {train.pack_tokens}; the target reads one sequence a row: leave it null with "

@@ -105,7 +105,7 @@ def target_contract(
             name=config.target.name,
             revision=revision,
             config_fingerprint=checkpoints.config_fingerprint(directory),
-            weights_fingerprint=checkpoints.weights_fingerprint(directory, Path(config.output_dir) / REMEMBERED),
+            weights_fingerprint=checkpoints.weights_fingerprint(directory, _memory(config)),
             weight_precision=config.target.precision.value,
         ),
         text=TextIdentity(
@@ -180,7 +180,12 @@ def initial_draft(config: PipelineConfig) -> Path | None:
     """The directory of the draft that `train.init` names."""
     if config.train.init is None:
         return None
-    return hub.directory_of(config.train.init, config.train.init_revision, key="train.init")[0]
+    return _directory_of_draft(config.train.init, config.train.init_revision)
+
+
+@functools.cache  # as above; and the hub is asked once a command
+def _directory_of_draft(name: str, revision: str | None) -> Path:
+    return hub.directory_of(name, revision, key="train.init")[0]
 
 
 def _fitting(draft: DraftConfig, model: GptOssConfig, directory: Path) -> DraftConfig:
@@ -291,14 +296,14 @@ def draft_identity(draft: DraftConfig) -> DraftIdentity:
 
 def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, Any]:
     """What decides the bytes of a teacher cache."""
-    prompts = plain(config.prompts)
+    prompts, memory = plain(config.prompts), _memory(config)
     if config.prompts.path is not None:
         file = Path(config.prompts.path)
         if not file.is_file():
             raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
-        prompts["path"] = artifacts.file_sha256(file)
+        prompts["path"] = artifacts.remembered_sha256(file, memory)
     if config.prompts.dataset is not None and Path(config.prompts.dataset).exists():
-        prompts["dataset"] = _content(Path(config.prompts.dataset))
+        prompts["dataset"] = _content(Path(config.prompts.dataset), memory)
     if config.prompts.effort is not Effort.mixed:
         del prompts["effort_mix"]
     cache = plain(config.teacher_cache) | {"features": feature_store(config).value}
@@ -317,12 +322,17 @@ def teacher_cache_settings(config: PipelineConfig, target: Target) -> dict[str, 
     }
 
 
-def _content(path: Path) -> str:
-    """sha256 of a file, or of the names and sha256s of a directory's files."""
+def _memory(config: PipelineConfig) -> Path:
+    return Path(config.output_dir) / REMEMBERED
+
+
+def _content(path: Path, memory: Path) -> str:
+    """sha256 of a file, or of the names and sha256s of a directory's files; `memory` as in `remembered_sha256`."""
     if path.is_file():
-        return artifacts.file_sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return artifacts.fingerprint_of({str(file.relative_to(path)): artifacts.file_sha256(file) for file in files})
+        return artifacts.remembered_sha256(path, memory)
+    return artifacts.fingerprint_of(
+        {name: artifacts.remembered_sha256(path / name, memory) for name in places.files(path)}
+    )
 
 
 def host_of(url: str) -> str:
@@ -359,7 +369,7 @@ def checkpoint_settings(config: PipelineConfig, target: Target, cache_fingerprin
     del train["path"], train["log_steps"], train["init_revision"]
     begun_with = initial_draft(config)
     if begun_with is not None:
-        train["init"] = checkpoints.weights_fingerprint(begun_with, Path(config.output_dir) / REMEMBERED)
+        train["init"] = checkpoints.weights_fingerprint(begun_with, _memory(config))
     draft = dataclasses.asdict(draft_identity(draft_config(config, target)))
     return {"teacher_cache": cache_fingerprint, "draft": draft, "train": train, "seed": config.seed}
 

@@ -60,6 +60,11 @@ def test_defaults_are_valid():
             "train.pack_tokens is 512; the target reads one sequence a row",
             id="packed and live",
         ),
+        pytest.param(
+            {"mesh__hosts": True, "train__features": FeatureSource.live},
+            "train.features is live; several hosts train on cached features",
+            id="live on several hosts",
+        ),
         pytest.param({"bench__max_new_tokens": 1}, "bench.max_new_tokens is 1; the first token", id="no decoding"),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
         pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pipeline.model.sharding import MODEL, Shards
 
-ORDER_BITS = 32  # of a float32, by which `_nucleus` searches
+ORDER_BITS = 32  # of a float32, by which `nucleus` searches
 SIGN = np.uint32(2**31)
 
 

@@ -15,13 +15,12 @@ from pipeline.train.vocabulary import ROWS
 Differentiated = Callable[[Any, Batch], tuple[tuple[Array, Any], Any]]
 
 
-def require_divisible(num_rows: int, num_parts: int, mesh: Any) -> None:
+def require_divisible(num_rows: int, num_parts: int, *, data: int, fsdp: int) -> None:
     """PipelineError when the rows of a batch cannot be shared out evenly to parts and devices."""
-    num_devices = mesh.shape["dp"] * mesh.shape["fsdp"]
-    if num_rows % (num_parts * num_devices):
+    if num_rows % (num_parts * data * fsdp):
         raise PipelineError(
             f"train.batch_sequences is {num_rows}; it must be a multiple of train.accumulation x train.data x "
-            f"train.fsdp ({num_parts} x {mesh.shape['dp']} x {mesh.shape['fsdp']})"
+            f"train.fsdp ({num_parts} x {data} x {fsdp})"
         )
 
 

@@ -27,8 +27,3 @@ def step_flops(
     drafted = num_sequences * num_anchors * (config.block_size - 1)
     head = drafted * d * config.vocab_size  # frozen: only the product with its input's gradient
     return 2 * (3 * trained - fused + 2 * head)
-
-
-def target_flops(num_parameters: float, num_tokens: int) -> float:
-    """Operations of the frozen target over tokens, for `num_parameters` that a token meets; attention aside."""
-    return 2.0 * num_parameters * num_tokens

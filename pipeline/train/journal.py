@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from pipeline.tracking import Run
 from pipeline.train.best import Evaluation
 from pipeline.train.report import StepReport
 from pipeline.train.score import Score
+
+log = logging.getLogger("pipeline")
 
 WINDOW_MEANS = ("loss", "token_accuracy", "anchor_accept_length")
 PREFIXES = {"heldout": "eval", "train": "eval_train"}
@@ -66,6 +69,8 @@ class Journal:
 
     def begin(self, report: StepReport) -> None:
         """Training begins behind a step of an earlier run (0: none), whose evaluation may be owed."""
+        if report.step:
+            log.info("train: going on; %d of %d steps are made", report.step, self._steps)
         if report.step and self._evaluates_at(report.step) and report.step > self._last_evaluated:
             self._score(report)
         self._progress = self._open.enter_context(Progress("train", self._steps, "steps", done=report.step))

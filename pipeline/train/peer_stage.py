@@ -1,6 +1,7 @@
 """`stage=train_peer`: training steps beside another trainer's, and what both drafts are worth after as many steps."""
 
 import dataclasses
+import functools
 import logging
 import shutil
 import statistics
@@ -22,7 +23,7 @@ from pipeline.model.draft import DraftConfig, DraftWeights, random_weights
 from pipeline.model.linear import Kernel
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
-from pipeline.train import environment, peer
+from pipeline.train import environment, peer, vocabulary
 from pipeline.train.batches import Batches
 from pipeline.train.evaluate import evaluate
 from pipeline.train.peer import PUBLISHED, Against, Data, PeerRecipe
@@ -107,7 +108,7 @@ class _Pair:
             _fresh(self.folder / "ours"),
             self.draft,
             recipe_of(train, self.draft, self.seed, jnp.float32),
-            *self.ends,
+            functools.partial(vocabulary.share_out, *self.ends),
             self.batches().at,
             on_start=lambda _report: stamps.append(time.perf_counter()),
             on_step=on_step,

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from pipeline import artifacts, chips, hosts, lineage
@@ -26,6 +28,7 @@ from pipeline.places import BucketPath
 from pipeline.teacher_cache.store import CacheSplit, open_split
 from pipeline.tracking import Run
 from pipeline.train import best, data, environment, flops, vocabulary
+from pipeline.train.accumulation import require_divisible
 from pipeline.train.batches import Batches
 from pipeline.train.best import Evaluation
 from pipeline.train.evaluate import evaluate
@@ -43,14 +46,17 @@ SAVED_BYTES_PER_WEIGHT = 3 * 4  # the weight and Adam's two moments, float32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a training is given: the target's embedding and head, texts, and the whole target where it is live."""
+    """What a training is given: texts, the whole target where it is live, and its two ends.
+
+    `ends` gives embedding and head in a precision, on the devices of a mesh; the engine serves in `served_dtype`.
+    """
 
     draft: DraftConfig
     recipe: Recipe
-    frozen: tuple[Array, Kernel]
     splits: dict[str, CacheSplit]
     live: LiveTarget | None
-    served: tuple[Array, Kernel]  # the two ends in the precision of serving
+    ends: Callable[[jnp.dtype, Mesh], tuple[Array, Kernel]]
+    served_dtype: jnp.dtype
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
@@ -151,14 +157,18 @@ def _given(config: PipelineConfig, target: Target, cache: Path, draft: DraftConf
         here = machine(config.mesh, target.path)
         model, weights = read_target(config, target.path, here)
         live = LiveTarget(weights, model, draft.tapped_layers, here, distils=recipe.distillation > 0)
-    ends = {dtype: checkpoints.load_ends(target.path, dtype) for dtype in {recipe.dtype, served}}
+
+    @functools.cache  # the trainer and every evaluation take the same; nobody keeps a table whole on one device
+    def ends(dtype: jnp.dtype, mesh: Mesh) -> tuple[Array, Kernel]:
+        return vocabulary.share_out(*checkpoints.load_ends(target.path, dtype), mesh)
+
     return Given(
         draft=draft,
         recipe=recipe,
-        frozen=ends[recipe.dtype],
         splits={split: open_split(cache, split) for split in ("train", "heldout")},
         live=live,
-        served=ends[served],
+        ends=ends,
+        served_dtype=served,
     )
 
 
@@ -172,11 +182,7 @@ def _require_devices(recipe: Recipe) -> None:
             f"train.data x train.fsdp x train.tensor is {split.data} x {fsdp} x {split.tensor} = {rest * fsdp}; there "
             f"are {num_devices} devices: change one of them, or leave all three out"
         )
-    if recipe.batch_sequences % (split.data * fsdp):
-        raise PipelineError(
-            f"train.batch_sequences is {recipe.batch_sequences}; its rows are split over train.data x train.fsdp = "
-            f"{split.data * fsdp} devices: give a multiple of that"
-        )
+    require_divisible(recipe.batch_sequences, recipe.accumulation, data=split.data, fsdp=fsdp)
 
 
 def _fit(scratch: Path, config: PipelineConfig, given: Given, tracker: Run) -> None:
@@ -201,7 +207,7 @@ def _fit(scratch: Path, config: PipelineConfig, given: Given, tracker: Run) -> N
             scratch,
             given.draft,
             recipe,
-            *given.frozen,
+            functools.partial(given.ends, recipe.dtype),
             batches.at,
             journal.begin,
             journal.step,
@@ -253,10 +259,9 @@ def _capacity(given: Given, train: TrainConfig, batches: Batches | PackedBatches
 
 def _evaluate(scratch: Path, given: Given, step: int, weights: DraftWeights) -> Evaluation:
     """Score a draft, in the precision it is served in, on held-out texts and on as many train texts."""
-    embedding, head = given.served
-    weights = jax.tree.map(lambda array: array.astype(embedding.dtype), weights)
+    weights = jax.tree.map(lambda array: array.astype(given.served_dtype), weights)
     mesh = weights.norm.sharding.mesh
-    ends = vocabulary.share_out(embedding, head, mesh)
+    ends = given.ends(given.served_dtype, mesh)
     count = min(EVALUATED_SEQUENCES, *(split.num_sequences for split in given.splits.values()))
     filled = None if given.live is None else given.live.filled
     scores: dict[str, Score] = {

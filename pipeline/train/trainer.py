@@ -45,8 +45,7 @@ def fit(
     directory: Path,
     config: DraftConfig,
     recipe: Recipe,
-    embedding: Float[Array, "V D"],
-    head: Kernel,
+    ends: Callable[[Mesh], tuple[Float[Array, "W D"], Kernel]],
     batch_at: Callable[[int], dict[str, np.ndarray]],
     on_start: Callable[[StepReport], None],
     on_step: Callable[[StepReport], None],
@@ -55,10 +54,11 @@ def fit(
 ) -> None:
     """Train to `recipe.steps`, going on from the last complete run directory under `directory`.
 
-    `batch_at(step)` gives the fields of a `Batch`, this host's rows of them, but for those that `complete` makes when
-    their turn comes. `on_start` is told of the step that an earlier run made last (0) and the weights that it left.
-    Training begins with `initial` (float32), or with random weights. Leaves exactly one run directory, of the last
-    step. Raises PipelineError when EasyDeL did not do what it was told, and whatever the callbacks raise.
+    `ends` gives the target's embedding and head on the devices of a mesh (`vocabulary.share_out`). `batch_at(step)`
+    gives the fields of a `Batch`, this host's rows of them, but for those that `complete` makes when their turn comes.
+    `on_start` is told of the step that an earlier run made last (0) and the weights that it left. Training begins with
+    `initial` (float32), or with random weights. Leaves exactly one run directory, of the last step. Raises
+    PipelineError when EasyDeL did not do what it was told, and whatever the callbacks raise.
     """
     done = runs.latest(directory)
     hosts.meet("told how far training is")
@@ -84,9 +84,8 @@ def fit(
             on_step(report)
             check_interrupt()
 
-        trainer = DraftTrainer(
-            arguments, module, config, recipe, (embedding, head), batch_at, on_step_or_interrupt, complete
-        )
+        frozen = ends(module.mesh)
+        trainer = DraftTrainer(arguments, module, config, recipe, frozen, batch_at, on_step_or_interrupt, complete)
         began = trainer.began_at()
         if began != done:
             raise PipelineError(
@@ -164,7 +163,7 @@ class DraftTrainer(ed.Trainer):
         self.failure: BaseException | None = None
         self._draft = config
         self._recipe = recipe
-        self._frozen = vocabulary.share_out(*frozen, module.mesh)
+        self._frozen = frozen
         self._batch_at = batch_at
         self._on_step = on_step
         self._complete = complete
@@ -300,7 +299,7 @@ def jitted_step(
     `state` says of every array of the state where it lies, `head` tells how its own lies. Raises PipelineError when
     devices and parts do not share out the rows evenly.
     """
-    require_divisible(recipe.batch_sequences, recipe.accumulation, mesh)
+    require_divisible(recipe.batch_sequences, recipe.accumulation, data=mesh.shape["dp"], fsdp=mesh.shape["fsdp"])
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(_train_step, config, recipe, schedule, mesh, _kernel_specs(state)),

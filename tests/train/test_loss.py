@@ -1,7 +1,6 @@
 """The loss against plain NumPy, and the walls between blocks."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -323,7 +322,6 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient():
 
 
 def test_rows_that_devices_and_parts_do_not_share_out_evenly_are_refused():
-    mesh = SimpleNamespace(shape={"dp": 2, "fsdp": 4})
-    require_divisible(16, 2, mesh)
+    require_divisible(16, 2, data=2, fsdp=4)
     with pytest.raises(PipelineError, match=r"train.batch_sequences is 12; .* train.fsdp \(1 x 2 x 4\)"):
-        require_divisible(12, 1, mesh)
+        require_divisible(12, 1, data=2, fsdp=4)

@@ -42,6 +42,7 @@ def test_killed_at_any_step_and_begun_again_it_makes_the_same_bytes(tmp_path):
         output, errors = process.communicate(timeout=tiny_training.LIMIT_SECONDS)
     assert process.returncode == 0, errors
     steps = [step for name, step, _ in json.loads(output) if name == "train/loss"]
+    assert "train: going on; 5 of 12 steps are made" in errors
     assert steps == list(range(6, 13))  # it went on behind the last complete run directory
     made, wanted = checkpoint_of(config), checkpoint_of(undisturbed)
     assert made.files == wanted.files

@@ -18,13 +18,23 @@ override CONFORMANCE_VENVS := $(abspath $(CONFORMANCE_VENVS))
 export CONFORMANCE_VENVS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test conformance parity peer train-peer lint smoke env test-env oracle-env conformance-env clean
+.PHONY: demo test test-fast test-slow conformance parity peer train-peer lint smoke env test-env oracle-env conformance-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
 
+# build/outcomes.json says what each test cost: $(BIN)/python -m tests.support.timing build/outcomes.json
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8
+
 test: lint oracle-env
-	$(BIN)/python -m pytest
+	$(PYTEST) --outcomes build/outcomes.json
+
+test-fast: test-env # while developing: no other programs, buckets or hosts; what was compiled before is read from build/
+	JAX_COMPILATION_CACHE_DIR=$(abspath build/compiled) $(PYTEST) \
+	  -m "not gpu and not slow and not conformance and not multihost and not buckets"
+
+test-slow: demo test-env oracle-env conformance-env # weekly and before a release
+	$(PYTEST) -m "slow and not gpu" --outcomes build/outcomes_slow.json
 
 conformance: test-env oracle-env conformance-env # what each runtime's own reader makes of an exported draft
 	$(BIN)/python -m pytest -m conformance tests/conformance tests/export
@@ -45,6 +55,8 @@ lint: test-env
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python -m tests.support.word_check
 
 smoke: env
 	$(BIN)/python -m pipeline stage=smoke
@@ -127,5 +139,5 @@ $(CONFORMANCE_VENVS)/speculators/.installed: $(CONFORMANCE_VENVS)/speculators/.c
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE_VENV) $(CONFORMANCE_VENVS) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(ORACLE_VENV) $(CONFORMANCE_VENVS) build .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

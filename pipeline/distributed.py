@@ -8,13 +8,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
-SIZE_STEP = 2**12  # bytes; messages are padded to a multiple, so that few programs are compiled to carry them
+# a message goes out with its size in front, and what is longer in a second exchange, padded to a multiple: so few
+# programs are compiled to carry messages
+FIRST_BYTES, SIZE_BYTES = 2**12, 8
 
 
 @functools.cache  # JAX joins once
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Meet the other hosts; must come before anything else asks JAX for devices.
 
     What is None JAX finds out where it can, as on a TPU slice or under SLURM. Raises PipelineError when it cannot.
@@ -28,40 +30,48 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         ) from error
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this is the host that answers, writes and logs; alone it is."""
     return jax.process_index() == 0
 
 
-def are_several() -> bool:
+def is_multihost() -> bool:
     """Whether there are others."""
     return jax.process_count() > 1
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Go on when all hosts are here; alone at once."""
-    if are_several():
+    if is_multihost():
         multihost_utils.sync_global_devices(where)
 
 
-def whole(array: Any) -> np.ndarray:
+def gather_to_host(array: Any) -> np.ndarray:
     """An array that lies on the devices of all hosts, whole on each of them."""
-    if are_several() and not array.is_fully_addressable:
+    if is_multihost() and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
-def spread(rows: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
-    """The array of which every host has its own part of the rows; `place` splits rows evenly over the hosts."""
-    if are_several():
-        return jax.make_array_from_process_local_data(place, rows)
-    return jax.device_put(rows, place)
+def shard_rows(rows: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The array of which every host has its own part of the rows; `sharding` splits rows evenly over the hosts."""
+    if is_multihost():
+        return jax.make_array_from_process_local_data(sharding, rows)
+    return jax.device_put(rows, sharding)
 
 
-def told_by_first(message: Any) -> Any:
+def broadcast_from_primary(message: Any) -> Any:
     """What the first host gives here, on every host; JSON values. All hosts must call this equally often."""
-    text = json.dumps(message).encode() if is_first() else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.zeros(-(-size // SIZE_STEP) * SIZE_STEP, np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size]))
+    text = json.dumps(message).encode() if is_primary() else b""
+    first = _broadcast(len(text).to_bytes(SIZE_BYTES, "little") + text[: FIRST_BYTES - SIZE_BYTES], FIRST_BYTES)
+    size, begun = int.from_bytes(first[:SIZE_BYTES], "little"), first[SIZE_BYTES:]
+    left = size - len(begun)
+    if left > 0:
+        begun += _broadcast(text[len(begun) :], -(-left // FIRST_BYTES) * FIRST_BYTES)
+    return json.loads(begun[:size])
+
+
+def _broadcast(data: bytes, num_bytes: int) -> bytes:
+    padded = np.zeros(num_bytes, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))

@@ -1,11 +1,13 @@
-"""Models by name: a directory as it is, or the hub's files of an `owner/name`, pinned to the commit they are of."""
+"""The Hugging Face hub: models and data sets by name, pinned to a commit, and the metadata of a model card."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile("[0-9a-f]{40}")
 # what a model is read from; OpenAI's repositories hold the weights in two other layouts too
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 OTHER_LAYOUTS = ["original/*", "metal/*"]
@@ -51,3 +53,60 @@ def directory_of(name: str, revision: str | None, *, key: str) -> tuple[Path, st
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def dataset_commit(name: str, revision: str | None) -> str:
+    """Returns the commit that a revision (None: the default branch) of a data set on the hub names now.
+
+    A data set can be revised in place: prompts count by this commit, and are loaded at it. Without a network it is the
+    commit in the hub's cache. Raises PipelineError when there is neither and `revision` is no commit itself.
+    """
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(name, revision=revision).sha)
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError, OSError) as error:
+        cached = _cached_dataset_commit(name, revision or "main")
+        if cached is not None:
+            return cached
+        raise PipelineError(
+            f"prompts.dataset: the commit of {name} at {revision or 'its default branch'} is not known: the hub cannot "
+            f"be asked ({_first_line(error)}) and its cache does not have it; give a local directory or file, or set "
+            "prompts.dataset_revision to a commit of 40 hex digits"
+        ) from error
+
+
+def _cached_dataset_commit(name: str, revision: str) -> str | None:
+    from huggingface_hub import constants
+
+    refs = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs" / revision
+    return refs.read_text().strip() if refs.is_file() else None
+
+
+def card_metadata(*, base_model: str | None, tags: Sequence[str], name: str, measured: Mapping[str, float]) -> str:
+    """Returns the metadata of a draft's model card as YAML: what it is for, and what it scored on held-out prompts."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out-prompts",
+            dataset_name="Held-out prompts, answered by the target",
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in measured.items()
+    ]
+    card = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(tags),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return card.to_yaml()

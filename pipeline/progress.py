@@ -11,6 +11,7 @@ log = logging.getLogger("pipeline")
 
 LINE_INTERVAL_SECONDS = 10.0
 BYTES = "B"
+MIB, GIB = 2**20, 2**30
 
 
 def binary_amount(count: int | float) -> str:

@@ -1,9 +1,13 @@
 """What every test stands on: the CPU, no network, no token, and shapes checked where they are written."""
 
 import os
+import signal
 import socket
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background, whose children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +16,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from jaxtyping import install_import_hook  # after the variables, which JAX reads when it is imported
 
 install_import_hook("pipeline", "beartype.beartype")
+
+# fixtures of several folders after the hook, which they must not escape
+pytest_plugins = [f"tests.support.{name}" for name in ("cached", "compiled", "timing", "once", "groups")]
 
 
 @pytest.fixture(autouse=True)

@@ -10,35 +10,31 @@ import json
 import re
 import shutil
 
-import faulty_training
-import jax
 import jax.numpy as jnp
 import pytest
-import tiny_loop
-from faulty_training import Trained, patched, train
-from recorder import Recorder
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import PipelineError
+from pipeline.artifacts import artifact
+from pipeline.artifacts.files import write_json
 from pipeline.bench import stage as bench
-from pipeline.config_rules import validate
+from pipeline.config.fields import CHECKPOINT, DRAFT
+from pipeline.config.validation import validate
 from pipeline.dflash import blocks
+from pipeline.engine import compiled_steps
+from pipeline.errors import PipelineError
 from pipeline.export import stage as export
-from pipeline.model import tensor_files
+from pipeline.model.hf import safetensors_files
 from pipeline.prompts.tokenizer import load_tokenizer
-from pipeline.serve import compiled
 from pipeline.serve import stage as serve
+from pipeline.store.checkpoint_files import EVALUATION
+from pipeline.workspace.workspace import Workspace
+from tests.support import faulty_training
+from tests.support import loop as tiny_loop
+from tests.support.faulty_training import Trained, patched, train
+from tests.support.recorder import Recorder
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 COST = 0.05  # of accept_length; every fault costs more than twice what an export may differ by
 TAPPED = tiny_loop.TAPPED_LAYERS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_in_a_hurry():
-    """Half of a canary's time would be LLVM's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +49,7 @@ def published(trained, tmp_path_factory):
     config.export.path = str(tmp_path_factory.mktemp("published") / "dflash")
     tracker = Recorder()
     export.run(config, tracker)
-    return lineage.exported_draft(config, trained.target), tracker.metrics
+    return Workspace(config).open(DRAFT), tracker.metrics
 
 
 @pytest.fixture
@@ -66,12 +62,12 @@ def config(trained, tmp_path):
 
 
 def refused(config):
-    """accept_length in training and in the engine, as stage=export tells them when it refuses to publish."""
+    """accept_length in training and in the engine, as stage=export reports them when it refuses to publish."""
     with pytest.raises(PipelineError, match=r"the draft is not published: .*Training and serving disagree") as caught:
         export.run(config, Recorder())
-    path = lineage.export_address(config, lineage.target(config))
+    path = Workspace(config).address(DRAFT)
     assert not path.exists()
-    assert not artifacts.scratch_of(path).exists()
+    assert not artifact.scratch_of(path).exists()
     found = re.search(
         r"accept_length is ([\d.]+) in the training evaluation and ([\d.]+) in the engine", str(caught.value)
     )
@@ -85,7 +81,7 @@ def test_without_a_fault_the_draft_is_published_with_what_training_and_the_engin
     before, after = (metrics[f"export/accept_length_{name}"] for name in ("training", "engine"))
     assert before > 1.5
     assert after == pytest.approx(before, rel=0.005)
-    engine = json.loads((made.path / lineage.EVALUATION).read_text())["engine"]
+    engine = json.loads((made.path / EVALUATION).read_text())["engine"]
     assert (engine["accept_length"], engine["training_accept_length"]) == (after, before)
     assert engine["num_greedy"] == engine["num_sequences"] == tiny_loop.NUM_PROMPTS
 
@@ -110,15 +106,16 @@ def test_a_draft_trained_otherwise_than_it_says_is_not_published(trained, publis
 
 
 def test_a_draft_trained_on_swapped_taps_is_not_published(trained, config, tmp_path):
-    fuse, half = trained.weights.fuse, len(trained.weights.fuse) // 2  # its rows are those of the features
-    weights = dataclasses.replace(trained.weights, fuse=jnp.concatenate([fuse[half:], fuse[:half]]))
+    trained_weights = trained.draft.weights
+    fuse, half = trained_weights.fuse, len(trained_weights.fuse) // 2  # its rows are those of the features
+    weights = dataclasses.replace(trained_weights, fuse=jnp.concatenate([fuse[half:], fuse[:half]]))
     before, after = refused(faulty_training.seal(trained, tmp_path / "checkpoint", config, weights=weights))
     assert after < (1 - COST) * before
 
 
 def anchor_visible(anchors, num_positions, first=0):
-    places = jnp.arange(num_positions)
-    return (places <= anchors[..., None]) & (places >= jnp.asarray(first)[..., None])
+    positions = jnp.arange(num_positions)
+    return (positions <= anchors[..., None]) & (positions >= jnp.asarray(first)[..., None])
 
 
 LATE = [1, 3]  # layers that know what the anchor is followed by
@@ -143,10 +140,10 @@ def all_masked(anchor_ids, mask_token_id, block_size):
 
 def test_an_engine_that_masks_slot_0_publishes_nothing(config):
     """The other way round a draft learns to do without its anchor, and loses nothing more in the engine."""
-    compiled.on_one_device.cache_clear()
+    compiled_steps.compile_single.cache_clear()
     with patched(blocks, "block_token_ids", all_masked):
         before, after = refused(config)
-    compiled.on_one_device.cache_clear()
+    compiled_steps.compile_single.cache_clear()
     assert after < (1 - COST) * before
 
 
@@ -163,7 +160,7 @@ def test_the_same_training_without_a_fault_is_published(trained, config, tmp_pat
 @pytest.mark.parametrize("says", MISLABELLED.values(), ids=MISLABELLED.keys())
 def test_a_checkpoint_of_another_configuration_is_not_exported(trained, config, says):
     config.train.path = str(trained.checkpoint.path)
-    lineage.checkpoint(config, trained.target)
+    Workspace(config).open(CHECKPOINT)
     config.draft = dataclasses.replace(config.draft, **says)
     with pytest.raises(PipelineError, match=r"checkpoint at .* does not fit: 1 field\(s\) of its contract differ"):
         export.run(config, Recorder())
@@ -200,11 +197,11 @@ CHANGED_FILES = {
 
 def reseal(made, path, change):
     """A copy of an exported draft, changed, with checksums as if it had been made so."""
-    scratch = artifacts.scratch_of(path)
+    scratch = artifact.scratch_of(path)
     shutil.copytree(made.path, scratch)
-    (scratch / artifacts.MANIFEST).unlink()
+    (scratch / artifact.MANIFEST).unlink()
     change(scratch)
-    artifacts.seal(path, kind=lineage.DRAFT, settings=made.settings, contract=made.contract)
+    artifact.seal(path, kind=DRAFT, key=made.key, settings=made.settings, parents=made.parents, contract=made.contract)
 
 
 @pytest.mark.parametrize(("change", "problem"), CHANGED_FILES.values(), ids=CHANGED_FILES.keys())
@@ -212,12 +209,12 @@ def test_neither_server_nor_benchmark_runs_a_draft_whose_file_was_changed(publis
     def rewrite(directory):
         values = json.loads((directory / "config.json").read_text())
         change(values)
-        artifacts.write_json(directory / "config.json", values)
+        write_json(directory / "config.json", values)
 
     made, _ = published
     reseal(made, tmp_path / "same", lambda directory: None)
     config.export.path = str(tmp_path / "same")
-    lineage.exported_draft(config, lineage.target(config))
+    Workspace(config).open(DRAFT)
     reseal(made, tmp_path / "changed", rewrite)
     config.export.path = str(tmp_path / "changed")
     for stage in (serve, bench):
@@ -227,8 +224,8 @@ def test_neither_server_nor_benchmark_runs_a_draft_whose_file_was_changed(publis
 
 def test_neither_server_nor_benchmark_runs_a_draft_that_lacks_a_tensor(published, config, tmp_path):
     def drop(directory):
-        files = tensor_files.TensorFiles(directory)
-        tensor_files.write(directory, {name: files.read(name) for name in files.names - {"fc.weight"}})
+        files = safetensors_files.TensorFiles(directory)
+        safetensors_files.write(directory, {name: files.read(name) for name in files.names - {"fc.weight"}})
 
     reseal(published[0], tmp_path / "changed", drop)
     config.export.path = str(tmp_path / "changed")
@@ -238,7 +235,7 @@ def test_neither_server_nor_benchmark_runs_a_draft_that_lacks_a_tensor(published
 
 
 def test_a_checkpoint_whose_draft_is_not_the_one_of_its_contract_is_not_exported(trained, config, tmp_path):
-    other = dataclasses.replace(trained.sizes, mask_token_id=1)
+    other = dataclasses.replace(trained.draft.config, mask_token_id=1)
     config = faulty_training.seal(trained, tmp_path / "checkpoint", config, sizes=other)
     with pytest.raises(PipelineError, match=r"draft_config.json does not fit.*\n  draft.mask_token_id: found 1"):
         export.run(config, Recorder())
@@ -248,7 +245,7 @@ def test_a_server_whose_target_has_another_chat_template_refuses_the_draft(train
     shutil.copytree(trained.target.path, tmp_path / "target")
     config.target = dataclasses.replace(config.target, path=str(tmp_path / "target"), pretrain=None)
     config.export.path = str(published[0].path)
-    lineage.exported_draft(config, lineage.target(config))
+    Workspace(config).open(DRAFT)
     template = tmp_path / "target" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|start|>user", "<|start|>developer"))
     for stage in (serve, bench):

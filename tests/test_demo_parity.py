@@ -5,9 +5,7 @@ The default configuration's artifacts are looked for under $PIPELINE_OUTPUT_DIR,
 
 import json
 import os
-from pathlib import Path
 
-import fitted_draft
 import hydra
 import jax
 import jax.numpy as jnp
@@ -15,24 +13,29 @@ import numpy as np
 import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
-from oracle_environment import run_oracle
 
-from pipeline import lineage
-from pipeline.artifacts import MissingArtifact
-from pipeline.config import PipelineConfig, Precision
+from pipeline.config.choices import Precision
+from pipeline.config.fields import DRAFT
+from pipeline.config.schema import PipelineConfig
 from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.model import checkpoints, gpt_oss
-from pipeline.model import draft as draft_model
-from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from pipeline.errors import MissingArtifact
+from pipeline.model.dflash import forward as dflash
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_draft, read_target
 from pipeline.prompts import chat_format
 from pipeline.prompts.split import split_by_hash
-from pipeline.prompts.tokenizer import load_tokenizer
-from pipeline.serve.engine import Draft, Engine
-from pipeline.serve.scheduler import Request
+from pipeline.store.checkpoint_files import EVALUATION
+from pipeline.workspace.workspace import Workspace
+from tests.support import fitted as fitted_draft
+from tests.support.oracles import run_oracle
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.conformance]
-ROOT = Path(__file__).resolve().parent.parent
 NUM_PROMPTS = 32
 TOLERANCE = 1e-4
 
@@ -49,15 +52,15 @@ class Demo:
         self.config.output_dir = os.environ.get("PIPELINE_OUTPUT_DIR", str(ROOT / "outputs"))
         assert self.config.target.precision is Precision.float32
         try:
-            self.target = lineage.target(self.config)
-            self.exported = lineage.exported_draft(self.config, self.target)
+            workspace = Workspace(self.config)
+            self.target_path, self.exported = workspace.target.path, workspace.open(DRAFT)
         except MissingArtifact as error:
             pytest.fail(f"run `make demo` first: {error}", pytrace=False)
-        self.model, self.weights = checkpoints.load_target(self.target.path, WeightsForm())
-        self.draft_config, self.draft_weights = checkpoints.load_draft(self.exported.path, jnp.float32)
-        tokenizer = load_tokenizer(self.target.path)
+        self.target = read_target(self.target_path, WeightFormat())
+        self.draft = read_draft(self.exported.path, jnp.float32)
+        tokenizer = workspace.tokenizer
         self.stop_token_ids = [int(token) for token in chat_format.stop_token_ids(tokenizer)]
-        _, held_out = split_by_hash(lineage.prompt_set(self.config).prompts, self.config.prompts.heldout_fraction)
+        _, held_out = split_by_hash(workspace.prompts.prompts, self.config.prompts.heldout_fraction)
         self.prompts = [
             chat_format.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
             for prompt in held_out
@@ -66,15 +69,13 @@ class Demo:
 
     def answers(self, draft):
         """Our engine's answer to every held-out prompt."""
-        engine = Engine(
-            self.weights,
-            self.model,
-            stop_token_ids=self.stop_token_ids,
-            slots=8,
+        config = EngineConfig(
+            num_slots=8,
             max_length=max(map(len, self.prompts)) + self.max_new_tokens,
-            prefill_chunk=self.config.serve.prefill_chunk,
-            draft=draft,
+            prefill_chunk=self.config.engine.prefill_chunk,
+            stop_token_ids=tuple(self.stop_token_ids),
         )
+        engine = Engine(self.target, draft, config)
         requests = [
             Request(request_id=str(index), prompt_ids=tuple(prompt), max_new_tokens=self.max_new_tokens)
             for index, prompt in enumerate(self.prompts)
@@ -90,7 +91,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def ours(demo):
-    return demo.answers(Draft(demo.draft_weights, demo.draft_config))
+    return demo.answers(demo.draft)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +102,11 @@ def published(demo):
         "max_new_tokens": demo.max_new_tokens,
         "stop_token_ids": demo.stop_token_ids,
     }
-    return fitted_draft.ask("dflash_generate", request, target=demo.target.path, draft=demo.exported.path)
+    return fitted_draft.ask("dflash_generate", request, target=demo.target_path, draft=demo.exported.path)
 
 
 def accept_length(answers, block_size):
-    return Acceptance.of([kept for answer in answers for kept in answer.kept], block_size).accept_length
+    return Acceptance.of([count for answer in answers for count in answer.accepted_per_round], block_size).accept_length
 
 
 def test_dflash_gives_plain_greedys_tokens_on_every_held_out_prompt(demo, ours):
@@ -118,28 +119,27 @@ def test_the_published_package_gives_the_same_tokens_and_accept_length(demo, pub
     assert len(published) == NUM_PROMPTS
     assert [one["tokens"] for one in published] == [list(answer.token_ids) for answer in ours[:NUM_PROMPTS]]
     rounds = [length for one in published for length in one["acceptance_lengths"]]
-    theirs, mine = sum(rounds) / len(rounds), accept_length(ours[:NUM_PROMPTS], demo.draft_config.block_size)
+    theirs, mine = sum(rounds) / len(rounds), accept_length(ours[:NUM_PROMPTS], demo.draft.config.block_size)
     with capsys.disabled():
         print(f"\naccept_length on {NUM_PROMPTS} held-out prompts: dflash package {theirs:.4f}, engine {mine:.4f}")
     assert mine == pytest.approx(theirs, rel=0.02)
 
 
-def test_accept_length_is_at_least_four_and_what_the_training_evaluation_said(demo, ours, capsys):
-    said = json.loads((demo.exported.path / lineage.EVALUATION).read_text())["heldout"]
-    found = accept_length(ours, demo.draft_config.block_size)
+def test_accept_length_is_at_least_four_and_that_of_the_training_evaluation(demo, ours, capsys):
+    heldout = json.loads((demo.exported.path / EVALUATION).read_text())["heldout"]
+    found = accept_length(ours, demo.draft.config.block_size)
     with capsys.disabled():
-        print(
-            f"\naccept_length on {len(ours)} held-out prompts: training {said['accept_length']:.4f}, engine {found:.4f}"
-        )
+        trained = heldout["accept_length"]
+        print(f"\naccept_length on {len(ours)} held-out prompts: training {trained:.4f}, engine {found:.4f}")
     assert found >= 4.0
-    assert found == pytest.approx(said["accept_length"], rel=0.05)
+    assert found == pytest.approx(heldout["accept_length"], rel=0.05)
 
 
 def test_the_published_draft_model_computes_what_ours_computes(demo, ours, tmp_path, capsys):
     prompt, answer = demo.prompts[0], ours[0].token_ids
     sequence = jnp.asarray([[*prompt, *answer]], jnp.int32)
-    tapped = demo.draft_config.tapped_layers
-    features = gpt_oss.forward(demo.weights, demo.model, sequence, jnp.zeros(1, jnp.int32), None, tapped).features
+    tapped = demo.draft.config.tapped_layers
+    features = gpt_oss.forward(demo.target, sequence, jnp.zeros(1, jnp.int32), None, tapped).features
     wanted, found = [], []
     for anchor in (len(prompt), len(prompt) + len(answer) // 2):
         embeddings, hidden = block_at(demo, sequence, features, anchor)
@@ -156,16 +156,13 @@ def test_the_published_draft_model_computes_what_ours_computes(demo, ours, tmp_p
 
 def block_at(demo, sequence, features, anchor):
     """Our draft's hidden states [1, K, D] for the block at `anchor`, and what entered it."""
-    sizes, anchors = demo.draft_config, jnp.array([[anchor]])
+    sizes, anchors = demo.draft.config, jnp.array([[anchor]])
     ids = blocks.block_token_ids(sequence[:, anchor], sizes.mask_token_id, sizes.block_size)
-    embeddings = demo.weights.embedding[ids]
+    embeddings = demo.target.weights.embedding[ids]
     num_positions = features.shape[1]
-    context = jax.jit(draft_model.context, static_argnums=1)(
-        demo.draft_weights, sizes, features, jnp.arange(num_positions)[None]
-    )
-    hidden = jax.jit(draft_model.denoise_blocks, static_argnums=1)(
-        demo.draft_weights,
-        sizes,
+    context = jax.jit(dflash.context)(demo.draft, features, jnp.arange(num_positions)[None])
+    hidden = jax.jit(dflash.denoise_blocks)(
+        demo.draft,
         embeddings[:, None],
         blocks.block_positions(anchors, sizes.block_size),
         context,

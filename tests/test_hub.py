@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
-from pipeline import artifacts, hub
-from pipeline.artifacts import PipelineError
+from pipeline import hub
+from pipeline.artifacts import hashing
+from pipeline.artifacts.hashing import file_sha256, remembered_sha256
+from pipeline.errors import PipelineError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "a" * 40
 FILES = {
     "config.json": b'{"model_type": "gpt_oss"}',
@@ -26,7 +27,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from pipeline import hub
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 try:
     directory, revision = hub.directory_of(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None, key="target.path")
     files = sorted(str(file.relative_to(directory)) for file in Path(directory).rglob("*") if file.is_file())
@@ -126,13 +127,13 @@ def test_a_directory_is_taken_as_it_is_and_has_no_revision(tmp_path):
 
 
 def test_a_large_file_is_read_once_until_it_is_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "REMEMBERED_BYTES", 4)
+    monkeypatch.setattr(hashing, "REMEMBERED_BYTES", 4)
     file, memory = tmp_path / "weights", tmp_path / "outputs" / "sha256.json"
     file.write_bytes(b"12345")
-    first = artifacts.remembered_sha256(file, memory)
-    assert first == artifacts.file_sha256(file)
-    monkeypatch.setattr(artifacts, "file_sha256", lambda path: "read again")
-    assert artifacts.remembered_sha256(file, memory) == first
+    first = remembered_sha256(file, memory)
+    assert first == file_sha256(file)
+    monkeypatch.setattr(hashing, "file_sha256", lambda path: "read again")
+    assert remembered_sha256(file, memory) == first
     file.write_bytes(b"12346")
-    assert artifacts.remembered_sha256(file, memory) == "read again"
-    assert artifacts.remembered_sha256(file, None) == "read again"
+    assert remembered_sha256(file, memory) == "read again"
+    assert remembered_sha256(file, None) == "read again"

@@ -11,10 +11,11 @@ import mlflow
 import pytest
 import yaml
 
-import pipeline.__main__ as door
-from pipeline.config import Stage
+from pipeline.cli import run_all, stages
+from pipeline.cli.run_all import StageFailed
+from pipeline.config.choices import Stage
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_aSecretThatNobodyMayRead"
 
 STUBS = """
@@ -76,7 +77,7 @@ def test_without_a_stage_the_stages_are_listed(tmp_path):
 
 
 def test_every_stage_has_its_row():
-    assert {*door.ROOMS, Stage.all} == set(Stage)
+    assert {*stages.STAGES, Stage.all} == set(Stage)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_cfg_job_prints_the_configuration_with_experiment_and_overrides(tmp_path
 
 def test_every_experiment_and_target_fits_the_schema(tmp_path):
     for group in ("experiment", "target"):
-        for name in door._choices(group):
+        for name in stages.choices(group):
             code, _, err = run(tmp_path, f"{group}={name}", "stage=train", "--cfg", "job")
             assert (code, err) == (0, ""), (group, name)
     tiny = yaml.safe_load((ROOT / "conf" / "target" / "tiny.yaml").read_text())["architecture"]
@@ -143,7 +144,7 @@ def target(config, tracker):
     assert os.environ["HF_TOKEN"] == {TOKEN!r}
 
 def teacher_cache(config, tracker):
-    from pipeline.artifacts import PipelineError
+    from pipeline.errors import PipelineError
     raise PipelineError(f"the cache is broken near {TOKEN}")
 
 stub("pipeline.target.stage", target)
@@ -246,14 +247,14 @@ def finished(monkeypatch):
         started.append(stage.value)
         return codes.get(stage.value, 0)
 
-    monkeypatch.setattr(door, "_run_in_process", run_in_process)
+    monkeypatch.setattr(run_all, "_run_in_process", run_in_process)
     return started, codes
 
 
 def test_all_runs_target_teacher_cache_train_export_and_bench_in_this_order(finished, capsys):
     tracker = Tracker()
     started, _ = finished
-    _unchecked(door._run_all)(tracker)
+    _unchecked(run_all.run_all)(tracker)
     assert started == ["target", "teacher_cache", "train", "export", "bench"]
     assert set(tracker.metrics) == {f"all/{name}_seconds" for name in started}
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*started, "all"]
@@ -262,8 +263,8 @@ def test_all_runs_target_teacher_cache_train_export_and_bench_in_this_order(fini
 def test_a_killed_stage_is_told_with_its_signal(finished):
     started, codes = finished
     codes["train"] = -signal.SIGKILL
-    with pytest.raises(door.StageFailed, match=r"stage=train was killed by SIGKILL.*goes on from there") as raised:
-        _unchecked(door._run_all)(Tracker())
+    with pytest.raises(StageFailed, match=r"stage=train was killed by SIGKILL.*goes on from there") as raised:
+        _unchecked(run_all.run_all)(Tracker())
     assert raised.value.code == 137
     assert started == ["target", "teacher_cache", "train"]
 

@@ -5,22 +5,28 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import tiny_models
-from stages_on_a_mesh import configuration
 
-from pipeline import artifacts, lineage
-from pipeline.model import checkpoints, draft
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import random_weights
+from pipeline.artifacts import artifact
+from pipeline.artifacts.artifact import Parent
+from pipeline.config.fields import CHECKPOINT, DRAFT
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import random_weights
+from pipeline.model.hf.directory import save_draft, save_target
 from pipeline.prompts import corpus
 from pipeline.prompts.tokenizer import train_tokenizer
+from pipeline.workspace.workspace import Workspace
+from tests.support import models as tiny_models
+from tests.support.compiled import QUICKLY
+from tests.support.paths import PROGRAMS, ROOT
+from tests.support.programs.stages_on_a_mesh import configuration
 
-HERE = Path(__file__).resolve().parent
 FEATURE_ROUNDING = 0.02  # bfloat16 keeps 8 bits, and a sum over a text may catch several that round the other way
 
 
@@ -31,26 +37,33 @@ def models(tmp_path_factory):
     target, drafted = root / "target", root / "draft"
     target.mkdir()
     sizes = GptOssConfig.from_hf({**tiny_models.SPLIT_TARGET, "vocab_size": 320})
-    checkpoints.save_target(target, sizes, random_weights(sizes, jax.random.key(0)), {})
+    save_target(target, TargetModel(sizes, random_weights(sizes, jax.random.key(0))), {})
     texts = [corpus.conversation(0, index, "low").prompt for index in range(200)]
     train_tokenizer(texts, 320).save_pretrained(target)
     config = configuration(str(root), str(target), str(drafted))
-    read = lineage.target(config)
-    shape = lineage.draft_config(config, read)
-    weights = draft.random_weights(shape, jax.random.key(1))
-    checkpoints.save_draft(artifacts.open_scratch(drafted, resume=False), shape, weights, {})
-    contract = lineage.draft_contract(config, read, {}).to_json()
-    artifacts.seal(drafted, kind=lineage.DRAFT, settings={}, contract=contract)
+    workspace = Workspace(config)
+    draft = workspace.draft_config
+    weights = dflash_weights.random_weights(draft, jax.random.key(1))
+    save_draft(artifact.open_scratch(drafted, resume=False), DraftModel(draft, weights), {})
+    artifact.seal(
+        drafted,
+        kind=DRAFT,
+        key=workspace.key(DRAFT),
+        settings=workspace.settings(DRAFT),
+        parents={CHECKPOINT: Parent(key="0123456789ab", fingerprint="f" * 64)},
+        contract=workspace.contract(DRAFT).to_json(),
+    )
     return target, drafted
 
 
-def told(models, output_dir, mesh):
-    command = [sys.executable, str(HERE / "stages_on_a_mesh.py"), str(output_dir), *map(str, models), mesh]
+def measured(models, output_dir, mesh):
+    command = [sys.executable, str(PROGRAMS / "stages_on_a_mesh.py"), str(output_dir), *map(str, models), mesh]
     num_devices = math.prod(map(int, mesh.split("x")))
     environment = os.environ | {
-        "PYTHONPATH": str(HERE.parent),
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        **QUICKLY,
     }
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr[-4000:]
@@ -58,10 +71,10 @@ def told(models, output_dir, mesh):
 
 
 def test_a_mesh_samples_answers_caches_them_and_measures_what_one_device_does(models, tmp_path):
-    alone, split = (told(models, tmp_path / mesh, mesh) for mesh in ("1x1x1", "2x2x2"))
+    alone, split = (measured(models, tmp_path / mesh, mesh) for mesh in ("1x1x1", "2x2x2"))
     assert split["answers"] == alone["answers"]
     assert len(alone["answers"]) > 3
-    for here, there in zip(split["features"], alone["features"], strict=True):
-        np.testing.assert_allclose(here, there, rtol=FEATURE_ROUNDING, atol=FEATURE_ROUNDING * np.std(there))
+    for found, wanted in zip(split["features"], alone["features"], strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=FEATURE_ROUNDING, atol=FEATURE_ROUNDING * np.std(wanted))
     assert split["measured"] == alone["measured"]
     assert alone["measured"]["equal_answers"] == 4

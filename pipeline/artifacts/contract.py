@@ -1,16 +1,17 @@
-"""What every artifact says about itself, and the comparison that a reader makes before it trusts one."""
+"""Contracts: what an artifact was made for, and the comparison that a reader makes before it uses one."""
 
 import dataclasses
 from typing import Any
 
-from pipeline.artifacts import PipelineError
+from pipeline.artifacts.hashing import flatten
+from pipeline.errors import PipelineError
 
 TAP_CONVENTION = "id i = output of decoder layer i (0-based) before the final norm = hidden_states[i + 1]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetIdentity:
-    """Which frozen model: fingerprints are sha256 of its config and of its weight files."""
+    """Identifies the frozen model: fingerprints are sha256 of its config and of its weight files."""
 
     name: str
     revision: str | None
@@ -21,16 +22,17 @@ class TargetIdentity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextIdentity:
-    """How text becomes tokens."""
+    """Identifies how text becomes tokens, and which of them end an answer; contracts of format 1 have no `stop_token_ids`."""
 
     tokenizer_fingerprint: str
     chat_template_fingerprint: str
     reasoning_efforts: list[str] | None = None
+    stop_token_ids: list[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureIdentity:
-    """Which of the target's layers feed the draft."""
+    """Identifies the target's layers that feed the draft."""
 
     tapped_layers: list[int]
     convention: str = TAP_CONVENTION
@@ -38,7 +40,7 @@ class FeatureIdentity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftIdentity:
-    """What the draft is: block, mask token, sizes and RoPE."""
+    """Identifies the draft: block size, mask token, sizes and RoPE."""
 
     block_size: int
     mask_token_id: int
@@ -48,7 +50,7 @@ class DraftIdentity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contract:
-    """`contract.json`. A part that a stage has not decided yet is None and compares with anything."""
+    """The contents of `contract.json`. A part that a stage has not decided yet is None and compares with anything."""
 
     target: TargetIdentity
     text: TextIdentity
@@ -57,12 +59,12 @@ class Contract:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The dictionary written to contract.json."""
+        """Returns the dictionary written to contract.json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Contract":
-        """The inverse of `to_json`; raises PipelineError naming unknown or missing keys."""
+        """Inverts `to_json`; raises PipelineError naming unknown or missing keys."""
         try:
             return cls(
                 target=TargetIdentity(**value["target"]),
@@ -78,8 +80,8 @@ class Contract:
 
 
 def differences(found: Contract, wanted: Contract) -> list[str]:
-    """Every field in which two contracts disagree, as `field: found ..., wanted ...`; provenance aside."""
-    left, right = (_flatten(contract.to_json()) for contract in (found, wanted))
+    """Returns every field in which two contracts disagree, as `field: found ..., wanted ...`; provenance aside."""
+    left, right = (flatten({**contract.to_json(), "provenance": None}) for contract in (found, wanted))
     undecided = {key for flat in (left, right) for key, value in flat.items() if value is None}
     lines = []
     for key in sorted(left.keys() | right.keys()):
@@ -91,21 +93,8 @@ def differences(found: Contract, wanted: Contract) -> list[str]:
 
 
 def require_match(found: Contract, wanted: Contract, *, what: str, mend: str) -> None:
-    """Raise one PipelineError listing all differences between what an artifact says and what is wanted."""
+    """Raises one PipelineError that lists all differences between an artifact's contract and the one wanted."""
     lines = differences(found, wanted)
     if lines:
         listed = "\n  ".join(lines)
         raise PipelineError(f"{what} does not fit: {len(lines)} field(s) of its contract differ\n  {listed}\n{mend}")
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, item in value.items():
-        if not prefix and key == "provenance":
-            continue
-        name = f"{prefix}{key}"
-        if isinstance(item, dict):
-            flat |= _flatten(item, f"{name}.")
-        else:
-            flat[name] = item
-    return flat

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.serve.engine import Engine, Finished
-from pipeline.serve.scheduler import Request
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Completion, Request
 
 PLAIN, DFLASH = "plain", "dflash"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One arm's way through all requests. Decode tokens and seconds leave prefill and first tokens out."""
+class ArmPass:
+    """One arm's pass over all requests. Decode tokens and seconds leave prefill and first tokens out."""
 
-    answers: dict[str, Finished]
+    answers: dict[str, Completion]
     decode_tokens: int
     decode_seconds: float
     prefill_seconds: float
@@ -31,8 +31,8 @@ class Pass:
 class Comparison:
     """All passes of both arms, in the order in which they alternated, and the draft's acceptance."""
 
-    plain: tuple[Pass, ...]
-    dflash: tuple[Pass, ...]
+    plain: tuple[ArmPass, ...]
+    dflash: tuple[ArmPass, ...]
     acceptance: Acceptance
 
     @property
@@ -47,12 +47,12 @@ class Comparison:
         return statistics.median(self.speedups)
 
 
-def run_pass(engine: Engine, requests: Sequence[Request]) -> Pass:
-    """Send all requests through a warm engine and read its clocks."""
-    before = engine.clock
+def run_pass(engine: Engine, requests: Sequence[Request]) -> ArmPass:
+    """Sends all requests through a warm engine and reads its times."""
+    before = engine.times
     answers = {answer.request_id: answer for answer in engine.generate(requests)}
-    after = engine.clock
-    return Pass(
+    after = engine.times
+    return ArmPass(
         answers=answers,
         decode_tokens=after.decode_tokens - before.decode_tokens,
         decode_seconds=after.decode_seconds - before.decode_seconds,
@@ -60,25 +60,26 @@ def run_pass(engine: Engine, requests: Sequence[Request]) -> Pass:
     )
 
 
-def compare(
-    plain: Engine, dflash: Engine, requests: Sequence[Request], repeats: int, told: Callable[[str, Pass], None]
+def compare_arms(
+    plain: Engine, dflash: Engine, requests: Sequence[Request], repeats: int, on_pass: Callable[[str, ArmPass], None]
 ) -> Comparison:
-    """Warm both engines up, then alternate them `repeats` times over the same requests.
+    """Warms both engines up, then alternates them `repeats` times over the same requests.
 
-    `told` hears of every finished pass. The arm that goes first changes with every repeat. Acceptance is
-    the rounds of one pass: greedy decoding repeats itself.
+    `on_pass` is called with every finished pass. The arm that goes first changes with every repeat. Acceptance is
+    that of the rounds of one pass: greedy decoding repeats itself.
     """
     engines = {PLAIN: plain, DFLASH: dflash}
     for engine in engines.values():
         engine.warm_up()
-    passes: dict[str, list[Pass]] = {PLAIN: [], DFLASH: []}
+    passes: dict[str, list[ArmPass]] = {PLAIN: [], DFLASH: []}
     for repeat in range(repeats):
         for name in (PLAIN, DFLASH) if repeat % 2 == 0 else (DFLASH, PLAIN):
             passes[name].append(run_pass(engines[name], requests))
-            told(name, passes[name][-1])
-    rounds = [kept for answer in passes[DFLASH][0].answers.values() for kept in answer.kept]
+            on_pass(name, passes[name][-1])
+    rounds = [count for answer in passes[DFLASH][0].answers.values() for count in answer.accepted_per_round]
+    block_size = dflash.block_size or 1
     return Comparison(
         plain=tuple(passes[PLAIN]),
         dflash=tuple(passes[DFLASH]),
-        acceptance=Acceptance.of(rounds, dflash.block_size) if rounds else acceptance.empty(dflash.block_size),
+        acceptance=Acceptance.of(rounds, block_size) if rounds else acceptance.empty(block_size),
     )

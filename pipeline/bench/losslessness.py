@@ -10,17 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pipeline.model import gpt_oss, placement
-from pipeline.model.execution import PLAIN, Execution
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights
-from pipeline.serve.engine import Finished
-from pipeline.serve.scheduler import Request
-
-TIE_GAP = {"float32": 1e-3, "bfloat16": 0.25}  # logits; bfloat16 keeps 8 bits of values around 10 to 30
+from pipeline.engine.request import Completion, Request
+from pipeline.engine.ties import TIE_GAP
+from pipeline.model import placement
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.parallel.execution import Execution
+from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,16 +51,14 @@ class Losslessness:
         return tuple(one for one in self.differences if one.logit_gap > self.tie_gap)
 
 
-def compare(
-    plain: Mapping[str, Finished],
-    dflash: Mapping[str, Finished],
+def compare_answers(
+    plain: Mapping[str, Completion],
+    dflash: Mapping[str, Completion],
     requests: Sequence[Request],
-    weights: GptOssWeights,
-    config: GptOssConfig,
-    run: Execution = PLAIN,
-    mesh: Mesh | None = None,
+    target: TargetModel,
+    runtime: Runtime = SINGLE_DEVICE,
 ) -> Losslessness:
-    """Compare the answers of two passes over the same requests."""
+    """Compares the answers of two passes over the same requests."""
     differences = []
     for request in requests:
         slow, fast = plain[request.request_id].token_ids, dflash[request.request_id].token_ids
@@ -75,40 +71,34 @@ def compare(
                 position=at,
                 plain_token=slow[at] if at < len(slow) else None,
                 dflash_token=fast[at] if at < len(fast) else None,
-                logit_gap=logit_gap(weights, config, [*request.prompt_ids, *slow[:at]], run, mesh),
+                logit_gap=logit_gap(target, [*request.prompt_ids, *slow[:at]], runtime),
             )
         )
-    tie_gap = TIE_GAP[jnp.dtype(weights.embedding.dtype).name]
+    tie_gap = TIE_GAP[target.weights.embedding.dtype.name]
     return Losslessness(num_answers=len(requests), differences=tuple(differences), tie_gap=tie_gap)
 
 
-def logit_gap(
-    weights: GptOssWeights,
-    config: GptOssConfig,
-    token_ids: Sequence[int],
-    run: Execution = PLAIN,
-    mesh: Mesh | None = None,
-) -> float:
-    """Best minus second-best logit of the token that follows `token_ids`."""
+def logit_gap(target: TargetModel, token_ids: Sequence[int], runtime: Runtime = SINGLE_DEVICE) -> float:
+    """Returns the best minus the second-best logit of the token that follows `token_ids`."""
     padded = -len(token_ids) % 64 + len(token_ids)  # few shapes to compile
     row = np.zeros((1, padded), np.int32)
     row[0, : len(token_ids)] = token_ids
-    program = _program(config, run, mesh, None if mesh is None else placement.target_specs(weights))
-    return float(program(weights, row, np.int32(len(token_ids) - 1)))
+    program = _program(runtime, None if runtime.mesh is None else placement.target_specs(target))
+    return float(program(target, row, np.int32(len(token_ids) - 1)))
 
 
 @functools.cache
 def _program(
-    config: GptOssConfig, run: Execution, mesh: Mesh | None, specs: GptOssWeights | None
-) -> Callable[[GptOssWeights, Int[np.ndarray, "1 T"], np.int32], Float[Array, ""]]:
-    step = functools.partial(_gap_at, config=config, run=run)
-    everywhere = placement.EVERYWHERE
-    return placement.on_devices(step, mesh, (specs, everywhere, everywhere), everywhere)
+    runtime: Runtime, specs: TargetModel | None
+) -> Callable[[TargetModel, Int[np.ndarray, "1 T"], np.int32], Float[Array, ""]]:
+    step = functools.partial(_gap_at, execution=runtime.execution)
+    replicated = placement.REPLICATED
+    return placement.jit_sharded(step, runtime.mesh, (specs, replicated, replicated), replicated)
 
 
 def _gap_at(
-    weights: GptOssWeights, row: Int[Array, "1 T"], at: Int[Array, ""], *, config: GptOssConfig, run: Execution
+    target: TargetModel, row: Int[Array, "1 T"], at: Int[Array, ""], *, execution: Execution
 ) -> Float[Array, ""]:
-    hidden = gpt_oss.forward(weights, config, row, jnp.zeros(1, jnp.int32), None, run=run).hidden
-    best = run.shards.two_best(gpt_oss.logits(weights, hidden[0, at]))
+    hidden = gpt_oss.forward(target, row, jnp.zeros(1, jnp.int32), None, execution=execution).hidden
+    best = execution.shards.two_best(gpt_oss.logits(target.weights, hidden[0, at]))
     return best[0] - best[1]

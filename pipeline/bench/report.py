@@ -1,4 +1,4 @@
-"""What a benchmark found: as values for results.json and MLflow, and as a table for people."""
+"""The results of a benchmark: as values for results.json and MLflow, and as a table for people."""
 
 import statistics
 from typing import Any
@@ -7,10 +7,10 @@ from pipeline.bench.arms import Comparison
 from pipeline.bench.losslessness import Losslessness
 
 
-def results(comparison: Comparison, lossless: Losslessness, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Everything measured, JSON-ready; speeds are decode tokens per second.
+def results(comparison: Comparison, lossless: Losslessness, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns everything measured, JSON-ready; speeds are decode tokens per second.
 
-    `said` is what the draft carries of its evaluations: `heldout` by the training, `engine` by the export.
+    `evaluations` are those that the draft carries: `heldout` by the training, `engine` by the export.
     """
     plain = [one.tokens_per_second for one in comparison.plain]
     dflash = [one.tokens_per_second for one in comparison.dflash]
@@ -30,17 +30,17 @@ def results(comparison: Comparison, lossless: Losslessness, said: dict[str, dict
         "tied_answers": len(lossless.differences) - len(lossless.bugs),
         "wrong_answers": len(lossless.bugs),
     }
-    if "heldout" in said:
-        trained = said["heldout"]["accept_length"]
+    if "heldout" in evaluations:
+        trained = evaluations["heldout"]["accept_length"]
         measured["training_accept_length"] = trained
         measured["engine_over_training"] = comparison.acceptance.accept_length / trained
-    if "engine" in said:
-        measured["export_accept_length"] = said["engine"]["accept_length"]
+    if "engine" in evaluations:
+        measured["export_accept_length"] = evaluations["engine"]["accept_length"]
     return measured
 
 
-def table(measured: dict[str, Any], block_size: int) -> str:
-    """The results as the lines that end a demo."""
+def results_table(measured: dict[str, Any], block_size: int) -> str:
+    """Returns the results as the lines that end a demo."""
     at_k = [measured[f"accept_rate_at_{k}"] for k in range(1, block_size)]
     rows = [
         ("accept_length", f"{measured['accept_length']:.3f} of {block_size}"),
@@ -56,9 +56,9 @@ def table(measured: dict[str, Any], block_size: int) -> str:
     ]
     if "training_accept_length" in measured:
         ratio = measured["engine_over_training"]
-        rows.append(("training said", f"accept_length {measured['training_accept_length']:.3f} (engine {ratio:.1%})"))
+        rows.append(("in training", f"accept_length {measured['training_accept_length']:.3f} (here {ratio:.1%} of it)"))
     if "export_accept_length" in measured:
-        rows.append(("export found", f"accept_length {measured['export_accept_length']:.3f}"))
+        rows.append(("at export", f"accept_length {measured['export_accept_length']:.3f}"))
     rows.append(("measured on", f"{measured['num_prompts']} prompts, {measured['decode_tokens']} tokens"))
     width = max(len(name) for name, _ in rows)
     ruler = "-" * (width + 2 + max(len(value) for _, value in rows))

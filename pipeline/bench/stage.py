@@ -4,74 +4,69 @@ import dataclasses
 import json
 import logging
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from pipeline import artifacts, hosts, lineage
-from pipeline.artifacts import PipelineError
+from pipeline import distributed
+from pipeline.artifacts import artifact, provenance
+from pipeline.artifacts.artifact import Artifact, Parent
+from pipeline.artifacts.contract import Contract
+from pipeline.artifacts.files import disk_errors, write_json
 from pipeline.bench import arms, losslessness, report, workload
 from pipeline.bench.losslessness import Losslessness
-from pipeline.config import PipelineConfig, plain
-from pipeline.dflash.contract import Contract
-from pipeline.machine import machine, read_draft, read_target
+from pipeline.config.fields import DRAFT
+from pipeline.config.schema import PipelineConfig, plain
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from pipeline.errors import PipelineError
 from pipeline.prompts import chat_format
-from pipeline.prompts.tokenizer import load_tokenizer
-from pipeline.serve.engine import Draft, Engine
-from pipeline.serve.scheduler import Request
-from pipeline.tracking import Run
+from pipeline.store.checkpoint_files import EVALUATION
+from pipeline.tracking.run import Run
+from pipeline.workspace.loading import load_draft, load_target, runtime_for
+from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
 RESULTS = "results.json"
+BENCHMARK, VERSION = "benchmark", 2  # the kind of artifact, and of its settings
 
 
-def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
-    """Measure, print the table, log it, keep results.json and return it; wrong tokens raise after all that."""
-    target = lineage.target(config)
-    exported = lineage.exported_draft(config, target)
-    here = machine(config.mesh, target.path, draft=exported.path)
-    model, weights = read_target(config, target.path, here)
-    draft_config, draft_weights = read_draft(config, exported.path, here)
-    tokenizer = load_tokenizer(target.path)
-    prompts, chosen = lineage.prompt_set(config).prompts, config.prompts
-    rendered = workload.held_out(prompts, chosen.heldout_fraction, tokenizer, date=chosen.date)
-    requests = workload.requests_of(
-        rendered,
-        num_prompts=config.bench.num_prompts,
-        max_new_tokens=config.bench.max_new_tokens,
-        prompt_tokens=config.bench.prompt_tokens,
+def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
+    """Measures, prints the table, logs it, writes results.json and returns it; wrong tokens raise after all that."""
+    workspace = Workspace(config)
+    exported = workspace.open(DRAFT)
+    runtime = runtime_for(config.mesh, workspace.target.path, draft=exported.path)
+    target = load_target(config.target, workspace.target.path, runtime)
+    draft = load_draft(config.target.precision, exported.path, runtime)
+    requests = _requests(workspace)
+    engine = EngineConfig(
+        num_slots=config.bench.slots,
+        max_length=max(len(request.prompt_ids) + request.max_new_tokens for request in requests),
+        prefill_chunk=config.engine.prefill_chunk,
+        stop_token_ids=tuple(chat_format.stop_token_ids(workspace.tokenizer)),
     )
-    if len(requests) < config.bench.num_prompts:
-        log.info("bench: the prompt set holds out %d prompts; all are used", len(requests))
-
-    def engine(draft: Draft | None) -> Engine:
-        return Engine(
-            weights,
-            model,
-            stop_token_ids=chat_format.stop_token_ids(tokenizer),
-            slots=config.bench.slots,
-            max_length=_longest(requests),
-            prefill_chunk=config.serve.prefill_chunk,
-            draft=draft,
-            run=here.run,
-            mesh=here.mesh,
-        )
-
-    comparison = arms.compare(
-        engine(None), engine(Draft(draft_weights, draft_config)), requests, config.bench.repeats, _tell
+    comparison = arms.compare_arms(
+        Engine(target, None, engine, runtime),
+        Engine(target, draft, engine, runtime),
+        requests,
+        config.bench.repeats,
+        _log_pass,
     )
     slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
-    lossless = losslessness.compare(slow, fast, requests, weights, model, here.run, here.mesh)
-    measured = report.results(comparison, lossless, _said(config, exported.path))
-    print(report.table(measured, draft_config.block_size), flush=True)
+    lossless = losslessness.compare_answers(slow, fast, requests, target, runtime)
+    measured = report.results(comparison, lossless, _evaluations(config, exported))
+    print(report.results_table(measured, draft.config.block_size), flush=True)
 
-    contract = Contract.from_json(exported.contract)
-    provenance = artifacts.provenance("bench", plain(config), {lineage.DRAFT: exported.fingerprint})
-    contract = dataclasses.replace(contract, target=target.contract.target, provenance=provenance)
-    if hosts.is_first():
-        _write(config, exported.fingerprint, measured, lossless, contract)
+    contract = dataclasses.replace(
+        Contract.from_json(exported.contract),
+        target=workspace.target.contract.target,
+        provenance=provenance.provenance("bench", plain(config), {DRAFT: exported.fingerprint}),
+    )
+    if distributed.is_primary():
+        _write(workspace, exported, measured, lossless, contract, tracker.run_id)
     tracker.log_metrics({name: value for name, value in measured.items() if isinstance(value, (int, float))})
-    tracker.log_json(artifacts.CONTRACT, contract.to_json())
+    tracker.log_json(artifact.CONTRACT, contract.to_json())
     tracker.log_json(RESULTS, measured)
     if lossless.bugs:
         first = lossless.bugs[0]
@@ -84,32 +79,57 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
     return measured
 
 
-def _said(config: PipelineConfig, draft: Path) -> dict[str, Any]:
-    """What training and export said of the held-out texts, where this measures such texts."""
-    evaluation = draft / lineage.EVALUATION
-    if config.bench.prompt_tokens is not None or not evaluation.is_file():
+def _requests(workspace: Workspace) -> list[Request]:
+    wanted, prompts = workspace.config.bench, workspace.config.prompts
+    rendered = workload.held_out(
+        workspace.prompts.prompts, prompts.heldout_fraction, workspace.tokenizer, date=prompts.date
+    )
+    requests = workload.requests_of(
+        rendered,
+        num_prompts=wanted.num_prompts,
+        max_new_tokens=wanted.max_new_tokens,
+        prompt_tokens=wanted.prompt_tokens,
+    )
+    if len(requests) < wanted.num_prompts:
+        log.info("bench: the prompt set holds out %d prompts; all are used", len(requests))
+    return requests
+
+
+def _evaluations(config: PipelineConfig, exported: Artifact) -> dict[str, Any]:
+    """What training and export measured on the held-out texts, where this measures such texts."""
+    if config.bench.prompt_tokens is not None or EVALUATION not in exported.files:
         return {}
-    return json.loads(evaluation.read_text())
+    return json.loads((exported.path / EVALUATION).read_text())
 
 
-def _longest(requests: list[Request]) -> int:
-    return max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-
-
-def _tell(arm: str, one: arms.Pass) -> None:
+def _log_pass(arm: str, one: arms.ArmPass) -> None:
     log.info("bench: %-6s %6.0f tokens/s (%d tokens)", arm, one.tokens_per_second, one.decode_tokens)
 
 
 def _write(
-    config: PipelineConfig, draft: str, measured: dict[str, float], lossless: Losslessness, contract: Contract
+    workspace: Workspace,
+    exported: Artifact,
+    measured: Mapping[str, Any],
+    lossless: Losslessness,
+    contract: Contract,
+    run_id: str,
 ) -> None:
-    """Keep a measurement as an artifact of its own: never reused, so its address has the time in it."""
-    settings = {"draft": draft, "bench": plain(config.bench), "precision": config.target.precision.value}
-    stem = artifacts.address(Path(config.output_dir), "bench", config.target.name, settings)
-    path = stem / time.strftime("%Y%m%d-%H%M%S")
-    with artifacts.disk_errors(path):
-        scratch = artifacts.open_scratch(path, resume=False)
+    """Writes a measurement as an artifact of its own, never reused: its path has the time and the run in it."""
+    config = workspace.config
+    settings = {"bench": plain(config.bench), "precision": config.target.precision.value}
+    key = artifact.key_of(BENCHMARK, VERSION, settings, {DRAFT: exported.key or exported.fingerprint})
+    started = time.strftime("%Y%m%d-%H%M%S")
+    path = workspace.root / "bench" / config.target.name / f"{started}-{run_id[:8] or key}"
+    with disk_errors(path):
+        scratch = artifact.open_scratch(path, resume=False)
         differences = [dataclasses.asdict(one) for one in lossless.differences]
-        artifacts.write_json(scratch / RESULTS, {**measured, "differences": differences})
-        artifacts.seal(path, kind="benchmark", settings=settings, contract=contract.to_json())
+        write_json(scratch / RESULTS, {**measured, "differences": differences})
+        artifact.seal(
+            path,
+            kind=BENCHMARK,
+            key=key,
+            settings=settings,
+            parents={DRAFT: Parent(key=exported.key or "", fingerprint=exported.fingerprint)},
+            contract=contract.to_json(),
+        )
     log.info("bench: results are in %s", path)

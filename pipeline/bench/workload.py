@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
-from pipeline.artifacts import PipelineError
+from pipeline.engine.request import Request
+from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import prompt_token_ids
 from pipeline.prompts.sources import Prompt
 from pipeline.prompts.split import split_by_hash
-from pipeline.serve.scheduler import Request
+from pipeline.prompts.tokenizer import Tokenizer
 
 
-def held_out(
-    prompts: Sequence[Prompt], heldout_fraction: float, tokenizer: PreTrainedTokenizerBase, *, date: str
-) -> list[list[int]]:
+def held_out(prompts: Sequence[Prompt], heldout_fraction: float, tokenizer: Tokenizer, *, date: str) -> list[list[int]]:
     """The prompts that do not train, as the target sees them on the day `date`."""
     _, kept = split_by_hash(prompts, heldout_fraction)
     return [prompt_token_ids(tokenizer, prompt, date=date) for prompt in kept]

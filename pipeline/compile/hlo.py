@@ -183,7 +183,8 @@ class Program:
 def parse(text: str) -> Program:
     """Read what `Compiled.as_text()` gives."""
     computations: dict[str, tuple[Instruction, ...]] = {}
-    entry, name, lines = "", "", []
+    lines: list[str] = []
+    entry = name = ""
     for line in _whole_lines(text):
         begins = _COMPUTATION.match(line)
         if begins:

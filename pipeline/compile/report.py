@@ -4,11 +4,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from pipeline.chips import GIB, Chip
-from pipeline.compile.program_text import Collective, Instruction, Program
-from pipeline.model.experts_tpu import HIT_EXPERTS
+from pipeline.compile.hlo import Collective, Instruction, Program
+from pipeline.cost.chips import GIB, Chip
+from pipeline.model.gpt_oss.experts_pallas import HIT_EXPERTS
+from pipeline.progress import MIB
 
-MIB = 2**20
 COPIED_BYTES = MIB  # smaller copies are told by nobody
 _EXPERTS = re.compile(r"\.experts\.(gate|up|down)(\.|$)")
 
@@ -28,7 +28,7 @@ class Costs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Told:
+class ProgramReport:
     """One program. Bytes are per device; `problems` is empty when all is well."""
 
     name: str
@@ -79,7 +79,7 @@ def copied_bytes(program: Program) -> int:
     return sum(size for size in copies if size >= COPIED_BYTES)
 
 
-def does_not_fit(told: Told, chip: Chip) -> list[str]:
+def does_not_fit(told: ProgramReport, chip: Chip) -> list[str]:
     """Whether a program needs more memory than the chip has."""
     if told.hbm_bytes <= chip.hbm_bytes:
         return []
@@ -89,7 +89,7 @@ def does_not_fit(told: Told, chip: Chip) -> list[str]:
     ]
 
 
-def table(all_told: Sequence[Told], chip: Chip) -> str:
+def program_table(all_told: Sequence[ProgramReport], chip: Chip) -> str:
     """One line a program, its exchanges below it, problems last."""
     head = (
         "program",
@@ -113,7 +113,7 @@ def table(all_told: Sequence[Told], chip: Chip) -> str:
     return "\n".join(lines)
 
 
-def _row(told: Told, chip: Chip) -> tuple[str, ...]:
+def _row(told: ProgramReport, chip: Chip) -> tuple[str, ...]:
     if told.costs is None:
         return (told.name, "not", *[""] * 8)
     costs = told.costs
@@ -131,7 +131,7 @@ def _row(told: Told, chip: Chip) -> tuple[str, ...]:
     )
 
 
-def _exchanged(told: Told) -> str:
+def _exchanged(told: ProgramReport) -> str:
     kinds: dict[str, list[int]] = {}
     for one in told.collectives:
         counted = kinds.setdefault(one.kind, [0, 0])

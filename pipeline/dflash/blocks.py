@@ -5,7 +5,7 @@ predict the token at their own position. A block sees the target's features at p
 anchor and its own slots, in both directions, and never another block. A row of tokens is one sequence, or several
 end to end; then `starts` gives, for every token, where in the row its own sequence begins, and in padding the row's
 length.
-Source: ../shared/reference/dflash.md sections 1.2 and 4.2.
+Source: docs/dflash.md#blocks and docs/dflash.md#loss.
 """
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
 
 def block_token_ids(anchor_ids: Int[Array, "*batch"], mask_token_id: int, block_size: int) -> Int[Array, "*batch K"]:
@@ -80,18 +80,18 @@ def block_labels(
     num_positions = token_ids.shape[1]
     positions = block_positions(anchors, block_size)
     inside = jnp.minimum(positions, num_positions - 1)
-    counts = at_places(generated, inside) & (positions < num_positions) & (jnp.arange(block_size) > 0)
+    counts = take_at(generated, inside) & (positions < num_positions) & (jnp.arange(block_size) > 0)
     if starts is not None:
-        counts &= at_places(starts, inside) == at_places(starts, anchors)[..., None]
-    return at_places(token_ids, inside), counts
+        counts &= take_at(starts, inside) == take_at(starts, anchors)[..., None]
+    return take_at(token_ids, inside), counts
 
 
-def at_places(values: Shaped[Array, "B T ..."], places: Int[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+def take_at(values: Shaped[Array, "B T ..."], places: Int[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """What stands at places of each row: [B, *places, *width] of values [B, T, *width] and places [B, *places]."""
     return jax.vmap(lambda row, at: row[at])(values, places)
 
 
-def slot_weights(block_size: int, decay: float) -> Float[np.ndarray, " K"]:
+def position_weights(block_size: int, decay: float) -> Float[np.ndarray, " K"]:
     """Loss weight of each slot: exp(-(k - 1) / decay) for k >= 1, 0 for the anchor's slot (paper, App. A.1)."""
     slots = np.arange(block_size)
     return np.where(slots > 0, np.exp(-(slots - 1) / decay), 0.0).astype(np.float32)
@@ -103,7 +103,7 @@ def default_decay(block_size: int) -> float:
 
 
 def default_tapped_layers(num_target_layers: int, count: int) -> list[int]:
-    """`count` layers spread evenly from layer 1 to the fourth from the end (dflash.md section 1.4).
+    """`count` layers spread evenly from layer 1 to the fourth from the end (docs/dflash.md#tapped-layers).
 
     GPT-OSS-20b (24 layers), 5 taps: [1, 6, 11, 16, 21]. A target too shallow for that spread taps its
     first layers; the last layer is never tapped, for its output never leaves transformers un-normalised.

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt32
 
-from pipeline.model import gpt_oss, placement
-from pipeline.model.execution import PLAIN, Execution
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights
-from pipeline.model.sampling import Sampling
-from pipeline.teacher_cache import choices
+from pipeline.engine import token_choice
+from pipeline.model import placement
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.layers.sampling import Sampling
+from pipeline.model.parallel.execution import Execution
+from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
 BATCH_SEQUENCES = 8
 LOGITS_TOKENS = 512  # logits are made for this many tokens at a time: all at once outgrow the features
@@ -50,31 +50,29 @@ class Disagreement:
 
 
 def capture(
-    weights: GptOssWeights,
-    config: GptOssConfig,
+    target: TargetModel,
     tapped_layers: tuple[int, ...],
     texts: Sequence[Sequence[int]],
     *,
     drawn: Sampling | None = None,
     keys: Sequence[tuple[int, int]] | None = None,
-    run: Execution = PLAIN,
-    mesh: Mesh | None = None,
+    runtime: Runtime = SINGLE_DEVICE,
 ) -> Iterator[tuple[int, Captured]]:
-    """Run texts through the target in a few fixed shapes; yields each one's index and result, once.
+    """Runs texts through the target in a few fixed shapes; yields each one's index and result, once.
 
     Texts are grouped by padded length; the order and every batch follow from the lengths alone. `drawn` tells how
-    the texts were sampled (None: greedily), `keys` with which noise, where that is known. With a `mesh`, weights lie
-    where `placement.places` says.
+    the texts were sampled (None: greedily), `keys` with which noise, where that is known. With a mesh, weights are
+    sharded as `placement.shardings` says.
     """
-    specs = None if mesh is None else placement.target_specs(weights)
-    program = _program(config, tapped_layers, drawn, keys is not None, run, mesh, specs)
+    specs = None if runtime.mesh is None else placement.target_specs(target)
+    program = _program(tapped_layers, drawn, keys is not None, runtime, specs)
     running: tuple[list[int], tuple[Array, Array, Array]] | None = None
     for indices, length in _batches([len(text) for text in texts]):
         token_ids = np.zeros((BATCH_SEQUENCES, length), np.int32)
-        for place, index in enumerate(indices):
-            token_ids[place, : len(texts[index])] = texts[index]
+        for row, index in enumerate(indices):
+            token_ids[row, : len(texts[index])] = texts[index]
         chosen = None if keys is None else _rows_of(keys, indices)
-        started = program(weights, token_ids, chosen)
+        started = program(target, token_ids, chosen)
         if running is not None:  # the device works on the next batch while the host takes this one
             yield from _unpack(*running, texts)
         running = (indices, started)
@@ -83,33 +81,27 @@ def capture(
 
 
 def feature_program(
-    weights: GptOssWeights,
-    config: GptOssConfig,
-    tapped_layers: tuple[int, ...],
-    *,
-    run: Execution = PLAIN,
-    mesh: Mesh | None = None,
-) -> Callable[[GptOssWeights, Int[np.ndarray, "B T"]], tuple[Array, Array]]:
-    """The part of `capture` that training with the live target needs, compiled once for every shape.
+    target: TargetModel, tapped_layers: tuple[int, ...], *, runtime: Runtime = SINGLE_DEVICE
+) -> Callable[[TargetModel, Int[np.ndarray, "B T"]], tuple[Array, Array]]:
+    """Returns the part of `capture` that training with the live target needs, compiled once for every shape.
 
-    Gives features, bfloat16 [B, T, L * D], and the final hidden states, normed, [B, T, D].
+    It gives features, bfloat16 [B, T, L * D], and the final hidden states, normed, [B, T, D].
     """
-    step = functools.partial(features_of, config=config, tapped_layers=tapped_layers, run=run)
-    specs = None if mesh is None else placement.target_specs(weights)
-    return placement.on_devices(step, mesh, (specs, placement.ROWS), placement.ROWS)
+    step = functools.partial(features_of, tapped_layers=tapped_layers, execution=runtime.execution)
+    specs = None if runtime.mesh is None else placement.target_specs(target)
+    return placement.jit_sharded(step, runtime.mesh, (specs, placement.ROWS), placement.ROWS)
 
 
 def features_of(
-    weights: GptOssWeights,
+    target: TargetModel,
     token_ids: Int[Array, "B T"],
     *,
-    config: GptOssConfig,
     tapped_layers: tuple[int, ...],
-    run: Execution,
+    execution: Execution,
 ) -> tuple[Array, Float[Array, "B T D"]]:
-    """Features of rows of tokens, as a draft is trained on them and served with them, and final hidden states."""
+    """Returns features of rows of tokens, as a draft is trained and served with them, and final hidden states."""
     start = jnp.zeros(token_ids.shape[0], jnp.int32)
-    out = gpt_oss.forward(weights, config, token_ids, start, None, tapped_layers, run=run)
+    out = gpt_oss.forward(target, token_ids, start, None, tapped_layers, execution=execution)
     return out.features.astype(jnp.bfloat16), out.hidden
 
 
@@ -123,7 +115,7 @@ def disagreements(captured: Captured, token_ids: Sequence[int], prompt_tokens: i
     ]
 
 
-def padded_length(num_tokens: int) -> int:
+def padded_text_length(num_tokens: int) -> int:
     """The length a text is padded to: multiples of 64, from 512 on of 512, to keep the programs few."""
     step = 64 if num_tokens <= 512 else 512
     return -(-num_tokens // step) * step
@@ -132,7 +124,7 @@ def padded_length(num_tokens: int) -> int:
 def _batches(num_tokens: Sequence[int]) -> Iterator[tuple[list[int], int]]:
     groups: dict[int, list[int]] = collections.defaultdict(list)
     for index, count in enumerate(num_tokens):
-        groups[padded_length(count)].append(index)
+        groups[padded_text_length(count)].append(index)
     for length, indices in sorted(groups.items()):
         for at in range(0, len(indices), BATCH_SEQUENCES):
             yield indices[at : at + BATCH_SEQUENCES], length
@@ -142,9 +134,9 @@ def _unpack(
     indices: list[int], outputs: tuple[Array, Array, Array], texts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[int, Captured]]:
     features, next_ids, shortfall = jax.device_get(outputs)
-    for place, index in enumerate(indices):
+    for row, index in enumerate(indices):
         count = len(texts[index])
-        yield index, Captured(features[place, :count], next_ids[place, :count], shortfall[place, :count])
+        yield index, Captured(features[row, :count], next_ids[row, :count], shortfall[row, :count])
 
 
 def _rows_of(keys: Sequence[tuple[int, int]], indices: Sequence[int]) -> UInt32[np.ndarray, "B two"]:
@@ -155,40 +147,38 @@ def _rows_of(keys: Sequence[tuple[int, int]], indices: Sequence[int]) -> UInt32[
 
 @functools.cache
 def _program(
-    config: GptOssConfig,
     tapped_layers: tuple[int, ...],
     drawn: Sampling | None,
     has_keys: bool,
-    run: Execution,
-    mesh: Mesh | None,
-    specs: GptOssWeights | None,
+    runtime: Runtime,
+    specs: TargetModel | None,
 ) -> Callable[..., tuple[Array, Array, Array]]:
-    step = functools.partial(_pass, config=config, tapped_layers=tapped_layers, drawn=drawn, run=run)
-    given = (specs, placement.ROWS, placement.ROWS if has_keys else None)
-    return placement.on_devices(step, mesh, given, placement.ROWS)
+    step = functools.partial(_pass, tapped_layers=tapped_layers, drawn=drawn, execution=runtime.execution)
+    in_specs = (specs, placement.ROWS, placement.ROWS if has_keys else None)
+    return placement.jit_sharded(step, runtime.mesh, in_specs, placement.ROWS)
 
 
 def _pass(
-    weights: GptOssWeights,
+    target: TargetModel,
     token_ids: Int[Array, "B T"],
     keys: UInt32[Array, "B two"] | None,
     *,
-    config: GptOssConfig,
     tapped_layers: tuple[int, ...],
     drawn: Sampling | None,
-    run: Execution,
+    execution: Execution,
 ) -> tuple[Float[Array, "B T LD"], Int[Array, "B T"], Float[Array, "B T"]]:
-    features, final = features_of(weights, token_ids, config=config, tapped_layers=tapped_layers, run=run)
+    features, final = features_of(target, token_ids, tapped_layers=tapped_layers, execution=execution)
+    weights = target.weights
 
     def choose(part: tuple[Array, Array, Array | None, Array]) -> tuple[Array, Array]:
         hidden, following, own_keys, positions = part
         logits = gpt_oss.logits(weights, hidden)
         precision = weights.embedding.dtype.name
-        return choices.choice(logits, following, own_keys, positions, drawn, precision, run.shards)
+        return token_choice.choice(logits, following, own_keys, positions, drawn, precision, execution.shards)
 
     size = math.gcd(LOGITS_TOKENS, token_ids.size)
     following = jnp.roll(token_ids, -1, axis=1).reshape(-1, size)
-    hidden = final.reshape(*following.shape, config.hidden_size)
+    hidden = final.reshape(*following.shape, target.config.hidden_size)
     positions = jnp.broadcast_to(jnp.arange(1, token_ids.shape[1] + 1), token_ids.shape).reshape(following.shape)
     if keys is not None:
         keys = jnp.repeat(keys, token_ids.shape[1], axis=0).reshape(*following.shape, 2)

@@ -1,4 +1,4 @@
-"""The runtime's steps as compiled programs, on one device or on every shard of a mesh."""
+"""The engine's steps as compiled programs, on one device or on every shard of a mesh, and the first state."""
 
 import dataclasses
 import functools
@@ -8,89 +8,95 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from pipeline.engine import steps
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.state import EngineState, PrefillChunk, StepOutput, empty_state
 from pipeline.model import placement
-from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.execution import Execution
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights
-from pipeline.model.sampling import Sampling
-from pipeline.serve import programs
-from pipeline.serve.programs import Chunk, State, Yield
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.layers.sampling import Sampling
+from pipeline.model.parallel.execution import Execution
+from pipeline.model.parallel.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """Jitted `programs.prefill`, `plain_step` and `dflash_round`; they donate the state they are given.
+class CompiledSteps:
+    """Jitted `steps.prefill`, `plain_step` and `dflash_round`; they donate the state they are given.
 
-    `replay_round` is `dflash_round` with an answer.
+    `forced_round` is `dflash_round` with tokens that are forced.
     """
 
-    prefill: Callable[..., tuple[State, Yield]]
-    plain_step: Callable[..., tuple[State, Yield]]
-    dflash_round: Callable[..., tuple[State, Yield]]
-    replay_round: Callable[..., tuple[State, Yield]]
+    prefill: Callable[..., tuple[EngineState, StepOutput]]
+    plain_step: Callable[..., tuple[EngineState, StepOutput]]
+    dflash_round: Callable[..., tuple[EngineState, StepOutput]]
+    forced_round: Callable[..., tuple[EngineState, StepOutput]]
 
 
 @functools.cache  # engines of equal models share what was compiled
-def on_one_device(
-    config: GptOssConfig, draft_config: DraftConfig | None, run: Execution, how: Sampling | None = None
-) -> Compiled:
-    """The programs on the device that holds the weights; with `how`, prefill and the plain step sample."""
-    steps = _steps(config, draft_config, run, how)
-    return Compiled(*(placement.on_devices(step, None, None, None, donated=(place,)) for step, place in steps))
-
-
-def on_mesh(
-    config: GptOssConfig,
-    draft_config: DraftConfig | None,
-    run: Execution,
-    mesh: Mesh,
-    weights: GptOssWeights,
-    draft_weights: DraftWeights | None,
-    state: State,
-    how: Sampling | None = None,
-) -> Compiled:
-    """As `on_one_device`, on all shards of a mesh; of weights and state only the shapes matter."""
-    target = placement.target_specs(weights)
-    draft = None if draft_weights is None else placement.draft_specs(draft_weights)
-    states, rows, everywhere = state_specs(state), placement.ROWS, placement.EVERYWHERE
-    chunk = Chunk(*[rows] * len(dataclasses.fields(Chunk)))
-    if how is None:
-        chunk = dataclasses.replace(chunk, keys=None)
-    given = [
-        (target, draft, states, chunk, everywhere),
-        (target, states, everywhere),
-        (target, draft, states, everywhere),
-        (target, draft, states, everywhere, rows),
-    ]
-    steps = zip(_steps(config, draft_config, run, how), given, strict=True)
-    told = (states, everywhere)
-    return Compiled(
-        *(placement.on_devices(step, mesh, specs, told, donated=(place,)) for (step, place), specs in steps)
+def compile_single(execution: Execution, sampling: Sampling | None = None) -> CompiledSteps:
+    """Returns the steps on the device that holds the weights; with `sampling`, prefill and the plain step sample."""
+    return CompiledSteps(
+        *(
+            placement.jit_sharded(step, None, None, None, donated=(state,))
+            for step, state in _steps(execution, sampling)
+        )
     )
 
 
-def state_specs(state: State) -> State:
-    """The partition of every array of a state (or of its shapes)."""
+def compile_mesh(
+    target: TargetModel,
+    draft: DraftModel | None,
+    state: EngineState,
+    runtime: Runtime,
+    sampling: Sampling | None = None,
+) -> CompiledSteps:
+    """Returns the steps on all shards of a mesh; of models and state only the shapes matter."""
+    targets = placement.target_specs(target)
+    drafts = None if draft is None else placement.draft_specs(draft)
+    states, rows, replicated = state_specs(state), placement.ROWS, placement.REPLICATED
+    chunk = PrefillChunk(*[rows] * len(dataclasses.fields(PrefillChunk)))
+    if sampling is None:
+        chunk = dataclasses.replace(chunk, keys=None)
+    in_specs = [
+        (targets, drafts, states, chunk, replicated),
+        (targets, states, replicated),
+        (targets, drafts, states, replicated),
+        (targets, drafts, states, replicated, rows),
+    ]
+    out_specs = (states, replicated)
+    return CompiledSteps(
+        *(
+            placement.jit_sharded(step, runtime.mesh, specs, out_specs, donated=(index,))
+            for (step, index), specs in zip(_steps(runtime.execution, sampling), in_specs, strict=True)
+        )
+    )
+
+
+def state_specs(state: EngineState) -> EngineState:
+    """Returns the partition of every array of a state (or of its shapes)."""
     return jax.tree.map(lambda leaf: placement.CACHE if leaf.ndim == 4 else placement.ROWS, state)
 
 
-def new_state(make: Callable[[], State], mesh: Mesh | None, weights: GptOssWeights) -> State:
-    """What `make` makes, every part of it on the shard (or beside the weights) that will hold it, from the beginning.
+def allocate_state(
+    target: TargetModel, draft: DraftModel | None, config: EngineConfig, mesh: Mesh | None
+) -> EngineState:
+    """Returns the empty state, every part of it from the beginning on the shard (or beside the weights) that holds it.
 
-    Left to JAX to place, it would look another way than what a step returns, and a program would compile twice.
+    Left to JAX to place, it would look otherwise than what a step returns, and a program would compile twice.
     """
+
+    def make() -> EngineState:
+        return empty_state(target, draft, config)
+
     if mesh is None:
-        return jax.jit(make, out_shardings=weights.embedding.sharding)()
+        return jax.jit(make, out_shardings=target.weights.embedding.sharding)()
     specs = state_specs(jax.eval_shape(make))
     return jax.jit(make, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
 
 
-def _steps(
-    config: GptOssConfig, draft_config: DraftConfig | None, run: Execution, how: Sampling | None
-) -> list[tuple[Callable[..., Any], int]]:
-    """Each step with the place of its state among its arguments."""
-    both = functools.partial(programs.prefill, config=config, draft_config=draft_config, run=run, how=how)
-    plain = functools.partial(programs.plain_step, config=config, run=run, how=how)
-    drafted = functools.partial(programs.dflash_round, config=config, draft_config=draft_config, run=run)
-    return [(both, 2), (plain, 1), (drafted, 2), (drafted, 2)]
+def _steps(execution: Execution, sampling: Sampling | None) -> list[tuple[Callable[..., Any], int]]:
+    """Each step with the index of its state among its arguments."""
+    prefill = functools.partial(steps.prefill, execution=execution, sampling=sampling)
+    plain = functools.partial(steps.plain_step, execution=execution, sampling=sampling)
+    drafted = functools.partial(steps.dflash_round, execution=execution)
+    return [(prefill, 2), (plain, 1), (drafted, 2), (drafted, 2)]

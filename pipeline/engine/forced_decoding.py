@@ -1,54 +1,60 @@
-"""The DFLASH runtime along texts that are known, where greedy decoding would write something else."""
+"""The engine along texts that are given, where greedy decoding would write something else."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.serve.engine import Engine, Update
-from pipeline.serve.scheduler import Request
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import ForcedRequest, Request, StepUpdate
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
-NO_TOKEN = -1  # behind the end of a text: no proposal equals it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KnownRequest(Request):
-    """A prompt with its whole answer, `max_new_tokens` of them."""
-
-    answer_ids: tuple[int, ...]
+NO_TOKEN = -1  # behind the end of a text: no drafted token equals it
 
 
-class ReplayEngine(Engine):
-    """An engine with a draft whose requests are all `KnownRequest`s: their answers stand for the target's choices.
+class ForcedDecodingEngine(Engine):
+    """An engine with a draft whose requests are all `ForcedRequest`s: their answers stand for the target's choices.
 
-    Prefill, draft, verification and roll-back are the engine's own; only which tokens count as right is given.
+    Prefill, draft, verification and roll-back are the engine's own; only which tokens count as right is given. A text
+    ends at its last token: the stop tokens of `config` are not looked at.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, stop_token_ids=(), **options)  # a text ends where it ends
-        self._given: dict[str, int] = {}
+    def __init__(
+        self, target: TargetModel, draft: DraftModel, config: EngineConfig, runtime: Runtime = SINGLE_DEVICE
+    ) -> None:
+        super().__init__(target, draft, dataclasses.replace(config, stop_token_ids=()), runtime)
+        self._num_given: dict[str, int] = {}
 
-    def _prefill(self, group: dict[int, tuple[int, Request]]) -> list[Update]:
-        """As the engine's, but for the first token, which is the answer's."""
-        updates = super()._prefill(group)
+    def prefill_first_tokens(self, group: Mapping[int, tuple[int, Request]]) -> list[StepUpdate]:
+        """As the engine's, but for the first tokens, which are the answers'."""
+        updates = super().prefill_first_tokens(group)
         slots = [slot for slot, _ in group.values()]
-        first = {request.request_id: request.answer_ids[0] for _, request in group.values()}
+        first = {request.request_id: _forced(request)[0] for _, request in group.values()}
         anchor = self._state.anchor.at[np.array(slots)].set(np.array(list(first.values()), np.int32))
         self._state = dataclasses.replace(self._state, anchor=anchor)
-        self._given |= dict.fromkeys(first, 1)
+        self._num_given |= dict.fromkeys(first, 1)
         return [dataclasses.replace(update, token_ids=(first[update.request_id],)) for update in updates]
 
-    def _decode(self) -> list[Update]:
-        running = self._scheduler.running
-        answer = np.full((self.slots, self.block_size), NO_TOKEN, np.int32)
-        for slot, request in running.items():
-            start = self._given[request.request_id]
-            part = request.answer_ids[start : start + self.block_size]
-            answer[slot, : len(part)] = part
-        self._state, given = self._programs.replay_round(
-            self._weights, self._draft_weights, self._state, self._stop_ids, answer
+    def decode_round(self) -> list[StepUpdate]:
+        """As the engine's, with the tokens that follow in the answers for what the target would choose."""
+        shape = (self.config.num_slots, self.block_size)
+        forced_ids = np.full(shape, NO_TOKEN, np.int32)
+        for slot, request in self._scheduler.running.items():
+            start = self._num_given[request.request_id]
+            part = _forced(request)[start : start + shape[1]]
+            forced_ids[slot, : len(part)] = part
+        self._state, output = self._steps.forced_round(
+            self._target, self._draft, self._state, self._stop_ids, forced_ids
         )
-        updates = self._collect(given, {slot: slot for slot in running}, True)
+        updates = self._collect_round(output)
         for update in updates:
-            self._given[update.request_id] += len(update.token_ids)
+            self._num_given[update.request_id] += len(update.token_ids)
         return updates
+
+
+def _forced(request: Request) -> tuple[int, ...]:
+    assert isinstance(request, ForcedRequest), request
+    return request.forced_ids

@@ -1,68 +1,86 @@
-"""An engine over several hosts: the first one takes requests, the others do what it does, step by step."""
+"""An engine over several hosts: the primary takes requests, the others do what it does, step by step."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from pipeline import hosts
-from pipeline.serve.engine import Engine, Update
-from pipeline.serve.scheduler import Request
+from pipeline import distributed
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request, StepUpdate
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
-ADD, CANCEL, WAIT, END = "add", "cancel", "wait", "end"
+ADD, CANCEL, IDLE, END = "add", "cancel", "idle", "end"
 
 
-class LeadingEngine(Engine):
-    """The first host's engine. From `lead` on, every step tells the other hosts what was asked since the last one.
+class PrimaryEngine(Engine):
+    """The primary's engine. From `start_broadcasting` on, every step sends the other hosts what was asked since.
 
     Before, all hosts drive their engines alike (to warm up).
     """
 
-    _leads = False
+    def __init__(
+        self, target: TargetModel, draft: DraftModel | None, config: EngineConfig, runtime: Runtime = SINGLE_DEVICE
+    ) -> None:
+        super().__init__(target, draft, config, runtime)
+        self._orders: list[list[Any]] = []
+        self._is_broadcasting = False
 
-    def lead(self) -> None:
-        """From now on the other hosts are in `follow`."""
-        self._asked: list[list[Any]] = []
-        self._leads = True
+    def start_broadcasting(self) -> None:
+        """From now on the other hosts are in `follow_primary`."""
+        self._is_broadcasting = True
 
-    def add(self, request: Request) -> None:
-        """As `Engine.add`, on all hosts."""
-        super().add(request)
-        if self._leads:
-            self._asked.append([ADD, dataclasses.asdict(request)])
+    def add_all(self, requests: Sequence[Request]) -> None:
+        """As `Engine.add_all`, on all hosts."""
+        super().add_all(requests)
+        if self._is_broadcasting:
+            self._orders += [[ADD, dataclasses.asdict(request)] for request in requests]
 
     def cancel(self, request_id: str) -> None:
         """As `Engine.cancel`, on all hosts."""
         super().cancel(request_id)
-        if self._leads:
-            self._asked.append([CANCEL, request_id])
+        if self._is_broadcasting:
+            self._orders.append([CANCEL, request_id])
 
-    def step(self) -> list[Update]:
+    def step(self) -> list[StepUpdate]:
         """As `Engine.step`, on all hosts."""
-        if self._leads:
-            hosts.told_by_first(self._asked)
-            self._asked = []
+        if self._is_broadcasting:
+            distributed.broadcast_from_primary(self._orders)
+            self._orders = []
         return super().step()
 
-    def keep_waiting(self) -> None:
-        """Tell the others that there is nothing to do: what waits too long for word gives up."""
-        hosts.told_by_first([*self._asked, [WAIT, None]])
-        self._asked = []
+    def broadcast_idle(self) -> None:
+        """Tells the others that there is nothing to do: what waits too long for a message gives up."""
+        distributed.broadcast_from_primary([*self._orders, [IDLE, None]])
+        self._orders = []
 
-    def end(self) -> None:
-        """Send the others home."""
-        hosts.told_by_first([[END, None]])
+    def shut_down_followers(self) -> None:
+        """Ends `follow_primary` on the other hosts."""
+        distributed.broadcast_from_primary([[END, None]])
 
 
-def follow(engine: Engine) -> None:
-    """Do what the first host's engine does until it ends."""
+def follow_primary(engine: Engine) -> None:
+    """Does what the primary's engine does until that ends."""
     while True:
-        asked = hosts.told_by_first(None)
-        for what, value in asked:
-            if what == ADD:
-                key = value["key"] and tuple(value["key"])
-                engine.add(Request(**{**value, "prompt_ids": tuple(value["prompt_ids"]), "key": key}))
-            elif what == CANCEL:
+        orders = distributed.broadcast_from_primary(None)
+        for order, value in orders:
+            if order == ADD:
+                engine.add(_request(value))
+            elif order == CANCEL:
                 engine.cancel(value)
-            elif what == END:
+            elif order == END:
                 return
-        if not asked or asked[-1][0] != WAIT:
+        if not orders or orders[-1][0] != IDLE:
             engine.step()
+
+
+def _request(value: dict[str, Any]) -> Request:
+    key = value["sampling_key"]
+    return Request(
+        request_id=value["request_id"],
+        prompt_ids=tuple(value["prompt_ids"]),
+        max_new_tokens=value["max_new_tokens"],
+        sampling_key=None if key is None else tuple(key),
+    )

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from pipeline.model import sampling
-from pipeline.model.sampling import Sampling
-from pipeline.model.sharding import Shards
+from pipeline.model.layers import sampling
+from pipeline.model.layers.sampling import Sampling
+from pipeline.model.parallel.shards import Shards
 
 NUCLEUS_SLACK = {"float32": 1e-4, "bfloat16": 0.02}  # what sums in another order make of the mass above a token
 LEAST_TOP_P = 1e-9
@@ -34,7 +34,7 @@ def choice(
 
 
 def _greedy(logits: Float[Array, "T local"], following: Int[Array, " T"], shards: Shards) -> Choice:
-    return shards.argmax(logits), shards.max(logits.max(axis=-1)) - shards.at(logits, following)
+    return shards.argmax(logits), shards.over().max(logits.max(axis=-1)) - shards.over().take(logits, following)
 
 
 def _drawn(
@@ -54,12 +54,12 @@ def _drawn(
     """
     scaled = logits / how.temperature
     noisy = scaled + sampling.noise(keys, positions, logits.shape[-1], shards)
-    own, own_noisy = shards.at(scaled, following), shards.at(noisy, following)
+    own, own_noisy = shards.over().take(scaled, following), shards.over().take(noisy, following)
     top_p = how.top_p if how.top_p >= 1 else max(how.top_p - slack, LEAST_TOP_P)
     among = jnp.where(sampling.nucleus(scaled, top_p, shards), noisy, -jnp.inf)
-    shortfall = jnp.maximum(shards.max(among.max(axis=-1)) - own_noisy, 0)
+    shortfall = jnp.maximum(shards.over().max(among.max(axis=-1)) - own_noisy, 0)
     if how.top_p < 1:
-        best = shards.max(scaled.max(axis=-1))
+        best = shards.over().max(scaled.max(axis=-1))
         mass = jnp.exp(scaled - best[:, None])
         above = shards.sum(jnp.where(scaled > own[:, None], mass, 0).sum(axis=-1)) / shards.sum(mass.sum(axis=-1))
         shortfall = jnp.where(above < how.top_p + slack, shortfall, best - own)
@@ -71,7 +71,7 @@ def _drawn_elsewhere(
 ) -> Choice:
     """The most likely token, and -log p of the text's less the mean of -log p over what the target would draw."""
     scaled = logits / how.temperature
-    scaled = scaled - shards.max(scaled.max(axis=-1))[:, None]
+    scaled = scaled - shards.over().max(scaled.max(axis=-1))[:, None]
     mass = jnp.where(sampling.nucleus(scaled, how.top_p, shards), jnp.exp(scaled), 0)
     mean = shards.sum((mass * scaled).sum(axis=-1)) / shards.sum(mass.sum(axis=-1))
-    return shards.argmax(logits), mean - shards.at(scaled, following)  # log of the whole mass is in both
+    return shards.argmax(logits), mean - shards.over().take(scaled, following)  # log of the whole mass is in both

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.artifacts.contract import Contract
 from pipeline.dflash.acceptance import memorises
-from pipeline.dflash.contract import Contract
-from pipeline.export.layout import tensor_shapes
-from pipeline.export.runtimes import Runtime, runtimes
-from pipeline.model.draft import DraftConfig
+from pipeline.export.runtimes import RuntimeGuide, runtimes
+from pipeline.export.tensor_layout import tensor_shapes
+from pipeline.hub import card_metadata
+from pipeline.model.dflash.config import DFlashConfig
 
 TAGS = ("speculative-decoding", "dflash", "block-diffusion")
 SPLITS = {"heldout": "held out", "train": "trained on"}
@@ -33,7 +34,7 @@ target's and are not in this directory.
 {at_k}
 
 `accept_length` is the mean number of tokens a round yields, the target's own included (1 to {block_size});
-`accept_rate` is the share of drafted tokens that were kept, `accept_rate_at_k` the share of rounds whose first k
+`accept_rate` is the share of drafted tokens that were accepted, `accept_rate_at_k` the share of rounds whose first k
 drafted tokens all were. Texts are the target's own answers; rounds are those of greedy decoding, counted over
 {sequences} held-out texts and as many that the draft was trained on, in the precision it is served in. A prompt's
 hash decides whether it is held out.{engine} `evaluation.json` has all numbers.
@@ -57,21 +58,24 @@ hash decides whether it is held out.{engine} `evaluation.json` has all numbers.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """What a checkpoint tells of how it was made: its settings, the texts it saw, and fingerprints.
+class TrainingRecord:
+    """How a checkpoint was made: its recipe (`train` settings), the texts it saw, and fingerprints.
 
-    `base_model` is the target's id on the hub, `choice` how this pipeline is told of the target.
+    `base_model` is the target's id on the hub, `choice` the overrides by which this pipeline knows the target.
     """
 
     base_model: str | None
     choice: str
-    settings: Mapping[str, Any]
+    recipe: Mapping[str, Any]
     data: Mapping[str, Any]
+    teacher_cache: str
     fingerprint: str
 
 
-def model_card(config: DraftConfig, contract: Contract, evaluation: Mapping[str, Any], training: Training) -> str:
-    """What a person who finds the directory must know; equal drafts have equal cards."""
+def model_card(
+    config: DFlashConfig, contract: Contract, evaluation: Mapping[str, Any], training: TrainingRecord
+) -> str:
+    """Returns what a person who finds the directory must know; equal drafts have equal cards."""
     target = training.base_model or contract.target.name
     return CARD.format(
         front=front_matter(config, evaluation, training),
@@ -95,31 +99,24 @@ def model_card(config: DraftConfig, contract: Contract, evaluation: Mapping[str,
     )
 
 
-def front_matter(config: DraftConfig, evaluation: Mapping[str, Any], training: Training) -> str:
-    """The hub's metadata, as YAML. A target that is not on the hub is left out: the hub refuses other names."""
-    lines = [f"base_model: {json.dumps(training.base_model)}"] if training.base_model else []
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in TAGS)]
+def front_matter(config: DFlashConfig, evaluation: Mapping[str, Any], training: TrainingRecord) -> str:
+    """Returns the hub's metadata, as YAML. A target that is not on the hub is left out: the hub refuses other names."""
     heldout = evaluation["heldout"]
     measured = {name: heldout[name] for name in ("accept_length", "accept_rate") if math.isfinite(heldout[name])}
-    if measured:
-        lines += ["model-index:", f"- name: {json.dumps(f'DFlash draft, block size {config.block_size}')}"]
-        lines += ["  results:", "  - task:", "      type: text-generation", "    dataset:"]
-        lines += [
-            "      type: held-out-prompts",
-            "      name: Held-out prompts, answered by the target",
-            "    metrics:",
-        ]
-        for name, value in measured.items():
-            lines += [f"    - type: {name}", f"      name: {name}", f"      value: {value:.4f}"]
-    return "\n".join(lines)
+    return card_metadata(
+        base_model=training.base_model,
+        tags=TAGS,
+        name=f"DFlash draft, block size {config.block_size}",
+        measured={name: round(value, 4) for name, value in measured.items()},
+    )
 
 
-def _parameters(config: DraftConfig) -> str:
+def _parameters(config: DFlashConfig) -> str:
     count = sum(math.prod(shape) for shape in tensor_shapes(config).values())
     return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
 
 
-def _rope(config: DraftConfig) -> str:
+def _rope(config: DFlashConfig) -> str:
     if config.rope.factor is None:
         return f"plain RoPE of base {config.rope.theta:g}"
     return f"RoPE of base {config.rope.theta:g} with YaRN (factor {config.rope.factor:g})"
@@ -130,7 +127,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _scores(config: DraftConfig, evaluation: Mapping[str, Any]) -> str:
+def _scores(config: DFlashConfig, evaluation: Mapping[str, Any]) -> str:
     found = {name: evaluation[split] for split, name in SPLITS.items()}
     for kind in ("effort", "channel"):
         parts = evaluation["heldout"].get(f"by_{kind}", {})
@@ -150,7 +147,7 @@ def _scores(config: DraftConfig, evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _at_k(config: DraftConfig, evaluation: Mapping[str, Any]) -> str:
+def _at_k(config: DFlashConfig, evaluation: Mapping[str, Any]) -> str:
     ks = range(1, config.block_size)
     rows = [[name, *(f"{evaluation[split][f'accept_rate_at_{k}']:.3f}" for k in ks)] for split, name in SPLITS.items()]
     return _table(["accept_rate_at_k, k =", *map(str, ks)], rows)
@@ -166,8 +163,8 @@ def _engine(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def _training(training: Training) -> str:
-    recipe = {key: value for key, value in sorted(training.settings["train"].items()) if value is not None}
+def _training(training: TrainingRecord) -> str:
+    recipe = {key: value for key, value in sorted(training.recipe.items()) if value is not None}
     rows = [[f"`{key}`", f"`{json.dumps(value)}`"] for key, value in recipe.items()]
     return "\n\n".join([_data(training.data), _table(["setting (`train.`)", "value"], rows)])
 
@@ -183,7 +180,7 @@ def _data(data: Mapping[str, Any]) -> str:
     return f"Prompts answered by the target: {counts}. How they were made: {made}."
 
 
-def _identity(contract: Contract, training: Training) -> str:
+def _identity(contract: Contract, training: TrainingRecord) -> str:
     target, text = contract.target, contract.text
     rows = {
         "target": f"{training.base_model or target.name}, revision {target.revision or 'none: a directory'}",
@@ -192,19 +189,19 @@ def _identity(contract: Contract, training: Training) -> str:
         "precision it was run in": target.weight_precision,
         "tokenizer (sha256)": text.tokenizer_fingerprint,
         "chat template (sha256)": text.chat_template_fingerprint,
-        "teacher cache": training.settings["teacher_cache"],
+        "teacher cache": training.teacher_cache,
         "checkpoint": training.fingerprint,
     }
     return _table(["what", "which"], [[name, f"`{value}`"] for name, value in rows.items()])
 
 
-def _served(runtime: Runtime) -> str:
+def _served(runtime: RuntimeGuide) -> str:
     code = "\n".join(f"    {line}" for line in runtime.command.splitlines())
     notes = "".join(f"- {note}\n" for note in runtime.notes)
     return f"\n**{runtime.name}** ({runtime.tried})\n\n{code}\n\n{notes}"
 
 
-def _limits(config: DraftConfig, contract: Contract, evaluation: Mapping[str, Any], training: Training) -> str:
+def _limits(config: DFlashConfig, contract: Contract, evaluation: Mapping[str, Any], training: TrainingRecord) -> str:
     efforts = contract.text.reasoning_efforts
     lines = [
         "It fits the target, tokenizer and chat template above and no others: with another one, or another revision, "

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
-from pipeline import places
-from pipeline.artifacts import PipelineError
-from pipeline.model import draft
-from pipeline.model.checkpoints import weight_paths
-from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.places import Place
+from pipeline.artifacts import storage
+from pipeline.artifacts.storage import StoragePath
+from pipeline.errors import PipelineError
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.weights import DFlashWeights
+from pipeline.model.hf.directory import weight_paths
 
 INDEX = "tensorstore_index.json"
 WEIGHTS = re.compile("(model/)()")
@@ -25,13 +26,13 @@ AVERAGE = re.compile(r"(tx/\d+/average/).*(/value)$")  # train/optimizer.py keep
 MEND = "delete the checkpoint and run stage=train again"
 
 
-def read_checkpoint(run: Place, config: DraftConfig) -> DraftWeights:
+def read_checkpoint(run: StoragePath, config: DFlashConfig) -> DFlashWeights:
     """The float32 weights that a run directory (`run-<step>`) stands for: the average of them, where one is kept.
 
     Raises PipelineError naming every array that is missing, wholly or in part, unexpected, misshapen or not finite.
     """
     stored, (head, tail) = _stored(run)
-    shapes = draft.weight_shapes(config)
+    shapes = dflash_weights.weight_shapes(config)
     wanted = {f"{head}{path.replace('.', '/')}{tail}": shape for path, shape in weight_paths(shapes)}
     found = _read_all(run, wanted.keys() & stored)
     problems = [f"{path}: unexpected" for path in sorted(stored - wanted.keys())]
@@ -50,7 +51,7 @@ def holds_weights(name: str) -> bool:
     return name == INDEX or name.startswith("model/") or "/average/" in name
 
 
-def _stored(run: Place) -> tuple[set[str], tuple[str, str]]:
+def _stored(run: StoragePath) -> tuple[set[str], tuple[str, str]]:
     """The weights' arrays that EasyDeL says it wrote, and how their paths begin and end."""
     try:
         index = json.loads((run / INDEX).read_text())
@@ -72,21 +73,21 @@ def _problem(array: np.ndarray | str, shape: jax.ShapeDtypeStruct) -> str | None
     return None if np.isfinite(array).all() else "not finite"
 
 
-def _read_all(run: Place, paths: set[str]) -> dict[str, np.ndarray | str]:
+def _read_all(run: StoragePath, paths: set[str]) -> dict[str, np.ndarray | str]:
     """Arrays, or what they lack, by path; all are on their way at once, which a bucket needs to be quick."""
-    opened = {path: tensorstore.open(_spec(run, path), context=places.context()) for path in sorted(paths)}
+    opened = {path: tensorstore.open(_spec(run, path), context=storage.tensorstore_context()) for path in sorted(paths)}
     arrays = {path: _result(run, path, future) for path, future in opened.items()}
     reading = {path: array if isinstance(array, str) else array.read() for path, array in arrays.items()}
     return {path: one if isinstance(one, str) else _result(run, path, one) for path, one in reading.items()}
 
 
-def _spec(run: Place, path: str) -> dict[str, Any]:
+def _spec(run: StoragePath, path: str) -> dict[str, Any]:
     # a chunk that is not there would be read as zeros
-    lies = places.kvstore(run / path)
+    lies = storage.kvstore(run / path)
     return {"driver": "zarr", "kvstore": lies, "open": True, "fill_missing_data_reads": False}
 
 
-def _result(run: Place, path: str, future: Any) -> Any:
+def _result(run: StoragePath, path: str, future: Any) -> Any:
     """What a future holds; a text when the array or a chunk of it is not there."""
     try:
         return future.result()

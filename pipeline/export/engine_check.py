@@ -7,28 +7,29 @@ of the two does not share (layers, their order, mask token, RoPE, what a block s
 
 The engine decodes the prompts greedily. Where it writes the cached text, which a greedy float32 cache always gives, its
 rounds are compared as they are. Where it writes another (texts that were sampled or came from an endpoint, near-ties
-in bfloat16), it is taken along the cached text instead: rounds over two texts differ by what the texts are, and a
-comparison of them would tell nothing within 2%.
+in bfloat16), it is forced along the cached text instead: rounds over two texts differ by what the texts are, and a
+comparison of them would say nothing within 2%.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline.artifacts import PipelineError
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.dflash.scored import ScoredText, acceptance_of
-from pipeline.machine import ONE_DEVICE, Machine
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.forced_decoding import ForcedDecodingEngine
+from pipeline.engine.request import Completion, ForcedRequest, Request
+from pipeline.errors import PipelineError
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 from pipeline.progress import Progress
-from pipeline.serve.engine import Draft, Engine, Finished
-from pipeline.serve.replay import KnownRequest, ReplayEngine
-from pipeline.serve.scheduler import Request
+from pipeline.store.heldout_rounds import HeldoutText, acceptance_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
+class EngineCheck:
     """Rounds over the same texts: `trained` by the training evaluation, `engine` by the engine.
 
     `greedy` are the engine's rounds over what it writes itself, `num_greedy` how many of the texts that is.
@@ -59,7 +60,7 @@ class Trial:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Trial":
+    def from_json(cls, value: dict[str, Any]) -> "EngineCheck":
         """The inverse of `to_json`."""
         return cls(
             trained=Acceptance(tuple(value["training_histogram"])),
@@ -70,74 +71,65 @@ class Trial:
         )
 
 
-def run_trial(
-    weights: GptOssWeights,
-    config: GptOssConfig,
-    draft: Draft,
-    texts: Sequence[ScoredText],
-    *,
-    stop_token_ids: Sequence[int],
-    slots: int,
-    prefill_chunk: int,
-    here: Machine = ONE_DEVICE,
-) -> Trial:
-    """Decode the prompts of `texts`, and go along those texts that come out otherwise.
+def run_engine_check(
+    target: TargetModel,
+    draft: DraftModel,
+    texts: Sequence[HeldoutText],
+    config: EngineConfig,
+    runtime: Runtime = SINGLE_DEVICE,
+) -> EngineCheck:
+    """Decodes the prompts of `texts`, and forces the engine along those texts that come out otherwise.
 
-    Raises PipelineError when no text has a round.
+    The engines' `max_length` is that of the longest text. Raises PipelineError when no text has a round.
     """
     texts = [text for text in texts if len(text.answer_ids) > 1]  # a first token alone is prefill's
     if not texts:
         raise PipelineError(
             "no held-out answer has two tokens, so that there are no rounds to compare; give other prompts"
         )
-    options = {
-        "slots": slots,
-        "max_length": max(len(text.token_ids) for text in texts),
-        "prefill_chunk": prefill_chunk,
-        "draft": draft,
-        "run": here.run,
-        "mesh": here.mesh,
-    }
-    engine = Engine(weights, config, stop_token_ids=stop_token_ids, **options)
+    config = dataclasses.replace(config, max_length=max(len(text.token_ids) for text in texts))
+    engine = Engine(target, draft, config, runtime)
     decoded = _decoded(engine, [_request(index, text) for index, text in enumerate(texts)])
     others = [index for index, text in enumerate(texts) if decoded[index].token_ids != text.answer_ids]
-    kept = {index: answer.kept for index, answer in decoded.items()}
+    accepted = {index: answer.accepted_per_round for index, answer in decoded.items()}
     if others:
         del engine  # and its caches
-        known = [_known(index, texts[index]) for index in others]
-        kept |= {index: one.kept for index, one in _decoded(ReplayEngine(weights, config, **options), known).items()}
+        forced = _decoded(
+            ForcedDecodingEngine(target, draft, config, runtime), [_forced(index, texts[index]) for index in others]
+        )
+        accepted |= {index: answer.accepted_per_round for index, answer in forced.items()}
     block_size = draft.config.block_size
-    return Trial(
+    return EngineCheck(
         trained=acceptance_of(texts, block_size),
-        engine=_acceptance(kept.values(), block_size),
-        greedy=_acceptance((answer.kept for answer in decoded.values()), block_size),
+        engine=_acceptance(accepted.values(), block_size),
+        greedy=_acceptance((answer.accepted_per_round for answer in decoded.values()), block_size),
         num_texts=len(texts),
         num_greedy=len(texts) - len(others),
     )
 
 
-def require_agreement(trial: Trial, tolerance: float) -> None:
-    """Raise PipelineError when the engine and the training evaluation differ by more than `tolerance`."""
-    if not abs(trial.difference) <= tolerance:
+def require_agreement(check: EngineCheck, tolerance: float) -> None:
+    """Raises PipelineError when the engine and the training evaluation differ by more than `tolerance`."""
+    if not abs(check.difference) <= tolerance:
         raise PipelineError(
-            f"the draft is not published: accept_length is {trial.trained.accept_length:.3f} in the training "
-            f"evaluation and {trial.engine.accept_length:.3f} in the engine, {trial.difference:+.1%} on the same "
-            f"{trial.num_texts} held-out texts ({trial.engine.num_rounds} rounds); at most "
+            f"the draft is not published: accept_length is {check.trained.accept_length:.3f} in the training "
+            f"evaluation and {check.engine.accept_length:.3f} in the engine, {check.difference:+.1%} on the same "
+            f"{check.num_texts} held-out texts ({check.engine.num_rounds} rounds); at most "
             f"{tolerance:.1%} is wanted (export.tolerance). Training and serving disagree about tapped layers, their "
             "order, the mask token, RoPE, what a block sees, or the weights: make the teacher cache and the draft anew "
             "with this version; if they still differ, report it"
         )
 
 
-def _request(index: int, text: ScoredText) -> Request:
+def _request(index: int, text: HeldoutText) -> Request:
     return Request(request_id=str(index), prompt_ids=text.prompt_ids, max_new_tokens=len(text.answer_ids))
 
 
-def _known(index: int, text: ScoredText) -> KnownRequest:
-    return KnownRequest(**dataclasses.asdict(_request(index, text)), answer_ids=text.answer_ids)
+def _forced(index: int, text: HeldoutText) -> ForcedRequest:
+    return ForcedRequest(**dataclasses.asdict(_request(index, text)), forced_ids=text.answer_ids)
 
 
-def _decoded(engine: Engine, requests: Sequence[Request]) -> dict[int, Finished]:
+def _decoded(engine: Engine, requests: Sequence[Request]) -> dict[int, Completion]:
     found = {}
     with Progress("export", len(requests), "texts") as progress:
         for one in engine.generate(requests):
@@ -147,4 +139,4 @@ def _decoded(engine: Engine, requests: Sequence[Request]) -> dict[int, Finished]
 
 
 def _acceptance(rounds: Iterable[Sequence[int]], block_size: int) -> Acceptance:
-    return Acceptance.of([kept for several in rounds for kept in several], block_size)
+    return Acceptance.of([count for several in rounds for count in several], block_size)

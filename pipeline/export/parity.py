@@ -1,18 +1,17 @@
 """Whether a written draft is the trained one: weights to the last bit of their precision, outputs within it."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pipeline.artifacts import PipelineError
 from pipeline.dflash import blocks
-from pipeline.model import checkpoints, draft
-from pipeline.model.checkpoints import weight_paths
-from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.errors import PipelineError
+from pipeline.model.dflash import forward as dflash
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.hf.directory import read_draft, weight_paths
 
 NUM_POSITIONS, NUM_BLOCKS = 40, 5
 MAX_RELATIVE_ERROR = 2e-2  # of outputs, root mean square; bfloat16 keeps 8 bits of each weight
@@ -26,16 +25,17 @@ class Parity:
     relative_error: float
 
 
-def require_parity(directory: Path, config: DraftConfig, trained: DraftWeights) -> Parity:
-    """Read the written draft back and compare it. Raises PipelineError naming everything that differs."""
-    found, written = checkpoints.load_draft(directory, jnp.float32)
+def require_parity(directory: Path, trained: DraftModel) -> Parity:
+    """Reads the written draft back and compares it. Raises PipelineError naming everything that differs."""
+    written = read_draft(directory, jnp.float32)
+    found, config = written.config, trained.config
     wrong = [
         f"{field.name}: {getattr(found, field.name)!r}, wanted {getattr(config, field.name)!r}"
         for field in dataclasses.fields(config)
         if getattr(found, field.name) != getattr(config, field.name)
     ]
     if not wrong:
-        pairs = zip(weight_paths(trained), weight_paths(written), strict=True)
+        pairs = zip(weight_paths(trained.weights), weight_paths(written.weights), strict=True)
         wrong = [
             f"{path}: not the trained weight rounded to bfloat16"
             for (path, wanted), (_, array) in pairs
@@ -43,7 +43,7 @@ def require_parity(directory: Path, config: DraftConfig, trained: DraftWeights) 
         ]
     if wrong:
         raise PipelineError(f"{directory} is not the draft that was trained:\n  " + "\n  ".join(wrong))
-    wanted, outputs = (_outputs(weights, config) for weights in (trained, written))
+    wanted, outputs = _outputs(trained), _outputs(written)
     difference = outputs - wanted
     relative = float(jnp.sqrt(jnp.square(difference).mean() / jnp.square(wanted).mean()))
     if not relative <= MAX_RELATIVE_ERROR:
@@ -54,15 +54,16 @@ def require_parity(directory: Path, config: DraftConfig, trained: DraftWeights) 
     return Parity(float(jnp.abs(difference).max()), relative)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _outputs(weights: DraftWeights, config: DraftConfig) -> Float[Array, "1 A K D"]:
+@jax.jit
+def _outputs(draft: DraftModel) -> Float[Array, "1 A K D"]:
     """Final hidden states of a few blocks over random features."""
+    config = draft.config
     keys = jax.random.split(jax.random.key(0), 2)
     positions = jnp.arange(NUM_POSITIONS)[None]
     features = jax.random.normal(keys[0], (1, NUM_POSITIONS, config.feature_size))
     anchors = jnp.linspace(1, NUM_POSITIONS, NUM_BLOCKS, dtype=jnp.int32)[None]
-    slots = blocks.block_positions(anchors, config.block_size)
-    embeddings = jax.random.normal(keys[1], (*slots.shape, config.hidden_size))
-    context = draft.context(weights, config, features, positions)
+    block = blocks.block_positions(anchors, config.block_size)
+    embeddings = jax.random.normal(keys[1], (*block.shape, config.hidden_size))
+    context = dflash.context(draft, features, positions)
     visible = blocks.context_visible(anchors, NUM_POSITIONS)
-    return draft.denoise_blocks(weights, config, embeddings, slots, context, visible)
+    return dflash.denoise_blocks(draft, embeddings, block, context, visible)

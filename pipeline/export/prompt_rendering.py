@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
-from pipeline.artifacts import PipelineError
-from pipeline.dflash.scored import ScoredText
+from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import prompt_token_ids
 from pipeline.prompts.sources import Prompt
+from pipeline.prompts.tokenizer import Tokenizer
+from pipeline.store.heldout_rounds import HeldoutText
 
 SHOWN_TOKENS = 8
 
 
 def require_rendering(
-    texts: Sequence[ScoredText], prompts: Mapping[str, Prompt], tokenizer: PreTrainedTokenizerBase, date: str
+    texts: Sequence[HeldoutText], prompts: Mapping[str, Prompt], tokenizer: Tokenizer, date: str
 ) -> None:
     """Raise PipelineError when the prompt of a text is not the rendering of the prompt of its id."""
     wrong = [
@@ -29,7 +28,7 @@ def require_rendering(
         )
 
 
-def _problem(text: ScoredText, prompt: Prompt | None, tokenizer: PreTrainedTokenizerBase, date: str) -> str | None:
+def _problem(text: HeldoutText, prompt: Prompt | None, tokenizer: Tokenizer, date: str) -> str | None:
     name = f"prompt {text.prompt_id[:12]}"
     if prompt is None:
         return f"{name}: not in the prompt set of this configuration"

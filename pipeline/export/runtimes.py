@@ -1,18 +1,17 @@
 """How an exported draft is served in each runtime that reads z-lab's layout, and what is known of it there.
 
-Source: ../shared/reference/dflash.md section 2.3 and engines.md; the commands of SGLang and vLLM are those on z-lab's
-cards of its gpt-oss drafts.
+Source: docs/runtimes.md; the commands of SGLang and vLLM are those on z-lab's cards of its gpt-oss drafts.
 """
 
 import dataclasses
 
-from pipeline.model.draft import DraftConfig
+from pipeline.model.dflash.config import DFlashConfig
 
 DRAFT_PLACE, TARGET_PLACE = "<this directory>", "<the target's directory>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Runtime:
+class RuntimeGuide:
     """A program that serves the draft: its command, what was tried with drafts of this layout, and what to mind."""
 
     name: str
@@ -21,7 +20,7 @@ class Runtime:
     notes: tuple[str, ...] = ()
 
 
-def runtimes(config: DraftConfig, target: str | None, target_choice: str) -> list[Runtime]:
+def runtimes(config: DFlashConfig, target: str | None, target_choice: str) -> list[RuntimeGuide]:
     """All of them. `target` is the target's hub id, `target_choice` how this pipeline is told of it."""
     place = target or TARGET_PLACE
     return [
@@ -33,16 +32,16 @@ def runtimes(config: DraftConfig, target: str | None, target_choice: str) -> lis
     ]
 
 
-def _pipeline(target_choice: str) -> Runtime:
-    return Runtime(
+def _pipeline(target_choice: str) -> RuntimeGuide:
+    return RuntimeGuide(
         name="this pipeline",
         command=f"python -m pipeline stage=serve {target_choice} export.path={DRAFT_PLACE}",
         tried="measured the numbers above",
     )
 
 
-def _sglang(config: DraftConfig, target: str) -> Runtime:
-    return Runtime(
+def _sglang(config: DFlashConfig, target: str) -> RuntimeGuide:
+    return RuntimeGuide(
         name="SGLang",
         command=(
             f"python -m sglang.launch_server --model-path {target} --dtype bfloat16 \\\n"
@@ -57,9 +56,9 @@ def _sglang(config: DraftConfig, target: str) -> Runtime:
     )
 
 
-def _vllm(config: DraftConfig, target: str) -> Runtime:
+def _vllm(config: DFlashConfig, target: str) -> RuntimeGuide:
     drafted = f'{{"method": "dflash", "model": "{DRAFT_PLACE}", "num_speculative_tokens": {config.block_size - 1}}}'
-    return Runtime(
+    return RuntimeGuide(
         name="vLLM",
         command=(
             f"vllm serve {target} --attention-backend flash_attn --max-num-batched-tokens 32768 \\\n"
@@ -73,7 +72,7 @@ def _vllm(config: DraftConfig, target: str) -> Runtime:
     )
 
 
-def _sglang_jax(config: DraftConfig, target: str) -> Runtime:
+def _sglang_jax(config: DFlashConfig, target: str) -> RuntimeGuide:
     notes = [
         "it decodes greedily and refuses requests with a temperature; in 0.1.0rc0 a request for logprobs ends the "
         "server, and answers may be longer than max_tokens",
@@ -82,7 +81,7 @@ def _sglang_jax(config: DraftConfig, target: str) -> Runtime:
     ]
     if config.rope.factor is not None:
         notes.append("it does not know YaRN, which this draft has: acceptance falls there")
-    return Runtime(
+    return RuntimeGuide(
         name="sglang-jax",
         command=(
             f"python -m sgl_jax.launch_server --model-path {target} --dtype bfloat16 --grammar-backend none \\\n"
@@ -97,8 +96,8 @@ def _sglang_jax(config: DraftConfig, target: str) -> Runtime:
     )
 
 
-def _z_lab(config: DraftConfig) -> Runtime:
-    return Runtime(
+def _z_lab(config: DFlashConfig) -> RuntimeGuide:
+    return RuntimeGuide(
         name="z-lab's dflash",
         command=(
             "from dflash.model import DFlashDraftModel\n"

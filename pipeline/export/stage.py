@@ -6,25 +6,31 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pipeline import artifacts, lineage, places
-from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import PipelineConfig
-from pipeline.dflash import scored
-from pipeline.dflash.contract import Contract
-from pipeline.dflash.scored import ScoredText
-from pipeline.export.card import Training, model_card
-from pipeline.export.rendering import require_rendering
-from pipeline.export.run_directory import MEND, holds_weights, read_checkpoint
-from pipeline.export.trial import Trial, require_agreement, run_trial
+from pipeline.artifacts import artifact, storage
+from pipeline.artifacts.artifact import Artifact
+from pipeline.artifacts.contract import Contract
+from pipeline.artifacts.files import disk_errors, write_bytes, write_json
+from pipeline.artifacts.storage import StoragePath
+from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
+from pipeline.config.schema import PipelineConfig
+from pipeline.engine.config import EngineConfig
+from pipeline.errors import PipelineError
+from pipeline.export.card import TrainingRecord, model_card
+from pipeline.export.easydel_checkpoint import MEND, holds_weights, read_checkpoint
+from pipeline.export.engine_check import EngineCheck, require_agreement, run_engine_check
+from pipeline.export.prompt_rendering import require_rendering
 from pipeline.export.write import write_draft
-from pipeline.machine import machine, read_draft, read_target
-from pipeline.model import checkpoints
-from pipeline.places import Place
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.hf.directory import read_config
 from pipeline.prompts.chat_format import stop_token_ids
-from pipeline.prompts.tokenizer import load_tokenizer
-from pipeline.serve.engine import Draft
-from pipeline.tracking import Run
+from pipeline.store import heldout_rounds
+from pipeline.store.checkpoint_files import DATA, EVALUATION
+from pipeline.store.heldout_rounds import HeldoutText
+from pipeline.tracking.run import Run
+from pipeline.workspace.loading import load_draft, load_target, runtime_for
+from pipeline.workspace.workspace import Workspace, command, own_draft_config
 
 log = logging.getLogger("pipeline")
 
@@ -34,34 +40,38 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Export the trained draft of this configuration, or say that it stands."""
-    target = lineage.target(config)
-    path = lineage.export_address(config, target)
-    if artifacts.exists(path):
-        made = lineage.exported_draft(config, target)
-        _report(tracker, made, "stands")
-        require_agreement(_trial_of(made), config.export.tolerance)  # it may have been another one then
-        return
-    trained = lineage.checkpoint(config, target)
-    sizes = lineage.own_draft_config(trained)
-    evaluation = json.loads((trained.path / lineage.EVALUATION).read_text())
-    texts = _texts(config, trained, target)
-    weights = read_checkpoint(_run_directory(trained), sizes)
-    settings = lineage.export_settings(config, trained.fingerprint)
-    parents = {"target": target.fingerprint, "checkpoint": trained.fingerprint}
-    provenance = artifacts.provenance("export", settings, parents)
-    contract = lineage.draft_contract(config, target, provenance)
-    with artifacts.disk_errors(path), _nothing_left(path):
-        scratch = artifacts.open_scratch(path, resume=False)  # made in seconds: begun anew when interrupted
-        parity = write_draft(scratch, sizes, weights, _token_ids(target.path))
-        trial = _tried(config, scratch, target, texts)
-        require_agreement(trial, config.export.tolerance)
-        evaluation["engine"] = trial.to_json()
-        artifacts.write_json(scratch / lineage.EVALUATION, evaluation)
-        artifacts.write_bytes(
-            scratch / CARD, model_card(sizes, contract, evaluation, _training(config, contract, trained)).encode()
-        )
-        made = artifacts.seal(path, kind=lineage.DRAFT, settings=settings, contract=contract.to_json())
+    """Exports the trained draft of this configuration, or reports that it stands."""
+    workspace = Workspace(config)
+    path = Path(str(workspace.address(DRAFT)))
+    if not artifact.exists(path):
+        with disk_errors(path), artifact.exclusive(path), _nothing_left(path):
+            if not artifact.exists(path):
+                made = _export(workspace, path, tracker)
+                _report(tracker, made, "is made")
+                return
+    made = workspace.open(DRAFT)
+    _report(tracker, made, "stands")
+    require_agreement(_engine_check_of(made), config.export.tolerance)  # it may have been another one then
+
+
+def _export(workspace: Workspace, path: Path, tracker: Run) -> Artifact:
+    trained = workspace.open(CHECKPOINT)
+    draft_config = own_draft_config(trained)
+    evaluation = json.loads((trained.path / EVALUATION).read_text())
+    texts = _texts(workspace, trained)
+    draft = DraftModel(draft_config, read_checkpoint(_run_directory(trained), draft_config))
+    target = workspace.target
+    provenance = workspace.provenance(DRAFT, {TARGET: target.fingerprint, CHECKPOINT: trained.fingerprint})
+    contract = workspace.contract(DRAFT, provenance)
+    scratch = artifact.open_scratch(path, resume=False)  # made in seconds: begun anew when interrupted
+    parity = write_draft(scratch, draft, _token_ids(target.path))
+    checked = _check(workspace, scratch, texts)
+    require_agreement(checked, workspace.config.export.tolerance)
+    evaluation["engine"] = checked.to_json()
+    write_json(scratch / EVALUATION, evaluation)
+    record = _record(workspace, contract, trained)
+    write_bytes(scratch / CARD, model_card(draft_config, contract, evaluation, record).encode())
+    made = workspace.seal(DRAFT, contract, {CHECKPOINT: trained})
     tracker.log_metrics(
         {"export/max_difference": parity.max_difference, "export/relative_error": parity.relative_error}
     )
@@ -69,7 +79,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         "export: weights equal the trained ones rounded to bfloat16; outputs differ by %.1e (relative RMS)",
         parity.relative_error,
     )
-    _report(tracker, made, "is made")
+    return made
 
 
 @contextlib.contextmanager
@@ -78,102 +88,108 @@ def _nothing_left(path: Path) -> Iterator[None]:
     try:
         yield
     except PipelineError:
-        shutil.rmtree(artifacts.scratch_of(path), ignore_errors=True)
+        shutil.rmtree(artifact.scratch_of(path), ignore_errors=True)
         raise
 
 
-def _texts(config: PipelineConfig, trained: Artifact, target: lineage.Target) -> list[ScoredText]:
+def _texts(workspace: Workspace, trained: Artifact) -> list[HeldoutText]:
     """The first held-out texts that the training evaluation read, their prompts rendered as serving does."""
-    texts = scored.read(trained.path / scored.FILE)[: config.export.num_prompts]
+    config = workspace.config
+    texts = heldout_rounds.read_texts(trained.path / heldout_rounds.FILE)[: config.export.num_prompts]
     if config.train.path is None:  # a checkpoint given by its path may be of other prompts than this configuration's
-        prompts = {prompt.prompt_id: prompt for prompt in lineage.prompt_set(config).prompts}
-        require_rendering(texts, prompts, load_tokenizer(target.path), config.prompts.date)
+        prompts = {prompt.prompt_id: prompt for prompt in workspace.prompts.prompts}
+        require_rendering(texts, prompts, workspace.tokenizer, config.prompts.date)
     return texts
 
 
-def _tried(config: PipelineConfig, directory: Path, target: lineage.Target, texts: list[ScoredText]) -> Trial:
-    """The draft in `directory`, as the server would run it."""
-    here = machine(config.mesh, target.path, draft=directory)
-    model, weights = read_target(config, target.path, here)
-    sizes, draft_weights = read_draft(config, directory, here)
-    return run_trial(
-        weights,
-        model,
-        Draft(draft_weights, sizes),
+def _check(workspace: Workspace, directory: Path, texts: list[HeldoutText]) -> EngineCheck:
+    """Runs the draft in `directory` as the server would run it."""
+    config, target = workspace.config, workspace.target
+    runtime = runtime_for(config.mesh, target.path, draft=directory)
+    return run_engine_check(
+        load_target(config.target, target.path, runtime),
+        load_draft(config.target.precision, directory, runtime),
         texts,
-        stop_token_ids=stop_token_ids(load_tokenizer(target.path)),
-        slots=config.serve.slots,
-        prefill_chunk=config.serve.prefill_chunk,
-        here=here,
+        EngineConfig(
+            num_slots=config.serve.slots,
+            max_length=config.engine.max_length,
+            prefill_chunk=config.engine.prefill_chunk,
+            stop_token_ids=tuple(stop_token_ids(workspace.tokenizer)),
+        ),
+        runtime,
     )
 
 
-def _run_directory(trained: Artifact) -> Place:
+def _run_directory(trained: Artifact) -> StoragePath:
     """Where the weights are, every byte of them as it was written."""
     found = {name.partition("/")[0] for name in trained.files if name.startswith("run-")}
     if len(found) != 1:
         raise PipelineError(f"{trained.path} holds {len(found)} run directories, wanted one; run stage=train again")
     run = found.pop()
     read = {name: entry for name, entry in trained.files.items() if holds_weights(name.removeprefix(f"{run}/"))}
-    damaged = places.damage(trained.path, read, verify=True)
+    damaged = storage.damaged_files(trained.path, read, verify=True)
     if damaged:
         raise PipelineError(f"{trained.path} is damaged; {MEND}\n  " + "\n  ".join(damaged))
     return trained.path / run
 
 
-def _training(config: PipelineConfig, contract: Contract, trained: Artifact) -> Training:
+def _record(workspace: Workspace, contract: Contract, trained: Artifact) -> TrainingRecord:
+    target = workspace.config.target
     is_on_hub = contract.target.revision is not None
-    choice = f"target={config.target.name}" if config.target.path is None or is_on_hub else TARGET_CHOICE
-    return Training(
-        base_model=config.target.path if is_on_hub else None,
-        choice=choice,
-        settings=trained.settings,
-        data=json.loads((trained.path / lineage.DATA).read_text()),
+    cache = trained.parents[TEACHER_CACHE].fingerprint if trained.parents else trained.settings["teacher_cache"]
+    return TrainingRecord(
+        base_model=target.path if is_on_hub else None,
+        choice=f"target={target.name}" if target.path is None or is_on_hub else TARGET_CHOICE,
+        recipe={
+            name.removeprefix("train."): value for name, value in trained.settings.items() if name.startswith("train.")
+        },
+        data=json.loads((trained.path / DATA).read_text()),
+        teacher_cache=cache,
         fingerprint=trained.fingerprint,
     )
 
 
 def _token_ids(target: Path) -> dict[str, int]:
     """The target's special tokens, under the keys that a draft's config.json has too."""
-    config = checkpoints.read_config(target)
+    config = read_config(target)
     found = {key: config.get(key) for key in TOKEN_IDS}
-    first = {key: value[0] if isinstance(value, list) else value for key, value in found.items()}
+    first: dict[str, Any] = {key: value[0] if isinstance(value, list) else value for key, value in found.items()}
     return {key: value for key, value in first.items() if value is not None}
 
 
-def _trial_of(made: Artifact) -> Trial:
-    evaluation = json.loads((made.path / lineage.EVALUATION).read_text())
+def _engine_check_of(made: Artifact) -> EngineCheck:
+    evaluation = json.loads((made.path / EVALUATION).read_text())
     if "engine" not in evaluation:
         raise PipelineError(
-            f"the draft at {made.path} was never tried in the engine: an earlier version made it; delete it and run "
-            f"{lineage.command('export')}"
+            f"the draft at {made.path} was never run in the engine: an earlier version made it; delete it and run "
+            f"{command('export')}"
         )
-    return Trial.from_json(evaluation["engine"])
+    return EngineCheck.from_json(evaluation["engine"])
 
 
 def _report(tracker: Run, made: Artifact, verb: str) -> None:
-    trial = _trial_of(made)
-    trained, engine = trial.trained, trial.engine
+    check = _engine_check_of(made)
+    trained, engine = check.trained, check.engine
     tracker.log_metrics({f"export/{name}": value for name, value in engine.metrics().items()})
     tracker.log_metrics(
         {
             "export/accept_length_training": trained.accept_length,
             "export/accept_length_engine": engine.accept_length,
-            "export/accept_length_difference": trial.difference,
-            "export/accept_length_greedy": trial.greedy.accept_length,
+            "export/accept_length_difference": check.difference,
+            "export/accept_length_greedy": check.greedy.accept_length,
         }
     )
-    tracker.log_json(artifacts.CONTRACT, Contract.from_json(made.contract).to_json())
-    tracker.log_artifact(made.path / CARD)
+    tracker.log_json(artifact.CONTRACT, Contract.from_json(made.contract).to_json())
+    tracker.log_artifact(Path(str(made.path)) / CARD)
     log.info(
         "export: accept_length %.3f before (training evaluation), %.3f after (exported draft in the engine), %+.2f%%: "
         "%d held-out texts, %d of them as the engine writes them",
         trained.accept_length,
         engine.accept_length,
-        100 * trial.difference,
-        trial.num_texts,
-        trial.num_greedy,
+        100 * check.difference,
+        check.num_texts,
+        check.num_greedy,
     )
-    if trial.num_greedy < trial.num_texts:
-        log.info("export: accept_length %.3f on what the engine writes itself", trial.greedy.accept_length)
+    if check.num_greedy < check.num_texts:
+        log.info("export: accept_length %.3f on what the engine writes itself", check.greedy.accept_length)
     log.info("export: the draft %s at %s", verb, made.path)

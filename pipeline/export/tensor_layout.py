@@ -1,17 +1,17 @@
 """The layout that other runtimes expect of a draft, spelled out beside what the code derives from its weights.
 
-Source: ../shared/reference/dflash.md section 2.1.
+Source: docs/dflash.md#tensors.
 """
 
 import json
 import struct
 from pathlib import Path
 
-from pipeline.artifacts import PipelineError
-from pipeline.model.draft import DraftConfig
+from pipeline.errors import PipelineError
+from pipeline.model.dflash.config import DFlashConfig
 
 
-def tensor_shapes(config: DraftConfig) -> dict[str, list[int]]:
+def tensor_shapes(config: DFlashConfig) -> dict[str, list[int]]:
     """Name and shape, [out, in], of every tensor of an exported draft."""
     d, f = config.hidden_size, config.intermediate_size
     nh, gh = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -37,7 +37,7 @@ def tensor_shapes(config: DraftConfig) -> dict[str, list[int]]:
     return shapes
 
 
-def require_layout(file: Path, config: DraftConfig, dtype: str) -> None:
+def require_layout(file: Path, config: DFlashConfig, dtype: str) -> None:
     """Raise PipelineError naming every tensor of a safetensors file that other runtimes would not expect.
 
     The file's header is read here, byte by byte, and not by what wrote it: eight bytes of length, then JSON.

@@ -6,18 +6,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pipeline.export.layout import require_layout
 from pipeline.export.parity import Parity, require_parity
-from pipeline.model import checkpoints, tensor_files
-from pipeline.model.draft import DraftConfig, DraftWeights
+from pipeline.export.tensor_layout import require_layout
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.hf import safetensors_files
+from pipeline.model.hf.directory import save_draft
 
 
-def write_draft(directory: Path, config: DraftConfig, weights: DraftWeights, token_ids: Mapping[str, int]) -> Parity:
-    """Write `weights` in bfloat16, then prove names, shapes, values and outputs from what was written.
+def write_draft(directory: Path, draft: DraftModel, token_ids: Mapping[str, int]) -> Parity:
+    """Writes a draft in bfloat16, then proves names, shapes, values and outputs from what was written.
 
     Raises PipelineError when the proof fails.
     """
-    rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16), weights)  # what drafts are published in
-    checkpoints.save_draft(directory, config, rounded, token_ids)
-    require_layout(directory / tensor_files.WEIGHTS_FILE, config, "BF16")
-    return require_parity(directory, config, weights)
+    rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16), draft)  # what drafts are published in
+    save_draft(directory, rounded, dict(token_ids))
+    require_layout(directory / safetensors_files.WEIGHTS_FILE, draft.config, "BF16")
+    return require_parity(directory, draft)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
 ERROR_LINES = 5
 
 
-def ask(command: Sequence[str], given: dict[str, Any], key: str) -> dict[str, Any]:
+def run_json(command: Sequence[str], given: dict[str, Any], key: str) -> dict[str, Any]:
     """What the command answers to `given`; `key` is the setting that it comes from.
 
     Raises PipelineError with the end of what it said when it fails.

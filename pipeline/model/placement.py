@@ -10,22 +10,26 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from pipeline.artifacts import PipelineError
-from pipeline.model import draft
-from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.experts import ExpertsWeights, WideWeights
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights, WeightsForm, is_wide, weight_shapes
-from pipeline.model.linear import Transposed
-from pipeline.model.mxfp4 import Packed
-from pipeline.model.sharding import DATA, EXPERT, MODEL, TENSOR, Shards
+from pipeline.errors import PipelineError
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.dflash.weights import DFlashWeights
+from pipeline.model.gpt_oss import weights as gpt_oss_weights
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.experts import ExpertsWeights, FusedExpertWeights
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import GptOssWeights, LayerWeights, WeightFormat, is_fused
+from pipeline.model.layers.linear import TransposedMatrix
+from pipeline.model.layers.mxfp4 import Packed
+from pipeline.model.parallel.shards import DATA, EXPERT, MODEL, TENSOR, Shards
 
 Tree = TypeVar("Tree")
 CACHE = PartitionSpec(DATA, None, MODEL, None)  # rows, positions, key/value heads, head width
 ROWS = PartitionSpec(DATA)
-EVERYWHERE = PartitionSpec()
+REPLICATED = PartitionSpec()
 
-# what of a weight is split over the shards of the model: a kernel's outputs, its inputs, or all of a vector
+# what of a weight is split over the shards of the model: a matrix's outputs, its inputs, or all of a vector
 _LAYER = {
     "query": "outputs",
     "query_bias": "vector",
@@ -52,24 +56,24 @@ def make_mesh(shards: Shards, devices: list[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(shards.data, shards.expert, shards.tensor), (DATA, EXPERT, TENSOR))
 
 
-def require_divisible(config: GptOssConfig, form: WeightsForm) -> None:
+def require_divisible_target(config: GptOssConfig, weight_format: WeightFormat) -> None:
     """Raise one PipelineError that lists every size of a target that the mesh of `form` does not divide."""
-    shards = form.shards
+    shards = weight_format.shards
     model, expert = (shards.model, "mesh.expert x mesh.tensor"), (shards.expert, "mesh.expert")
     sizes = [
         ("key/value heads", config.num_key_value_heads, *model),
-        ("words of the vocabulary", config.vocab_size, *model),
+        ("tokens of the vocabulary", config.vocab_size, *model),
     ]
-    if is_wide(config, form):
+    if is_fused(config, weight_format):
         sizes.append(("rows of all experts", config.num_local_experts * config.intermediate_size, *model))
     else:
         sizes.append(("experts", config.num_local_experts, *expert))
-    if not is_wide(config, form) and not form.packed:  # packed ones are padded
+    if not is_fused(config, weight_format) and not weight_format.packed:  # packed ones are padded
         sizes.append(("rows of an expert", config.intermediate_size, shards.tensor, "mesh.tensor"))
     _require_even("target", sizes)
 
 
-def require_divisible_draft(config: DraftConfig, shards: Shards) -> None:
+def require_divisible_draft(config: DFlashConfig, shards: Shards) -> None:
     """As `require_divisible` for a draft."""
     names = {"key/value heads": config.num_key_value_heads, "rows": config.intermediate_size,
              "features": config.feature_size}  # fmt: skip
@@ -83,7 +87,7 @@ def _require_even(what: str, sizes: list[tuple[str, int, int, str]]) -> None:
         raise PipelineError(f"the mesh does not divide the {what} evenly\n  " + "\n  ".join(uneven))
 
 
-def on_devices(
+def jit_sharded(
     step: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any, *, donated: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
     """A step that is written for one shard as one program: on every shard of a mesh, or on one device.
@@ -96,57 +100,71 @@ def on_devices(
     return jax.jit(sharded, donate_argnums=donated)
 
 
-def target_specs(weights: GptOssWeights) -> GptOssWeights:
-    """The partition of every array of the target's weights (or of their shapes)."""
+def target_specs(target: TargetModel) -> TargetModel:
+    """Returns the partition of every array of a target (or of its shapes)."""
+    weights = target.weights
 
     def layer(one: LayerWeights) -> LayerWeights:
         experts = one.experts
-        split = _split(experts, _WIDE) if isinstance(experts, WideWeights) else _experts(experts)
+        split = _split(experts, _WIDE) if isinstance(experts, FusedExpertWeights) else _experts(experts)
         return dataclasses.replace(_split(one, _LAYER), experts=split)
 
-    return GptOssWeights(
+    specs = GptOssWeights(
         embedding=PartitionSpec(MODEL, None),
         layers=tuple(map(layer, weights.layers)),
-        norm=EVERYWHERE,
-        head=_kernel(weights.head, "outputs"),
+        norm=REPLICATED,
+        head=_matrix(weights.head, "outputs"),
     )
+    return TargetModel(target.config, specs)
 
 
-def draft_specs(weights: DraftWeights) -> DraftWeights:
-    """The partition of every array of the draft's weights (or of their shapes)."""
-    return DraftWeights(
-        fuse=_kernel(weights.fuse, "inputs"),
-        context_norm=EVERYWHERE,
+def draft_specs(draft: DraftModel) -> DraftModel:
+    """Returns the partition of every array of a draft (or of its shapes)."""
+    weights = draft.weights
+    specs = DFlashWeights(
+        fuse=_matrix(weights.fuse, "inputs"),
+        context_norm=REPLICATED,
         layers=tuple(_split(layer, _DRAFT_LAYER) for layer in weights.layers),
-        norm=EVERYWHERE,
+        norm=REPLICATED,
     )
+    return DraftModel(draft.config, specs)
 
 
-def target_places(config: GptOssConfig, form: WeightsForm, mesh: Mesh) -> GptOssWeights:
-    """Where every array of the target's weights lies."""
-    shapes = weight_shapes(config, form)
-    return places(shapes, target_specs(shapes), mesh)
+def target_shapes(config: GptOssConfig, weight_format: WeightFormat) -> TargetModel:
+    """Returns the shapes of a target's weights; nothing is allocated."""
+    return TargetModel(config, gpt_oss_weights.weight_shapes(config, weight_format))
 
 
-def draft_places(config: DraftConfig, dtype: DTypeLike, mesh: Mesh) -> DraftWeights:
-    """Where every array of the draft's weights lies."""
-    shapes = draft.weight_shapes(config, dtype)
-    return places(shapes, draft_specs(shapes), mesh)
+def draft_shapes(config: DFlashConfig, dtype: DTypeLike) -> DraftModel:
+    """Returns the shapes of a draft's weights; nothing is allocated."""
+    return DraftModel(config, dflash_weights.weight_shapes(config, dtype))
 
 
-def places(weights: Tree, specs: Tree, mesh: Mesh) -> Tree:
-    """Where every array of weights lies.
+def target_shardings(config: GptOssConfig, weight_format: WeightFormat, mesh: Mesh) -> TargetModel:
+    """Returns the sharding of every array of a target's weights."""
+    shapes = target_shapes(config, weight_format)
+    return shardings(shapes, target_specs(shapes), mesh)
 
-    What is read row by row, experts by kernels and the embedding by tokens, lies row by row; a TPU would choose
+
+def draft_shardings(config: DFlashConfig, dtype: DTypeLike, mesh: Mesh) -> DraftModel:
+    """Returns the sharding of every array of a draft's weights."""
+    shapes = draft_shapes(config, dtype)
+    return shardings(shapes, draft_specs(shapes), mesh)
+
+
+def shardings(weights: Tree, specs: Tree, mesh: Mesh) -> Tree:
+    """Returns the sharding, and where it matters the layout, of every array of weights.
+
+    What is read row by row, experts by kernels and the embedding by tokens, is laid out row by row; a TPU would choose
     what pads least, and copy the whole at every step to where it can be read.
     """
 
-    def place(path: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding | Format:
+    def sharding_of(path: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding | Format:
         sharding = NamedSharding(mesh, spec)
         by_rows = leaf.ndim > 2 or "embedding" in jax.tree_util.keystr(path)
         return Format(Layout(tuple(range(leaf.ndim))), sharding) if by_rows else sharding
 
-    return jax.tree_util.tree_map_with_path(place, weights, specs)
+    return jax.tree_util.tree_map_with_path(sharding_of, weights, specs)
 
 
 def _experts(weights: ExpertsWeights) -> ExpertsWeights:
@@ -156,8 +174,8 @@ def _experts(weights: ExpertsWeights) -> ExpertsWeights:
         columns = PartitionSpec(EXPERT, None, TENSOR)
         gate, down = Packed(columns, columns), Packed(rows, rows)
     return ExpertsWeights(
-        router=_kernel(weights.router, None),
-        router_bias=EVERYWHERE,
+        router=_matrix(weights.router, None),
+        router_bias=REPLICATED,
         gate=gate,
         gate_bias=bias,
         up=gate,
@@ -172,18 +190,18 @@ def _split(node: Any, table: dict[str, str]) -> Any:
     fields = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
     made = {}
     for name, value in fields.items():
-        if value is None or (dataclasses.is_dataclass(value) and not isinstance(value, Transposed)):
+        if value is None or (dataclasses.is_dataclass(value) and not isinstance(value, TransposedMatrix)):
             made[name] = value
         elif table.get(name) == "vector":
             made[name] = PartitionSpec(MODEL)
         else:
-            made[name] = _kernel(value, table.get(name))
+            made[name] = _matrix(value, table.get(name))
     return type(node)(**made)
 
 
-def _kernel(kernel: Any, split: str | None) -> Any:
-    """The partition of a kernel [in, out], however it lies."""
-    specs = {"outputs": PartitionSpec(None, MODEL), "inputs": PartitionSpec(MODEL, None), None: EVERYWHERE}
-    if isinstance(kernel, Transposed):
-        return Transposed(PartitionSpec(*specs[split][::-1]))
+def _matrix(matrix: Any, split: str | None) -> Any:
+    """Returns the partition of a matrix [in, out], however it is stored."""
+    specs = {"outputs": PartitionSpec(None, MODEL), "inputs": PartitionSpec(MODEL, None), None: REPLICATED}
+    if isinstance(matrix, TransposedMatrix):
+        return TransposedMatrix(PartitionSpec(*specs[split][::-1]))
     return specs[split]

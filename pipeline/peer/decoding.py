@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import other_program
 from pipeline.bench.arms import run_pass
-from pipeline.serve.engine import Engine
-from pipeline.serve.scheduler import Request
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from pipeline.external import command as other_program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Against:
+class DecodingComparison:
     """Decode speeds of neighbouring passes, ours and theirs, and how many answers agree in how many tokens."""
 
     ours: tuple[float, ...]
@@ -49,9 +49,9 @@ class Against:
         }
 
 
-def compare(
+def compare_decoding(
     engine: Engine, requests: Sequence[Request], command: Sequence[str], model: Path, dtype: str, repeats: int
-) -> Against:
+) -> DecodingComparison:
     """Alternate our plain engine, one slot, and the other program over the same requests."""
     engine.warm_up()
     given = {
@@ -67,13 +67,13 @@ def compare(
         made = run_pass(engine, requests)
         ours.append(made.tokens_per_second)
         answers = {name: one.token_ids for name, one in made.answers.items()}
-        outputs = run_peer(command, given)
+        outputs = run_peer_decoder(command, given)
         num_tokens = sum(len(one["tokens"]) - 1 for one in outputs)
         theirs.append(num_tokens / sum(one["decode_seconds"] for one in outputs))
     equal = [answers[one.request_id] == tuple(other["tokens"]) for one, other in zip(requests, outputs, strict=True)]
-    return Against(ours=tuple(ours), theirs=tuple(theirs), num_equal=sum(equal), num_answers=len(equal))
+    return DecodingComparison(ours=tuple(ours), theirs=tuple(theirs), num_equal=sum(equal), num_answers=len(equal))
 
 
-def run_peer(command: Sequence[str], given: dict[str, Any]) -> list[dict[str, Any]]:
+def run_peer_decoder(command: Sequence[str], given: dict[str, Any]) -> list[dict[str, Any]]:
     """Run the other program once. Raises PipelineError with the end of what it said when it fails."""
-    return other_program.ask(command, given, "peer.command")["outputs"]
+    return other_program.run_json(command, given, "peer.command")["outputs"]

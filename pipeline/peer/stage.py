@@ -3,46 +3,49 @@
 import logging
 from typing import Any
 
-from pipeline import lineage
-from pipeline.artifacts import PipelineError
-from pipeline.bench import peer, workload
-from pipeline.config import PipelineConfig
-from pipeline.machine import machine, read_target
-from pipeline.prompts.tokenizer import load_tokenizer
-from pipeline.serve.engine import Engine
-from pipeline.tracking import Run
+from pipeline.bench import workload
+from pipeline.config.schema import PipelineConfig
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.errors import PipelineError
+from pipeline.peer import decoding
+from pipeline.tracking.run import Run
+from pipeline.workspace.loading import load_target, runtime_for
+from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
-    """Compare, print the line, log it."""
+    """Compares, prints the line, logs it."""
     wanted = config.peer
     if not wanted.command:
         raise PipelineError(
             "peer.command is empty; give the program to compare with, as in "
             "'peer.command=[.venv-oracle/bin/python,tests/oracles/gpt_oss_speed.py]'"
         )
-    target = lineage.target(config)
-    here = machine(config.mesh, target.path)
-    model, weights = read_target(config, target.path, here)
-    tokenizer = load_tokenizer(target.path)
-    prompts, chosen = lineage.prompt_set(config).prompts, config.prompts
-    rendered = workload.held_out(prompts, chosen.heldout_fraction, tokenizer, date=chosen.date)
+    workspace, chosen = Workspace(config), config.prompts
+    runtime = runtime_for(config.mesh, workspace.target.path)
+    target = load_target(config.target, workspace.target.path, runtime)
+    rendered = workload.held_out(
+        workspace.prompts.prompts, chosen.heldout_fraction, workspace.tokenizer, date=chosen.date
+    )
     requests = workload.requests_of(
         rendered, num_prompts=wanted.num_prompts, max_new_tokens=wanted.max_new_tokens, prompt_tokens=None
     )
-    engine = Engine(
-        weights,
-        model,
-        stop_token_ids=(),  # every answer has the same length
-        slots=1,
+    engine = EngineConfig(  # without stop tokens: every answer has the same length
+        num_slots=1,
         max_length=max(len(one.prompt_ids) for one in requests) + wanted.max_new_tokens,
-        prefill_chunk=config.serve.prefill_chunk,
-        run=here.run,
-        mesh=here.mesh,
+        prefill_chunk=config.engine.prefill_chunk,
     )
-    found = peer.compare(engine, requests, wanted.command, target.path, config.target.precision.value, wanted.repeats)
+    found = decoding.compare_decoding(
+        Engine(target, None, engine, runtime),
+        requests,
+        wanted.command,
+        workspace.target.path,
+        config.target.precision.value,
+        wanted.repeats,
+    )
     measured = found.metrics()
     ours, theirs, ratio, lowest, highest = (
         measured[f"peer/{name}"]

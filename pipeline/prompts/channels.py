@@ -8,10 +8,9 @@ import enum
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.prompts.chat_format import chat_format_of
-from pipeline.prompts.tokenizer import special_token_ids
+from pipeline.prompts.tokenizer import Tokenizer, special_token_ids
 
 
 class Channel(enum.IntEnum):
@@ -42,7 +41,7 @@ class ChannelTokens:
     names: tuple[tuple[int, ...], ...] = ()
 
 
-def channel_tokens(tokenizer: PreTrainedTokenizerBase) -> ChannelTokens:
+def channel_tokens(tokenizer: Tokenizer) -> ChannelTokens:
     """What marks the channels of a tokenizer's chat format. PipelineError as `special_token_ids` raises it."""
     form = chat_format_of(tokenizer)
     if not form.has_channels:

@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts import harmony
 from pipeline.prompts.messages import Message, effort_problem, message_of, messages_problem
 from pipeline.prompts.sources import Prompt
-from pipeline.prompts.tokenizer import control_token_problem, special_token_ids
+from pipeline.prompts.tokenizer import Tokenizer, control_token_problem, special_token_ids
 from pipeline.prompts.tools import tools_of, tools_problem
 
 ENDINGS = ("<|im_end|>", "<|endoftext|>")  # end a generation in plain formats too, where the tokenizer has them
@@ -42,7 +41,7 @@ HARMONY = ChatFormat(
 )
 
 
-def chat_format_of(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+def chat_format_of(tokenizer: Tokenizer) -> ChatFormat:
     """The format of a tokenizer's conversations; PipelineError when nothing ends an answer."""
     added = tokenizer.get_added_vocab()
     if any(token in added for token in harmony.CHANNEL_TOKENS):  # all it needs are looked for where they are used
@@ -65,7 +64,7 @@ def chat_format_of(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     effort: str,
     *,
@@ -97,7 +96,7 @@ def render_prompt(
     return tokenizer.encode(_written(tokenizer, turns, options), add_special_tokens=False)
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
+def _written(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
         text.encode()
@@ -108,7 +107,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]]
     return text
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, date: str | None) -> list[int]:
+def prompt_token_ids(tokenizer: Tokenizer, prompt: Prompt, *, date: str | None) -> list[int]:
     """The tokens of a prompt of a prompt set, as `render_prompt` gives and refuses them."""
     messages = [message.as_dict() for message in prompt.messages]
     tools = [tool.as_dict() for tool in prompt.tools]
@@ -149,6 +148,6 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a generation. Harmony's: return (answered), call (a tool is wanted), endoftext."""
     return special_token_ids(tokenizer, chat_format_of(tokenizer).stop_tokens)

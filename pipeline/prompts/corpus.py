@@ -8,7 +8,7 @@ import dataclasses
 import random
 from collections.abc import Iterable, Iterator
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.families import functions, numbers, sequences, tables, words
 from pipeline.prompts.families.exchange import Exchange
 from pipeline.prompts.messages import EFFORTS, effort_problem

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
-from pipeline.artifacts import PipelineError
-from pipeline.prompts.tokenizer import control_token_problem
+from pipeline.errors import PipelineError
+from pipeline.prompts.tokenizer import Tokenizer, control_token_problem
 from pipeline.prompts.tools import ToolCall, call_problem
 
 STOP_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
@@ -16,7 +14,7 @@ NEXT_MESSAGE = "<|end|><|start|>assistant"
 
 
 def render_completion(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     analysis: str | None = None,
     final: str | None = None,
     *,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import PipelineError, fingerprint_of
+from pipeline.artifacts.hashing import fingerprint_of
+from pipeline.errors import PipelineError
 from pipeline.prompts.corpus import conversation
 from pipeline.prompts.efforts import EffortMix
 from pipeline.prompts.everyday.requests import request

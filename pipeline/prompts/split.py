@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from pipeline.artifacts import PipelineError, fingerprint_of
+from pipeline.artifacts.hashing import fingerprint_of
+from pipeline.errors import PipelineError
 from pipeline.prompts.sources import Prompt
 
 ID_DIGITS = 16  # the first 8 bytes of the prompt's id

@@ -1,15 +1,20 @@
 """The tiny target's tokenizer, and the fingerprints of any tokenizer on disk."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pipeline.artifacts import PipelineError, file_sha256
+from pipeline.artifacts.hashing import file_sha256
+from pipeline.errors import PipelineError
 from pipeline.prompts.messages import EFFORTS
+
+Tokenizer = PreTrainedTokenizerBase  # what this program calls a tokenizer: transformers has one owner here
 
 MASK_TOKEN = "<|reserved_200000|>"  # what the published GPT-OSS drafts use: dflash_config.mask_token_id 200000
 SPECIAL_TOKENS = (  # spelled and ordered as in o200k_harmony, gaps left out
@@ -52,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"vocab_size is {vocab_size}; it must be at least {smallest}: {NUM_BYTES} bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens; 512 is a good size for the embedded corpus"
         )
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), "isolated"),
@@ -83,7 +88,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of an HF directory, without asking the hub; PipelineError when there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
@@ -91,7 +96,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise PipelineError(f"{directory} holds no tokenizer that transformers opens: {error}") from error
 
 
-def special_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[int]:
+def special_token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
     """The ids of control tokens by their spelling; PipelineError naming every one the tokenizer lacks."""
     added = tokenizer.get_added_vocab()
     texts = list(texts)
@@ -104,7 +109,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) 
     return [added[text] for text in texts]
 
 
-def control_token_problem(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
+def control_token_problem(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
     """What is wrong with texts that go between control tokens, or None: they may not spell one."""
     control_tokens = tokenizer.get_added_vocab()
     found = sorted({token for text in texts for token in control_tokens if token in text})
@@ -113,12 +118,12 @@ def control_token_problem(tokenizer: PreTrainedTokenizerBase, texts: Iterable[st
     return f"a text spells the control tokens {', '.join(found)}; wanted plain text: take them out"
 
 
-def config_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def config_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """What the `config.json` of a model with this tokenizer says of its begin, end and pad tokens."""
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def fingerprint(directory: Path) -> str:
+def tokenizer_fingerprint(directory: Path) -> str:
     """sha256 (hex) of the bytes of `tokenizer.json` in `directory`."""
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -144,3 +149,9 @@ def _with_template_words(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         yield text
         yield from TEMPLATE_WORDS
+
+
+@functools.cache  # every address and contract downstream asks, and GPT-OSS's tokenizer takes seconds to read
+def token_id(tokenizer: Path, changed_ns: int, token: str) -> int | None:
+    """The id of a token in the file tokenizer.json, which was changed at this time; None when it has none."""
+    return FastTokenizer.from_file(str(tokenizer)).token_to_id(token)

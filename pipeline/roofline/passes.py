@@ -11,19 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from pipeline.machine import Machine
-from pipeline.model import gpt_oss, gpt_oss_weights, placement, traffic
-from pipeline.model.execution import Execution
-from pipeline.model.experts import mixture
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
-from pipeline.model.kv_cache import KVCache
+from pipeline.cost import memory_traffic
+from pipeline.model import placement
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss import weights as gpt_oss_weights
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.experts import mixture
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.layers.kv_cache import KVCache
+from pipeline.model.parallel.execution import Execution
+from pipeline.model.parallel.runtime import Runtime
 
 COPY_BYTES = 2**28  # read, and as many written
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
+class RooflinePass:
     """What is timed: `num_rows` rows of `tokens_per_row` tokens each, behind `context` cached ones."""
 
     name: str
@@ -36,21 +40,21 @@ class Pass:
 class Timed:
     """A pass's median seconds, the bytes it must read, and its share of the bandwidth that a copy reaches."""
 
-    timed: Pass
+    timed: RooflinePass
     seconds: float
     read_bytes: float
     share: float
 
 
-def copy_bandwidth(here: Machine) -> float:
-    """Bytes a second, read and written, that all devices reach together when each goes over a large array in place."""
-    devices = 1 if here.mesh is None else here.mesh.devices.size
+def copy_bandwidth(runtime: Runtime) -> float:
+    """Returns the bytes a second, read and written, that all devices reach when each updates a large array in place."""
+    devices = 1 if runtime.mesh is None else runtime.mesh.devices.size
     shape = (devices, COPY_BYTES // 4)
-    if here.mesh is None:
+    if runtime.mesh is None:
         array = jnp.ones(shape, jnp.float32)
     else:
-        everywhere = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec(here.mesh.axis_names))
-        array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=everywhere)()
+        rows = jax.sharding.NamedSharding(runtime.mesh, jax.sharding.PartitionSpec(runtime.mesh.axis_names))
+        array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=rows)()
     # in place: on a CPU, memory that is new to the process costs more than writing to it
     over = jax.jit(lambda given: given + 1.0, donate_argnums=0)
 
@@ -62,57 +66,68 @@ def copy_bandwidth(here: Machine) -> float:
     return devices * 2 * COPY_BYTES / _median_seconds(run, 20)
 
 
-def random_target(config: GptOssConfig, form: WeightsForm, here: Machine, seed: int) -> GptOssWeights:
-    """Weights of the target's shapes where they belong: how long a pass takes does not hang on their values."""
+def random_target(config: GptOssConfig, weight_format: WeightFormat, runtime: Runtime, seed: int) -> TargetModel:
+    """Returns random weights of the target's shapes, sharded as it is: a pass takes as long with any values."""
 
-    def make() -> GptOssWeights:
-        return gpt_oss_weights.random_weights(config, jax.random.key(seed), form)
+    def make() -> TargetModel:
+        return TargetModel(config, gpt_oss_weights.random_weights(config, jax.random.key(seed), weight_format))
 
-    if here.mesh is None:
+    if runtime.mesh is None:
         return jax.jit(make)()
-    return jax.jit(make, out_shardings=placement.target_places(config, form, here.mesh))()
+    return jax.jit(make, out_shardings=placement.target_shardings(config, weight_format, runtime.mesh))()
 
 
 def time_passes(
-    weights: GptOssWeights,
-    config: GptOssConfig,
-    form: WeightsForm,
-    here: Machine,
-    passes: Sequence[Pass],
+    target: TargetModel,
+    weight_format: WeightFormat,
+    runtime: Runtime,
+    passes: Sequence[RooflinePass],
     *,
     repeats: int,
     bandwidth: float,
 ) -> list[Timed]:
-    """Time every pass: the median of `repeats` runs, one after the other over the same cache."""
+    """Times every pass: the median of `repeats` runs, one after the other over the same cache."""
     timed = []
-    specs = None if here.mesh is None else placement.target_specs(weights)
+    specs = None if runtime.mesh is None else placement.target_specs(target)
     for one in passes:
-        seconds = _median_seconds(_runner(weights, config, form, here, one, specs), repeats)
-        read = traffic.target_bytes(config, one.num_rows, one.tokens_per_row, one.context, packed=form.packed)
+        seconds = _median_seconds(_runner(target, weight_format, runtime, one, specs), repeats)
+        read = memory_traffic.target_bytes(
+            target.config, one.num_rows, one.tokens_per_row, one.context, packed=weight_format.packed
+        )
         timed.append(Timed(timed=one, seconds=seconds, read_bytes=read, share=read / seconds / bandwidth))
     return timed
 
 
 def expert_costs(
-    config: GptOssConfig, form: WeightsForm, run: Execution, num_tokens: Sequence[int], *, repeats: int, seed: int
+    config: GptOssConfig,
+    weight_format: WeightFormat,
+    execution: Execution,
+    num_tokens: Sequence[int],
+    *,
+    repeats: int,
+    seed: int,
 ) -> list[tuple[int, float, float]]:
-    """Median seconds of one layer's experts for numbers of tokens: hit by hit, and grouped."""
+    """Returns the median seconds of one layer's experts for numbers of tokens: expert by expert, and grouped."""
     one_layer = dataclasses.replace(config, num_hidden_layers=1, sliding=config.sliding[:1], vocab_size=1)
-    weights = jax.jit(lambda: gpt_oss_weights.random_weights(one_layer, jax.random.key(seed), form))()
+    weights = jax.jit(lambda: gpt_oss_weights.random_weights(one_layer, jax.random.key(seed), weight_format))()
     experts = weights.layers[0].experts
     costs = []
     for count in num_tokens:
-        inputs = jax.random.normal(jax.random.key(seed + count), (count, config.hidden_size)).astype(form.dtype)
+        inputs = jax.random.normal(jax.random.key(seed + count), (count, config.hidden_size)).astype(
+            weight_format.dtype
+        )
         seconds = []
-        for few in (count, 0):
-            how = dataclasses.replace(run, few_tokens=few)
-            layer = jax.jit(lambda x, w, how=how: mixture(x, w, config.num_experts_per_tok, config.swiglu_limit, how))
+        for limit in (count, 0):
+            plan = dataclasses.replace(execution, max_per_expert_tokens=limit)
+            layer = jax.jit(
+                lambda x, w, plan=plan: mixture(x, w, config.num_experts_per_tok, config.swiglu_limit, plan)
+            )
             seconds.append(_median_seconds(lambda layer=layer, x=inputs: layer(x, experts), repeats))
         costs.append((count, *seconds))
     return costs
 
 
-def table(timed: Sequence[Timed], bandwidth: float) -> str:
+def pass_table(timed: Sequence[Timed], bandwidth: float) -> str:
     """One line a pass."""
     head = ("pass", "rows", "tokens", "context", "ms", "reads", "share of copy")
     rows = [
@@ -132,8 +147,10 @@ def table(timed: Sequence[Timed], bandwidth: float) -> str:
 
 def expert_table(costs: Sequence[tuple[int, float, float]]) -> str:
     """One line a number of tokens."""
-    head = ("tokens", "hit by hit", "grouped")
-    return _columns([head, *((f"{n}", f"{few * 1e3:.2f} ms", f"{many * 1e3:.2f} ms") for n, few, many in costs)])
+    head = ("tokens", "expert by expert", "grouped")
+    return _columns(
+        [head, *((f"{n}", f"{each * 1e3:.2f} ms", f"{grouped * 1e3:.2f} ms") for n, each, grouped in costs)]
+    )
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
@@ -143,40 +160,44 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _runner(
-    weights: GptOssWeights, config: GptOssConfig, form: WeightsForm, here: Machine, one: Pass, specs: Any
+    target: TargetModel,
+    weight_format: WeightFormat,
+    runtime: Runtime,
+    one: RooflinePass,
+    specs: Any,
 ) -> Callable[[], Array]:
-    """What runs a pass again and again over the same cache, which it writes where it lies."""
+    """Returns what runs a pass again and again over the same cache, which it writes in place."""
+    config, execution = target.config, runtime.execution
 
     def step(
-        weights: GptOssWeights, cache: KVCache, ids: Int[Array, "B T"], start: Int[Array, " B"]
+        target: TargetModel, cache: KVCache, ids: Int[Array, "B T"], start: Int[Array, " B"]
     ) -> tuple[Int[Array, " B"], KVCache]:
-        out = gpt_oss.forward(weights, config, ids, start, cache, run=here.run)
-        return gpt_oss.next_tokens(weights, out.hidden[:, -1], here.run.shards), out.cache
+        out = gpt_oss.forward(target, ids, start, cache, execution=execution)
+        return gpt_oss.next_tokens(target.weights, out.hidden[:, -1], execution.shards), out.cache
 
     rows, cached = placement.ROWS, placement.CACHE
-    program = placement.on_devices(step, here.mesh, (specs, cached, rows, rows), (rows, cached), donated=(1,))
+    program = placement.jit_sharded(step, runtime.mesh, (specs, cached, rows, rows), (rows, cached), donated=(1,))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (one.num_rows, one.tokens_per_row), np.int32)
     start = np.full(one.num_rows, one.context, np.int32)
-    cache = _cache(config, one, form.dtype, here)
+    cache = _cache(config, one, weight_format.dtype, runtime)
 
     def run() -> Array:
         nonlocal cache
-        tokens, cache = program(weights, cache, ids, start)
+        tokens, cache = program(target, cache, ids, start)
         return tokens
 
     return run
 
 
-def _cache(config: GptOssConfig, one: Pass, dtype: str, here: Machine) -> KVCache:
+def _cache(config: GptOssConfig, one: RooflinePass, dtype: str, runtime: Runtime) -> KVCache:
     length = one.context + one.tokens_per_row
 
     def make() -> KVCache:
         return gpt_oss.empty_cache(config, one.num_rows, length, dtype, rollback=one.tokens_per_row)
 
-    if here.mesh is None:
+    if runtime.mesh is None:
         return jax.jit(make)()
-    place = jax.sharding.NamedSharding(here.mesh, placement.CACHE)
-    return jax.jit(make, out_shardings=place)()
+    return jax.jit(make, out_shardings=jax.sharding.NamedSharding(runtime.mesh, placement.CACHE))()
 
 
 def _median_seconds(run: Callable[[], Any], repeats: int) -> float:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.serve.engine import Update
-from pipeline.serve.text import Reader, StopStrings, TextChannel, ToolChannel
+from pipeline.engine.request import StepUpdate
+from pipeline.serve.text_stream import Reader, StopStrings, TextChannel, ToolChannel
 
 
 class Answer:
@@ -26,14 +26,14 @@ class Answer:
         self._stop = StopStrings(stop) if stop else None
         self._stop_channel = stop_channel
         self._block_size = block_size
-        self._kept: list[int] = []
+        self._num_accepted: list[int] = []  # of each round
 
     @property
     def calls(self) -> list[ToolChannel]:
         """The calls of functions in it; their arguments are in `texts`."""
         return [channel for channel in self.texts if isinstance(channel, ToolChannel)]
 
-    def take(self, update: Update) -> list[tuple[TextChannel, str]]:
+    def take(self, update: StepUpdate) -> list[tuple[TextChannel, str]]:
         """The new pieces of text, each with its channel; `finish_reason` tells whether they are the last."""
         pieces: list[tuple[TextChannel, str]] = []
         before = len(self.token_ids)
@@ -45,8 +45,8 @@ class Answer:
             if self._stop is not None and self._stop.found:
                 self.finish_reason = "stop"
                 break
-        if update.kept is not None:
-            self._kept.append(min(update.kept, len(self.token_ids) - before - 1))
+        if update.num_accepted is not None:
+            self._num_accepted.append(min(update.num_accepted, len(self.token_ids) - before - 1))
         if self.finish_reason is None and update.finish_reason is not None:
             self.finish_reason = update.finish_reason
             pieces += self._visible(self._reader.finish(cut_off=update.finish_reason == "length"))
@@ -61,7 +61,7 @@ class Answer:
 
     def acceptance(self) -> Acceptance | None:
         """This answer's rounds; None on the plain arm."""
-        return None if self._block_size is None else Acceptance.of(self._kept, self._block_size)
+        return None if self._block_size is None else Acceptance.of(self._num_accepted, self._block_size)
 
     def _visible(self, pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:
         for channel, text in pieces:
@@ -74,28 +74,28 @@ class Answer:
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
     """OpenAI's usage object over the answers of one HTTP request.
 
-    Rejected prediction tokens are drafts that the target did not keep; they are no completion tokens.
+    Rejected prediction tokens are drafted ones that the target did not accept; they are no completion tokens.
     """
     prompt = sum(answer.prompt_tokens for answer in answers)
     completion = sum(len(answer.token_ids) for answer in answers)
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
     }
     counted = [acceptance for acceptance in (answer.acceptance() for answer in answers) if acceptance is not None]
     if counted:
-        kept = sum(acceptance.num_kept for acceptance in counted)
+        accepted = sum(acceptance.num_accepted for acceptance in counted)
         drafted = sum(acceptance.num_rounds * (acceptance.block_size - 1) for acceptance in counted)
-        told["completion_tokens_details"] = {
-            "accepted_prediction_tokens": kept,
-            "rejected_prediction_tokens": drafted - kept,
+        found["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
         }
-    return told
+    return found
 
 
 def _merged(pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:
-    """Neighbours of one channel joined, empty pieces left out; a call is told though it has no arguments yet."""
+    """Neighbours of one channel joined, empty pieces left out; a call counts though it has no arguments yet."""
     current, texts = None, []
     for channel, text in pieces:
         if not text and not isinstance(channel, ToolChannel):

@@ -12,28 +12,30 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from transformers import PreTrainedTokenizerBase
 
-from pipeline.artifacts import PipelineError
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import chat_format_of, render_prompt
+from pipeline.prompts.tokenizer import Tokenizer
 from pipeline.prompts.tools import tools_problem
 from pipeline.serve import metrics, schema
 from pipeline.serve.answer import Answer, usage
-from pipeline.serve.engine import Engine
-from pipeline.serve.replies import ChatReplies, CompletionReplies, Replies
-from pipeline.serve.scheduler import Request
-from pipeline.serve.schema import Refusal
-from pipeline.serve.text import FINAL, TEXT, PlainReader, TextChannel, chat_reader
-from pipeline.serve.worker import Stream, Unavailable, Worker
+from pipeline.serve.engine_thread import EngineThread, RequestStream, Unavailable
+from pipeline.serve.responses import ChatResponses, CompletionResponses, Responses
+from pipeline.serve.schema import ApiError
+from pipeline.serve.text_stream import FINAL, TEXT, PlainReader, TextChannel, chat_reader
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 
 
-class Call:
+class Generation:
     """One HTTP request's generations, one per prompt, all accepted by the engine."""
 
-    def __init__(self, stream: Stream, answers: Sequence[Answer], replies: Replies, counters: metrics.Counters) -> None:
-        self.replies = replies
+    def __init__(
+        self, stream: RequestStream, answers: Sequence[Answer], replies: Responses, counters: metrics.Counters
+    ) -> None:
+        self.responses = replies
         self.answers = answers
         self._stream = stream
         self._index = {request_id: index for index, request_id in enumerate(stream.request_ids)}
@@ -62,22 +64,22 @@ class Call:
         """The reply to a request that does not stream."""
         async for _ in self.pieces():
             pass
-        return self.replies.whole(self.answers)
+        return self.responses.whole(self.answers)
 
     async def events(self, *, with_usage: bool) -> AsyncIterator[str]:
         """The reply as server-sent events; a failure on the way is told as an error event."""
-        for chunk in self.replies.opening(len(self.answers)):
+        for chunk in self.responses.opening(len(self.answers)):
             yield _event(chunk)
         try:
             async for index, new in self.pieces():
                 answer = self.answers[index]
-                for chunk in self.replies.chunks(index, new, answer):
+                for chunk in self.responses.chunks(index, new, answer):
                     yield _event({**chunk, "usage": None} if with_usage else chunk)
         except Unavailable as error:
             yield _event(_unavailable(error).body)
             return
         if with_usage:
-            yield _event({**self.replies.chunk([]), "usage": usage(self.answers)})
+            yield _event({**self.responses.chunk([]), "usage": usage(self.answers)})
         yield "data: [DONE]\n\n"
 
     def close(self) -> None:
@@ -106,9 +108,9 @@ class Api:
 
     def __init__(
         self,
-        worker: Worker,
+        engine_thread: EngineThread,
         engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         *,
         model: str,
         effort: str,
@@ -116,8 +118,8 @@ class Api:
     ) -> None:
         self.model = model
         self.counters = metrics.Counters()
-        self.engine = engine  # its sizes and counters are read here; the worker's thread alone runs it
-        self.worker = worker
+        self.engine = engine  # its sizes and counters are read here; its own thread alone runs it
+        self.engine_thread = engine_thread
         self._tokenizer = tokenizer
         self._effort = effort
         self._date = date
@@ -130,8 +132,8 @@ class Api:
             prompt if isinstance(prompt, tuple) else tuple(self._tokenizer.encode(prompt, add_special_tokens=False))
             for prompt in asked.prompts
         ]
-        replies = CompletionReplies(f"cmpl-{secrets.token_hex(12)}", self.model, asked.return_token_ids)
-        return await self._answer(http, asked, prompts, replies)
+        responses = CompletionResponses(f"cmpl-{secrets.token_hex(12)}", self.model, asked.return_token_ids)
+        return await self._answer(http, asked, prompts, responses)
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions: messages in the target's chat format; analysis and final apart if it has both."""
@@ -141,10 +143,10 @@ class Api:
             effort = asked.effort or self._effort
             prompt = render_prompt(self._tokenizer, asked.messages, effort, tools=asked.tools, date=self._date)
         except PipelineError as error:
-            raise Refusal(str(error), param="messages") from error
-        told = prompt if asked.return_token_ids else None
-        replies = ChatReplies(f"chatcmpl-{secrets.token_hex(12)}", self.model, told)
-        return await self._answer(http, asked, [tuple(prompt)], replies)
+            raise ApiError(str(error), param="messages") from error
+        token_ids = prompt if asked.return_token_ids else None
+        responses = ChatResponses(f"chatcmpl-{secrets.token_hex(12)}", self.model, token_ids)
+        return await self._answer(http, asked, [tuple(prompt)], responses)
 
     def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -153,7 +155,7 @@ class Api:
     def retrieve_model(self, name: str) -> dict[str, Any]:
         """GET /v1/models/{name}."""
         if name != self.model:
-            raise Refusal(
+            raise ApiError(
                 f"the model {name!r} is not served here; served: {self.model!r}",
                 param="model",
                 code="model_not_found",
@@ -163,48 +165,48 @@ class Api:
 
     def health(self) -> JSONResponse:
         """GET /health: 200 while the engine runs, 503 with the reason once it has failed."""
-        if self.worker.failure is not None:
-            return JSONResponse({"status": "failed", "reason": self.worker.failure}, 503)
+        if self.engine_thread.failure is not None:
+            return JSONResponse({"status": "failed", "reason": self.engine_thread.failure}, 503)
         return JSONResponse({"status": "ok"})
 
     def metrics(self) -> PlainTextResponse:
         """GET /metrics."""
-        text = metrics.exposition(self.counters, self.engine, healthy=self.worker.failure is None)
+        text = metrics.exposition(self.counters, self.engine, healthy=self.engine_thread.failure is None)
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
-    def _refuse_unknown(self, asked: schema.Chat) -> None:
-        """Raise Refusal for what the target's chat format does not know, and for tools that are none."""
+    def _refuse_unknown(self, asked: schema.ChatBody) -> None:
+        """Raises ApiError for what the target's chat format does not know, and for tools that are none."""
         chat_format = chat_format_of(self._tokenizer)
         if asked.effort is not None and not chat_format.has_efforts:
-            raise Refusal(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
+            raise ApiError(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
         if asked.tools and not chat_format.has_tools:
-            raise Refusal(f"{self.model} knows no tools: leave them out", param="tools")
+            raise ApiError(f"{self.model} knows no tools: leave them out", param="tools")
         problem = tools_problem(asked.tools)
         if problem is not None:
-            raise Refusal(problem, param="tools")
+            raise ApiError(problem, param="tools")
 
     async def _answer(
         self,
         http: HttpRequest,
-        asked: schema.Completion | schema.Chat,
+        asked: schema.CompletionBody | schema.ChatBody,
         prompts: list[tuple[int, ...]],
-        replies: Replies,
+        responses: Responses,
     ) -> Response:
         requests = [
             Request(
-                request_id=f"{replies.reply_id}-{index}",
+                request_id=f"{responses.reply_id}-{index}",
                 prompt_ids=prompt,
-                max_new_tokens=self._room(prompt, asked.max_tokens, replies.prompt_param),
+                max_new_tokens=self._room(prompt, asked.max_tokens, responses.prompt_param),
             )
             for index, prompt in enumerate(prompts)
         ]
         try:
-            stream = await self.worker.submit(requests)
+            stream = await self.engine_thread.submit(requests)
         except PipelineError as error:
-            raise Refusal(str(error), param=replies.prompt_param) from error
+            raise ApiError(str(error), param=responses.prompt_param) from error
         except Unavailable as error:
             raise _unavailable(error) from error
-        chat = isinstance(asked, schema.Chat)
+        chat = isinstance(asked, schema.ChatBody)
         answers = [
             Answer(
                 chat_reader(self._tokenizer) if chat else PlainReader(self._tokenizer, TEXT),
@@ -215,24 +217,24 @@ class Api:
             )
             for prompt in prompts
         ]
-        call = Call(stream, answers, replies, self.counters)
+        call = Generation(stream, answers, responses, self.counters)
         if asked.stream:
             return EventStream(call.events(with_usage=asked.stream_usage), closed=call.close)
         return await _while_connected(http, call)
 
     def _room(self, prompt: tuple[int, ...], max_tokens: int | None, param: str) -> int:
-        """How many tokens to generate; raises Refusal when the engine has not room for them."""
+        """How many tokens to generate; raises ApiError when the engine has not room for them."""
         wanted = 1 if max_tokens is None else max_tokens
-        if len(prompt) + wanted > self.engine.max_length:
-            told = "at least one more is" if max_tokens is None else f"{max_tokens} more are"
-            raise Refusal(
-                f"the prompt has {len(prompt)} tokens and {told} wanted, {len(prompt) + wanted} in all; this server's "
-                f"context is {self.engine.max_length} tokens: shorten the prompt, lower max_tokens, or start the "
-                "server with a larger serve.max_length",
+        if len(prompt) + wanted > self.engine.config.max_length:
+            more = "at least one more is" if max_tokens is None else f"{max_tokens} more are"
+            raise ApiError(
+                f"the prompt has {len(prompt)} tokens and {more} wanted, {len(prompt) + wanted} in all; this server's "
+                f"context is {self.engine.config.max_length} tokens: shorten the prompt, lower max_tokens, or start "
+                "the server with a larger engine.max_length",
                 param=param,
                 code="context_length_exceeded",
             )
-        return self.engine.max_length - len(prompt) if max_tokens is None else max_tokens
+        return self.engine.config.max_length - len(prompt) if max_tokens is None else max_tokens
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -240,7 +242,7 @@ class Api:
             "object": "model",
             "created": self._created,
             "owned_by": "pipeline",
-            "max_model_len": self.engine.max_length,
+            "max_model_len": self.engine.config.max_length,
         }
 
 
@@ -254,28 +256,28 @@ def create_app(api: Api) -> FastAPI:
     app.get("/health", response_model=None)(api.health)
     app.get("/metrics", response_model=None)(api.metrics)
 
-    @app.exception_handler(Refusal)
-    async def refused(http: HttpRequest, error: Refusal) -> JSONResponse:
+    @app.exception_handler(ApiError)
+    async def refused(http: HttpRequest, error: ApiError) -> JSONResponse:
         if http.method == "POST":
             api.counters.requests["refused" if error.status < 500 else "failed"] += 1
         return JSONResponse(error.body, error.status)
 
     @app.exception_handler(Unavailable)
     async def unavailable(http: HttpRequest, error: Unavailable) -> JSONResponse:
-        refusal = _unavailable(error)
-        return JSONResponse(refusal.body, refusal.status)
+        answer = _unavailable(error)
+        return JSONResponse(answer.body, answer.status)
 
     @app.exception_handler(HTTPException)
     async def no_route(http: HttpRequest, error: HTTPException) -> JSONResponse:
         routes = "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health, GET /metrics"
         message = f"{http.method} {http.url.path}: {error.detail}; served: {routes}"
-        return JSONResponse(Refusal(message).body, error.status_code, error.headers)
+        return JSONResponse(ApiError(message).body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def broken(http: HttpRequest, error: Exception) -> JSONResponse:
         # Starlette raises the error again behind this reply, so that the log has its traceback
-        message = f"{type(error).__name__} in the server; its log tells more"
-        return JSONResponse(Refusal(message, kind="server_error").body, 500)
+        message = f"{type(error).__name__} in the server; its log has the traceback"
+        return JSONResponse(ApiError(message, kind="server_error").body, 500)
 
     return app
 
@@ -284,10 +286,10 @@ async def _body(http: HttpRequest) -> Any:
     try:
         return json.loads(await http.body())
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"the body is not JSON ({error}); send a JSON object") from error
+        raise ApiError(f"the body is not JSON ({error}); send a JSON object") from error
 
 
-async def _while_connected(http: HttpRequest, call: Call) -> Response:
+async def _while_connected(http: HttpRequest, call: Generation) -> Response:
     """The whole reply, given up when the client goes away."""
     done, gone = asyncio.create_task(call.whole()), asyncio.create_task(_disconnected(http))
     try:
@@ -308,8 +310,8 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
-def _unavailable(error: Unavailable) -> Refusal:
-    return Refusal(str(error), code="engine_unavailable", status=error.status, kind="server_error")
+def _unavailable(error: Unavailable) -> ApiError:
+    return ApiError(str(error), code="engine_unavailable", status=error.status, kind="server_error")
 
 
 def _event(value: dict[str, Any]) -> str:

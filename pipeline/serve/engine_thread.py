@@ -9,9 +9,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from pipeline.artifacts import PipelineError
-from pipeline.serve.engine import Engine, Update
-from pipeline.serve.scheduler import Request
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request, StepUpdate
+from pipeline.errors import PipelineError
 
 log = logging.getLogger("pipeline")
 
@@ -26,18 +26,18 @@ class Unavailable(Exception):
         self.status = status
 
 
-class Stream:
+class RequestStream:
     """The updates of requests that were submitted together; used on one event loop."""
 
-    def __init__(self, worker: "Worker", request_ids: Sequence[str]) -> None:
+    def __init__(self, engine_thread: "EngineThread", request_ids: Sequence[str]) -> None:
         self.request_ids = tuple(request_ids)
-        self._worker = worker
+        self._engine_thread = engine_thread
         self._open = set(request_ids)
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Update | Exception] = asyncio.Queue()
+        self._items: asyncio.Queue[StepUpdate | Exception] = asyncio.Queue()
         self._accepted: asyncio.Future[None] = self._loop.create_future()
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncIterator[StepUpdate]:
         """Updates as they come, until every request has finished or was cancelled; raises Unavailable."""
         while self._open:
             item = await self._items.get()
@@ -54,7 +54,7 @@ class Stream:
         """Stop generating for a request; no error when it has finished."""
         if request_id in self._open:
             self._open.discard(request_id)
-            self._worker.send(_Cancel((request_id,)))
+            self._engine_thread.send(_Cancel((request_id,)))
 
     def close(self) -> None:
         """Cancel what is still open."""
@@ -66,11 +66,11 @@ class Stream:
         await self._accepted
 
     def settle(self, error: Exception | None) -> None:
-        """From the worker's thread: tell the verdict."""
+        """From the engine's thread: deliver the verdict."""
         self._call(self._settle, error)
 
-    def put(self, item: Update | Exception) -> None:
-        """From the worker's thread: hand over an update, or what ends all of them."""
+    def put(self, item: StepUpdate | Exception) -> None:
+        """From the engine's thread: hand over an update, or what ends all of them."""
         self._call(self._items.put_nowait, item)
 
     def _settle(self, error: Exception | None) -> None:
@@ -90,7 +90,7 @@ class Stream:
 @dataclasses.dataclass(frozen=True)
 class _Submit:
     requests: tuple[Request, ...]
-    stream: Stream
+    stream: RequestStream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Stop:
     pass
 
 
-class Worker:
+class EngineThread:
     """Steps the engine while it has work; takes orders from any thread between steps.
 
     When a step raises, every request that is open or comes later gets Unavailable, and `failure` tells why:
@@ -115,8 +115,8 @@ class Worker:
         self._while_idle = while_idle
         self._engine = engine
         self._orders: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
-        self._streams: dict[str, Stream] = {}  # of open requests; the thread's own
-        self._lock = threading.Lock()  # orders are either taken by the thread or told that it has ended
+        self._streams: dict[str, RequestStream] = {}  # of open requests; the thread's own
+        self._lock = threading.Lock()  # orders are either taken by the thread or refused because it has ended
         self._ended: Unavailable | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -134,9 +134,9 @@ class Worker:
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
-    async def submit(self, requests: Sequence[Request]) -> Stream:
+    async def submit(self, requests: Sequence[Request]) -> RequestStream:
         """Run requests, all or none. Raises PipelineError when the engine refuses one, or Unavailable."""
-        stream = Stream(self, [request.request_id for request in requests])
+        stream = RequestStream(self, [request.request_id for request in requests])
         self.send(_Submit(tuple(requests), stream))
         try:
             await stream.accepted()
@@ -192,18 +192,15 @@ class Worker:
     def _submit(self, order: _Submit) -> None:
         self._streams |= dict.fromkeys(order.stream.request_ids, order.stream)
         try:
-            for request in order.requests:
-                self._engine.check(request)
+            self._engine.add_all(order.requests)
         except PipelineError as error:
             for request_id in order.stream.request_ids:
                 del self._streams[request_id]
             order.stream.settle(error)
             return
-        for request in order.requests:
-            self._engine.add(request)
         order.stream.settle(None)
 
-    def _deliver(self, update: Update) -> None:
+    def _deliver(self, update: StepUpdate) -> None:
         finished = update.finish_reason is not None
         stream = self._streams.pop(update.request_id) if finished else self._streams[update.request_id]
         stream.put(update)

@@ -1,9 +1,14 @@
-"""The server's counters in Prometheus' text format; acceptance is the engine's, read and never recomputed."""
+"""The server's metrics in Prometheus' text format; acceptance is the engine's, read and never recomputed."""
 
 import collections
 import dataclasses
+from collections.abc import Iterator, Mapping
 
-from pipeline.serve.engine import Engine
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pipeline.engine.engine import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OUTCOMES = ("stop", "length", "refused", "cancelled", "failed")
@@ -19,32 +24,57 @@ class Counters:
 
 
 def exposition(counters: Counters, engine: Engine, *, healthy: bool) -> str:
-    """All metrics, one family after the other. The plain arm has no rounds and shows none."""
-    lines: list[str] = []
+    """Returns all metrics as text. The plain arm has no rounds and shows none."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_ServerMetrics(counters, engine, healthy))
+    return generate_latest(registry).decode()
 
-    def family(name: str, kind: str, text: str, samples: dict[str, int | float]) -> None:
-        lines.extend((f"# HELP serve_{name} {text}", f"# TYPE serve_{name} {kind}"))
-        lines.extend(f"serve_{name}{labels} {_number(value)}" for labels, value in samples.items())
 
-    family("healthy", "gauge", "1 while the engine runs, 0 after it failed.", {"": int(healthy)})
-    outcomes = {f'{{outcome="{name}"}}': counters.requests[name] for name in OUTCOMES}
-    family("requests_total", "counter", "Prompts by how they ended.", outcomes)
-    family("requests_running", "gauge", "Requests that hold a slot.", {"": engine.num_running})
-    family("requests_waiting", "gauge", "Requests that wait for a slot.", {"": engine.num_waiting})
-    family("prompt_tokens_total", "counter", "Tokens of accepted prompts.", {"": counters.prompt_tokens})
-    family("generated_tokens_total", "counter", "Tokens answered.", {"": counters.generated_tokens})
-    if engine.block_size is not None:
+class _ServerMetrics(Collector):
+    """Reads the counters of server and engine when they are asked for."""
+
+    def __init__(self, counters: Counters, engine: Engine, healthy: bool) -> None:
+        self._counters, self._engine, self._healthy = counters, engine, healthy
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields every family of metrics."""
+        counters, engine = self._counters, self._engine
+        yield _gauge("healthy", "1 while the engine runs, 0 after it failed.", int(self._healthy))
+        outcomes = {name: counters.requests[name] for name in OUTCOMES}
+        yield _labelled(CounterMetricFamily, "requests", "Prompts by how they ended.", "outcome", outcomes)
+        yield _gauge("requests_running", "Requests that hold a slot.", engine.num_running)
+        yield _gauge("requests_waiting", "Requests that wait for a slot.", engine.num_waiting)
+        yield _counter("prompt_tokens", "Tokens of accepted prompts.", counters.prompt_tokens)
+        yield _counter("generated_tokens", "Tokens of answers.", counters.generated_tokens)
+        if engine.block_size is None:
+            return
         seen = engine.acceptance
-        drafted = seen.num_rounds * (seen.block_size - 1)
-        family("rounds_total", "counter", "Rounds of draft and verify.", {"": seen.num_rounds})
-        family("drafted_tokens_total", "counter", "Tokens that the draft proposed.", {"": drafted})
-        family("kept_tokens_total", "counter", "Drafted tokens that the target kept.", {"": seen.num_kept})
-        family("accept_length", "gauge", "Mean tokens a round yields, 1..B.", {"": seen.accept_length})
-        family("accept_rate", "gauge", "Kept share of the drafted tokens.", {"": seen.accept_rate})
-        at_k = {f'{{k="{k}"}}': rate for k, rate in enumerate(seen.accept_rate_at_k, start=1)}
-        family("accept_rate_at_k", "gauge", "Share of rounds that kept at least k drafted tokens.", at_k)
-    return "\n".join(lines) + "\n"
+        yield _counter("rounds", "Rounds of draft and verify.", seen.num_rounds)
+        yield _counter("drafted_tokens", "Tokens that the draft proposed.", seen.num_rounds * (seen.block_size - 1))
+        yield _counter("accepted_tokens", "Drafted tokens that the target accepted.", seen.num_accepted)
+        yield _gauge("accept_length", "Mean tokens a round yields, 1 to the block size.", seen.accept_length)
+        yield _gauge("accept_rate", "Accepted share of the drafted tokens.", seen.accept_rate)
+        at_k = {str(k): rate for k, rate in enumerate(seen.accept_rate_at_k, start=1)}
+        text = "Share of rounds that accepted at least k drafted tokens."
+        yield _labelled(GaugeMetricFamily, "accept_rate_at_k", text, "k", at_k)
 
 
-def _number(value: int | float) -> str:
-    return "NaN" if value != value else repr(value)
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"serve_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"serve_{name}", text, value=value)
+
+
+def _labelled(
+    family: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    name: str,
+    text: str,
+    label: str,
+    samples: Mapping[str, float],
+) -> Metric:
+    made = family(f"serve_{name}", text, labels=[label])
+    for value, sample in samples.items():
+        made.add_metric([value], sample)
+    return made

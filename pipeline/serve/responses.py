@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.serve.answer import Answer, usage
-from pipeline.serve.text import ANALYSIS, FINAL, TEXT, TextChannel, ToolChannel
+from pipeline.serve.text_stream import ANALYSIS, FINAL, TEXT, TextChannel, ToolChannel
 
 
-class CompletionReplies:
+class CompletionResponses:
     """Replies of /v1/completions; with `token_ids`, each choice carries the tokens of its text too (as vLLM's)."""
 
     prompt_param = "prompt"
@@ -55,7 +55,7 @@ class CompletionReplies:
         return {**choice, "token_ids": list(token_ids)} if self._token_ids else choice
 
 
-class ChatReplies:
+class ChatResponses:
     """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use; calls are apart.
 
     With `prompt_ids` a whole reply carries them, and its choices the tokens of their answers (as vLLM's).
@@ -136,4 +136,4 @@ def _reason(answer: Answer) -> str | None:
     return "tool_calls" if answer.finish_reason == "stop" and answer.calls else answer.finish_reason
 
 
-Replies = CompletionReplies | ChatReplies
+Responses = CompletionResponses | ChatResponses

@@ -55,7 +55,7 @@ _FIELDS = {  # of a message beside its role and content
 }
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """A request that is not served: an HTTP status and the fields of OpenAI's error object."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion(Options):
+class CompletionBody(Options):
     """A body of /v1/completions: each prompt is text or tokens."""
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -91,7 +91,7 @@ class Completion(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chat(Options):
+class ChatBody(Options):
     """A body of /v1/chat/completions; `effort` None: the server's default. Without calls wanted it has no tools."""
 
     messages: list[dict[str, Any]]
@@ -100,36 +100,36 @@ class Chat(Options):
     return_token_ids: bool
 
 
-def read_completion(body: Any, model: str) -> Completion:
+def read_completion(body: Any, model: str) -> CompletionBody:
     """Check a body of /v1/completions for the served `model`; raises Refusal."""
     given = _given(body, model, _COMPLETION, {**_UNSERVED, **_UNSERVED_COMPLETION})
     options = _options(given)
     if options["max_tokens"] is None:
         options["max_tokens"] = DEFAULT_COMPLETION_TOKENS
-    return Completion(
+    return CompletionBody(
         prompts=_prompts(given.get("prompt")), return_token_ids=_flag(given, "return_token_ids"), **options
     )
 
 
-def read_chat(body: Any, model: str) -> Chat:
+def read_chat(body: Any, model: str) -> ChatBody:
     """Check a body of /v1/chat/completions for the served `model`; raises Refusal."""
     given = _given(body, model, _CHAT, {**_UNSERVED, **_UNSERVED_CHAT})
     effort = given.get("reasoning_effort")
     if effort is not None and effort_problem(effort) is not None:
-        raise Refusal(
+        raise ApiError(
             f"reasoning_effort is {_shown(effort)}; supported: {', '.join(EFFORTS)}", param="reasoning_effort"
         )
     options = _options(given)
     limits = {key: _count(given, key) for key in ("max_tokens", "max_completion_tokens") if key in given}
     if len(set(limits.values())) > 1:
         told = " and ".join(f"{key} is {value}" for key, value in limits.items())
-        raise Refusal(f"{told}; give one of them, or the same value", param="max_completion_tokens")
+        raise ApiError(f"{told}; give one of them, or the same value", param="max_completion_tokens")
     options["max_tokens"] = next(iter(limits.values()), None)
     token_ids = _flag(given, "return_token_ids")
     if token_ids and options["stream"]:
-        raise Refusal("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
+        raise ApiError("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
     messages, tools = _messages(given.get("messages")), _tools(given)
-    return Chat(messages=messages, tools=tools, effort=effort, return_token_ids=token_ids, **options)
+    return ChatBody(messages=messages, tools=tools, effort=effort, return_token_ids=token_ids, **options)
 
 
 def _given(
@@ -137,13 +137,13 @@ def _given(
 ) -> dict[str, Any]:
     """The keys that ask for something, null ones left out. Raises Refusal for what is not served."""
     if not isinstance(body, dict):
-        raise Refusal(f"the body is {_shown(body)}; wanted a JSON object")
+        raise ApiError(f"the body is {_shown(body)}; wanted a JSON object")
     given = {key: value for key, value in body.items() if value is not None}
     asked = given.get("model")
     if not isinstance(asked, str):
-        raise Refusal(f"model is {_shown(asked)}; wanted a name; {model!r} is served", param="model")
+        raise ApiError(f"model is {_shown(asked)}; wanted a name; {model!r} is served", param="model")
     if asked != model:
-        raise Refusal(
+        raise ApiError(
             f"the model {_shown(asked)} is not served here; served: {model!r}",
             param="model",
             code="model_not_found",
@@ -153,9 +153,9 @@ def _given(
         if key in unserved:
             neutral, advice = unserved[key]
             if not any(_same(value, one) for one in neutral):
-                raise Refusal(f"{key} is {_shown(value)}; {advice}", param=key, code="unsupported_value")
+                raise ApiError(f"{key} is {_shown(value)}; {advice}", param=key, code="unsupported_value")
         elif key not in known:
-            raise Refusal(
+            raise ApiError(
                 f"the parameter {_shown(key)} is not known; supported: {', '.join(known)}",
                 param=key,
                 code="unknown_parameter",
@@ -166,11 +166,11 @@ def _given(
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     stream, asked = _flag(given, "stream"), given.get("stream_options", {})
     if not isinstance(asked, dict) or asked.keys() - {"include_usage"}:
-        raise Refusal(
+        raise ApiError(
             f"stream_options is {_shown(asked)}; supported: an object with include_usage", param="stream_options"
         )
     if asked and not stream:
-        raise Refusal("stream_options is given without stream; set stream to true", param="stream_options")
+        raise ApiError("stream_options is given without stream; set stream to true", param="stream_options")
     return {
         "max_tokens": _count(given, "max_tokens"),
         "stop": _stop(given.get("stop", [])),
@@ -184,7 +184,7 @@ def _flag(given: Mapping[str, Any], key: str) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise Refusal(f"{key} is {_shown(value)}; wanted true or false", param=key)
+        raise ApiError(f"{key} is {_shown(value)}; wanted true or false", param=key)
     return value
 
 
@@ -193,16 +193,16 @@ def _count(given: Mapping[str, Any], key: str) -> int | None:
     if value is None:
         return None
     if not _is_integer(value) or value < 1:
-        raise Refusal(f"{key} is {_shown(value)}; wanted a whole number of at least 1", param=key)
+        raise ApiError(f"{key} is {_shown(value)}; wanted a whole number of at least 1", param=key)
     return value
 
 
 def _stop(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise Refusal(f"stop is {_shown(value)}; wanted a non-empty string or a list of them", param="stop")
+        raise ApiError(f"stop is {_shown(value)}; wanted a non-empty string or a list of them", param="stop")
     if len(texts) > MAX_STOP_STRINGS:
-        raise Refusal(f"stop has {len(texts)} strings; at most {MAX_STOP_STRINGS} are supported", param="stop")
+        raise ApiError(f"stop has {len(texts)} strings; at most {MAX_STOP_STRINGS} are supported", param="stop")
     return tuple(_text(text, "stop") for text in texts)
 
 
@@ -210,7 +210,7 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_integer, value))):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise Refusal(
+        raise ApiError(
             f"prompt is {_shown(value)}; wanted a string, a list of token ids, or a non-empty list of either",
             param="prompt",
         )
@@ -221,11 +221,11 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
         elif isinstance(prompt, list) and all(map(_is_integer, prompt)):
             prompts.append(tuple(prompt))
         else:
-            raise Refusal(
+            raise ApiError(
                 f"prompt[{index}] is {_shown(prompt)}; wanted a string or a list of token ids", param="prompt"
             )
         if not prompt:
-            raise Refusal(f"prompt {index} is empty; wanted at least one token", param="prompt")
+            raise ApiError(f"prompt {index} is empty; wanted at least one token", param="prompt")
     return tuple(prompts)
 
 
@@ -234,9 +234,9 @@ def _tools(given: Mapping[str, Any]) -> list[Any]:
     _flag(given, "parallel_tool_calls")  # an answer has one call in any case, for a call ends it
     tools, choice = given.get("tools", []), given.get("tool_choice", "auto")
     if not isinstance(tools, list):
-        raise Refusal(f"tools is {_shown(tools)}; wanted a list of functions", param="tools")
+        raise ApiError(f"tools is {_shown(tools)}; wanted a list of functions", param="tools")
     if choice not in ("none", "auto"):
-        raise Refusal(
+        raise ApiError(
             f"tool_choice is {_shown(choice)}; calls cannot be forced: use auto or none, or leave it out",
             param="tool_choice",
             code="unsupported_value",
@@ -247,7 +247,7 @@ def _tools(given: Mapping[str, Any]) -> list[Any]:
 def _messages(value: Any) -> list[dict[str, Any]]:
     """Messages with plain text contents; what makes a good prompt of them is for the renderer to say."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise Refusal(f"messages is {_shown(value)}; wanted a list of role and content objects", param="messages")
+        raise ApiError(f"messages is {_shown(value)}; wanted a list of role and content objects", param="messages")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
@@ -256,12 +256,14 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
     known = ("role", "content", *(_FIELDS.get(role, ()) if isinstance(role, str) else ()))
     for key, value in message.items():
         if key not in known and value not in (None, []):
-            raise Refusal(f"{place} has {_shown(key)} {_shown(value)}; supported: {', '.join(known)}", param="messages")
+            raise ApiError(
+                f"{place} has {_shown(key)} {_shown(value)}; supported: {', '.join(known)}", param="messages"
+            )
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-                raise Refusal(f"{place} has a content part {_shown(part)}; supported: text parts", param="messages")
+                raise ApiError(f"{place} has a content part {_shown(part)}; supported: text parts", param="messages")
         content = "".join(_text(part["text"], "messages") for part in content)
     if isinstance(content, str):
         content = _text(content, "messages")
@@ -271,11 +273,11 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _text(value: Any, param: str) -> str:
     if not isinstance(value, str):
-        raise Refusal(f"{param} has {_shown(value)} for a text; wanted a string", param=param)
+        raise ApiError(f"{param} has {_shown(value)} for a text; wanted a string", param=param)
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise Refusal(f"{param} is not valid Unicode ({error}); correct the text", param=param) from error
+        raise ApiError(f"{param} is not valid Unicode ({error}); correct the text", param=param) from error
     return value
 
 

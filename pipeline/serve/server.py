@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
 GRACE_SECONDS = 5  # how long requests in flight may go on after a signal; then `cut` ends them
 LAST_SECONDS = 10  # how long they may take to tell that; then their connections are closed

@@ -3,11 +3,9 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from pipeline.prompts.chat_format import chat_format_of
 from pipeline.prompts.harmony import CONSTRAIN, HEADER_TOKENS, STOP_TOKENS
-from pipeline.prompts.tokenizer import special_token_ids
+from pipeline.prompts.tokenizer import Tokenizer, special_token_ids
 
 TEXT, ANALYSIS, FINAL = "text", "analysis", "final"  # channels; TEXT is what /v1/completions returns
 CALLED = "to=functions."  # in a header: the message is a call of what follows
@@ -28,7 +26,7 @@ TextChannel = str | ToolChannel
 class Detokenizer:
     """Decodes a byte-level token stream piece by piece; a character is given when its last byte is there."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._pending: list[int] = []  # tokens since the last point at which text and tokens ended together
         self._given = 0  # characters of the pending tokens' text already taken from it
@@ -62,7 +60,7 @@ class Detokenizer:
 class PlainReader:
     """All text is one channel; special tokens are left out."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, channel: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, channel: str) -> None:
         self._text = Detokenizer(tokenizer)
         self._channel = channel
 
@@ -85,7 +83,7 @@ class ChannelReader:
     A header cut off before its `<|message|>` is no text. Reading ends at a stop token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         names = (*STOP_TOKENS, *HEADER_TOKENS, "<|end|>", "<|message|>")
         self._spelled = dict(zip(special_token_ids(tokenizer, names), names, strict=True))
         self._tokenizer = tokenizer
@@ -186,7 +184,7 @@ class ChannelReader:
 Reader = PlainReader | ChannelReader
 
 
-def chat_reader(tokenizer: PreTrainedTokenizerBase) -> Reader:
+def chat_reader(tokenizer: Tokenizer) -> Reader:
     """Reads an answer in the tokenizer's chat format; where that has no channels, all of it is final."""
     return ChannelReader(tokenizer) if chat_format_of(tokenizer).has_channels else PlainReader(tokenizer, FINAL)
 

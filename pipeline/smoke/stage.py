@@ -17,31 +17,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import PipelineError
-from pipeline.bench import stage as bench
-from pipeline.config import PipelineConfig
+from pipeline.artifacts import artifact, provenance
+from pipeline.artifacts.artifact import Parent
+from pipeline.artifacts.files import disk_errors
+from pipeline.bench import stage as bench_stage
+from pipeline.config.fields import DRAFT, TARGET
+from pipeline.config.schema import PipelineConfig
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from pipeline.errors import PipelineError
 from pipeline.export.write import write_draft
-from pipeline.model import checkpoints, draft
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm, random_weights
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import WeightFormat, random_weights
+from pipeline.model.hf.directory import read_draft, read_target, save_target
 from pipeline.prompts import corpus, tokenizer
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
-from pipeline.serve.engine import Draft, Engine
-from pipeline.serve.scheduler import Request
-from pipeline.serve.worker import Worker
-from pipeline.tracking import Run
+from pipeline.serve.engine_thread import EngineThread
+from pipeline.tracking.run import Run
+from pipeline.workspace import specs
+from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
 TOKENIZER_CONVERSATIONS = 1000
 SECONDS_TO_ANSWER = 60
+VERSION = 2  # of the settings in the key of a random draft
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Make a random target and draft under `output_dir`/smoke, then bench and serve them."""
+    """Makes a random target and draft under `output_dir`/smoke, then benches and serves them."""
     if config.target.path is not None or config.target.architecture is None:
         raise PipelineError("stage=smoke makes a random target of target.architecture; run it with target=tiny")
     root = Path(config.output_dir) / "smoke"
@@ -53,75 +62,79 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         export=dataclasses.replace(config.export, path=str(root / "draft-dflash")),
         prompts=dataclasses.replace(config.prompts, count=256),
         bench=dataclasses.replace(config.bench, num_prompts=8, max_new_tokens=24, slots=3, repeats=1),
-        serve=dataclasses.replace(config.serve, slots=2, max_length=192),
+        serve=dataclasses.replace(config.serve, slots=2),
+        engine=dataclasses.replace(config.engine, max_length=192),
     )
-    with artifacts.disk_errors(root):
+    with disk_errors(root):
         _random_target(config)
-        _random_draft(config)
-    target = lineage.target(config)
-    model, weights = checkpoints.load_target(target.path, WeightsForm())
-    sizes, draft_weights = checkpoints.load_draft(lineage.exported_draft(config, target).path, jnp.float32)
-    measured = bench.run(config, tracker)
+        workspace = Workspace(config)
+        _random_draft(workspace)
+    measured = bench_stage.run(config, tracker)
     infinite = [name for name, value in measured.items() if not math.isfinite(value)]
     if infinite or measured["equal_answers"] != measured["num_prompts"] or not measured["num_rounds"]:
         raise PipelineError(
             f"smoke: {measured['equal_answers']} of {measured['num_prompts']} answers equal plain greedy's in "
             f"{measured['num_rounds']} rounds, not finite: {infinite or 'none'}; all must be equal and finite"
         )
-    _serve(config, weights, model, Draft(draft_weights, sizes))
+    _serve(workspace)
     log.info("smoke: export, serve and bench work with a random draft; every token is plain greedy's")
 
 
 def _random_target(config: PipelineConfig) -> None:
-    directory = Path(config.target.path)
+    directory, sizes = Path(str(config.target.path)), config.target.architecture
+    assert sizes is not None, "checked at the start"
     directory.mkdir(parents=True)
     conversations = [corpus.conversation(config.seed, index) for index in range(TOKENIZER_CONVERSATIONS)]
-    words = tokenizer.train_tokenizer(corpus.texts(conversations), config.target.architecture.vocab_size)
-    words.save_pretrained(directory)
-    model = lineage.architecture(config.target.architecture)
+    trained = tokenizer.train_tokenizer(corpus.texts(conversations), sizes.vocab_size)
+    trained.save_pretrained(directory)
+    model = specs.architecture(sizes)
     weights = random_weights(model, jax.random.key(config.seed))
-    checkpoints.save_target(directory, model, weights, tokenizer.config_token_ids(words))
+    save_target(directory, TargetModel(model, weights), tokenizer.config_token_ids(trained))
 
 
-def _random_draft(config: PipelineConfig) -> None:
-    target, path = lineage.target(config), Path(config.export.path)
-    sizes = lineage.draft_config(config, target)
-    weights = draft.random_weights(sizes, jax.random.key(config.seed + 1))
-    scratch = artifacts.open_scratch(path, resume=False)
-    write_draft(scratch, sizes, weights, {})
-    settings = {"random": config.seed}
-    provenance = artifacts.provenance("smoke", settings, {lineage.TARGET: target.fingerprint})
-    contract = lineage.draft_contract(config, target, provenance)
-    artifacts.seal(path, kind=lineage.DRAFT, settings=settings, contract=contract.to_json())
+def _random_draft(workspace: Workspace) -> None:
+    config, sizes = workspace.config, workspace.draft_config
+    path = Path(str(config.export.path))
+    draft = DraftModel(sizes, dflash_weights.random_weights(sizes, jax.random.key(config.seed + 1)))
+    write_draft(artifact.open_scratch(path, resume=False), draft, {})
+    settings, target = {"random": config.seed}, workspace.target
+    artifact.seal(
+        path,
+        kind=DRAFT,
+        key=artifact.key_of(DRAFT, VERSION, settings, {TARGET: target.key}),
+        settings=settings,
+        parents={TARGET: Parent(key=target.key, fingerprint=target.fingerprint)},
+        contract=workspace.contract(
+            DRAFT, provenance.provenance("smoke", settings, {TARGET: target.fingerprint})
+        ).to_json(),
+    )
 
 
-def _serve(config: PipelineConfig, weights: GptOssWeights, model: GptOssConfig, drafting: Draft) -> None:
+def _serve(workspace: Workspace) -> None:
     """One request through HTTP, its tokens compared with the plain engine's."""
-    words = tokenizer.load_tokenizer(Path(config.target.path))
-
-    def engine(given: Draft | None) -> Engine:
-        return Engine(
-            weights,
-            model,
-            stop_token_ids=stop_token_ids(words),
-            slots=config.serve.slots,
-            max_length=config.serve.max_length,
-            prefill_chunk=config.serve.prefill_chunk,
-            draft=given,
-        )
-
+    config = workspace.config
+    target = read_target(workspace.target.path, WeightFormat())
+    draft = read_draft(workspace.open(DRAFT).path, jnp.float32)
+    engine = EngineConfig(
+        num_slots=config.serve.slots,
+        max_length=config.engine.max_length,
+        prefill_chunk=config.engine.prefill_chunk,
+        stop_token_ids=tuple(stop_token_ids(workspace.tokenizer)),
+    )
     prompt, length = [int(token) for token in np.arange(5, 45)], 32
     plain = Request(request_id="plain", prompt_ids=tuple(prompt), max_new_tokens=length)
-    wanted = next(iter(engine(None).generate([plain]))).token_ids
+    wanted = next(iter(Engine(target, None, engine).generate([plain]))).token_ids
 
-    drafted = engine(drafting)
-    worker = Worker(drafted)
+    drafted = Engine(target, draft, engine)
+    engine_thread = EngineThread(drafted)
     listener = server.bind(config.serve.host, 0)
-    effort = lineage.default_effort(config)
-    api = Api(worker, drafted, words, model=config.target.name, effort=effort, date=config.serve.date)
-    serving = server.create_server(create_app(api), listener, cut=worker.end)
+    effort = config.serve.reasoning_effort.value
+    api = Api(
+        engine_thread, drafted, workspace.tokenizer, model=config.target.name, effort=effort, date=config.serve.date
+    )
+    serving = server.create_server(create_app(api), listener, cut=engine_thread.end)
     thread = threading.Thread(target=server.serve, args=(serving, listener), name="smoke-server")
-    worker.start()
+    engine_thread.start()
     thread.start()
     try:
         body = {"model": config.target.name, "prompt": prompt, "max_tokens": length, "return_token_ids": True}
@@ -129,7 +142,7 @@ def _serve(config: PipelineConfig, weights: GptOssWeights, model: GptOssConfig, 
     finally:
         serving.should_exit = True
         thread.join()
-        worker.stop()
+        engine_thread.stop()
         listener.close()
     found = tuple(answer["choices"][0]["token_ids"])
     if found != wanted:

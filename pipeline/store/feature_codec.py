@@ -1,6 +1,6 @@
 """How features are stored: as the draft is served with them (bfloat16), as int8 with scales, or not at all.
 
-The outputs of a target's layers differ a hundredfold in size (../shared/reference/dflash.md 1.4). With one scale for a
+The outputs of a target's layers differ a hundredfold in size (docs/dflash.md#tapped-layers). With one scale for a
 token, what a small layer says would round to nothing; so every token has one scale for each tapped layer: 20 bytes
 beside 14,400 for gpt-oss.
 """

@@ -1,24 +1,28 @@
-"""Texts of the target beside the rounds that a draft ran over them; JSON lines on disk."""
+"""Held-out texts of the target with the rounds that the training evaluation counted over them; JSON lines on disk."""
 
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from pipeline.artifacts import PipelineError
+from pipeline.artifacts.storage import StoragePath
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.places import Place
+from pipeline.errors import PipelineError
 
 FILE = "heldout.jsonl"  # in a checkpoint: what its evaluation read, and the rounds that it counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoredText:
-    """A prompt with the target's answer, `prompt_tokens` of `token_ids` being the prompt's; kept per round."""
+class HeldoutText:
+    """A prompt with the target's answer, and the drafted tokens that each round over it accepted.
+
+    The first `prompt_tokens` of `token_ids` are the prompt's.
+    """
 
     prompt_id: str
     prompt_tokens: int
     token_ids: tuple[int, ...]
-    kept: tuple[int, ...]
+    accepted_per_round: tuple[int, ...]
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -31,22 +35,31 @@ class ScoredText:
         return self.token_ids[self.prompt_tokens :]
 
 
-def acceptance_of(texts: Iterable[ScoredText], block_size: int) -> Acceptance:
-    """The rounds of all texts."""
-    return Acceptance.of([kept for text in texts for kept in text.kept], block_size)
+def acceptance_of(texts: Iterable[HeldoutText], block_size: int) -> Acceptance:
+    """Returns the acceptance over the rounds of all texts."""
+    return Acceptance.of([count for text in texts for count in text.accepted_per_round], block_size)
 
 
-def to_lines(texts: Sequence[ScoredText]) -> bytes:
-    """One JSON object a line, in this order."""
+def to_lines(texts: Sequence[HeldoutText]) -> bytes:
+    """Returns one JSON object a line, in the order of the texts."""
     return "".join(json.dumps(dataclasses.asdict(text), sort_keys=True) + "\n" for text in texts).encode()
 
 
-def read(file: Place) -> list[ScoredText]:
-    """What `to_lines` wrote. Raises PipelineError when there is no such file or it holds something else."""
+def read_texts(file: StoragePath) -> list[HeldoutText]:
+    """Reads what `to_lines` wrote. Raises PipelineError when there is no such file or it holds something else."""
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        return [ScoredText(**{**row, "token_ids": tuple(row["token_ids"]), "kept": tuple(row["kept"])}) for row in rows]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        return [_text(json.loads(line)) for line in file.read_text().splitlines()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise PipelineError(
-            f"{file} does not tell the rounds of the training evaluation ({error!r}); run stage=train again"
+            f"{file} does not hold the rounds of the training evaluation ({error!r}); run stage=train again"
         ) from error
+
+
+def _text(row: dict[str, Any]) -> HeldoutText:
+    accepted = row["kept"] if "kept" in row else row["accepted_per_round"]  # `kept` is what version 0.1 wrote
+    return HeldoutText(
+        prompt_id=row["prompt_id"],
+        prompt_tokens=row["prompt_tokens"],
+        token_ids=tuple(row["token_ids"]),
+        accepted_per_round=tuple(accepted),
+    )

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.prompts import corpus, harmony
 from pipeline.prompts.chat_format import render_prompt
+from pipeline.prompts.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Token ids [B, T] padded on the right, and which of them are the assistant's, to be predicted [B, T]."""
 
     token_ids: Int[np.ndarray, "B T"]
@@ -27,7 +27,7 @@ class Example:
     prompt_tokens: int
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[corpus.Conversation]) -> list[Example]:
+def tokenize(tokenizer: Tokenizer, conversations: Sequence[corpus.Conversation]) -> list[Example]:
     """Render conversations as serving does: the prompt by the chat template, then both channels."""
     examples = []
     for one in conversations:
@@ -37,7 +37,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[corpus.
     return examples
 
 
-def schedule(examples: Sequence[Example], lengths: Sequence[int], batch_tokens: int, seed: int) -> Iterator[Batch]:
+def batch_schedule(
+    examples: Sequence[Example], lengths: Sequence[int], batch_tokens: int, seed: int
+) -> Iterator[TokenBatch]:
     """Endless batches, a function of the arguments alone: shuffled each epoch, short and long rows apart.
 
     Every row of a batch has one of `lengths` positions (ascending), so that few programs are compiled and
@@ -57,7 +59,7 @@ def schedule(examples: Sequence[Example], lengths: Sequence[int], batch_tokens: 
         epoch += 1
 
 
-def pad(examples: Sequence[Example], length: int) -> Batch:
+def pad(examples: Sequence[Example], length: int) -> TokenBatch:
     """Examples as rows of `length` positions."""
     token_ids = np.zeros((len(examples), length), np.int32)
     generated = np.zeros((len(examples), length), bool)
@@ -65,4 +67,4 @@ def pad(examples: Sequence[Example], length: int) -> Batch:
         count = len(example.token_ids)
         token_ids[row, :count] = example.token_ids
         generated[row, example.prompt_tokens : count] = True
-    return Batch(token_ids, generated)
+    return TokenBatch(token_ids, generated)

@@ -9,7 +9,7 @@ import numpy as np
 from gguf.quants import dequantize
 from jaxtyping import Float
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
 
 class GgufFile:

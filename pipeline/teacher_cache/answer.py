@@ -1,35 +1,21 @@
-"""Prompts to tokens, and the target's own answers to them."""
+"""The engine's answers to rendered prompts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
-from pipeline.artifacts import PipelineError
-from pipeline.machine import ONE_DEVICE, Machine
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights
-from pipeline.prompts.chat_format import prompt_token_ids
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Completion, Request
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 from pipeline.prompts.sources import Prompt
-from pipeline.serve.engine import Engine, Finished
-from pipeline.serve.scheduler import Request
-from pipeline.teacher_cache.origin import ENGINE, Origin
-
-PREFILL_CHUNK = 64
-SHOWN_SKIPS = 5
+from pipeline.teacher_cache.origin import ENGINE, AnswerOrigin
+from pipeline.teacher_cache.render import RenderedPrompt
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
-    """A prompt and its tokens; `skipped` tells why it is left out, None when it is used."""
-
-    prompt: Prompt
-    token_ids: tuple[int, ...]
-    skipped: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Answered:
+class AnsweredPrompt:
     """A prompt with the target's answer: all tokens, of which `prompt_tokens` are the prompt's."""
 
     prompt: Prompt
@@ -39,73 +25,33 @@ class Answered:
 
 
 @dataclasses.dataclass(frozen=True)
-class Failed:
+class FailedPrompt:
     """A prompt that got no answer, and why."""
 
     prompt: Prompt
     reason: str
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, split: str, *, date: str
-) -> list[Rendered]:
-    """Every prompt of a split in Harmony's tokens on the day `date`, each usable or marked with why it is skipped.
-
-    Raises PipelineError when none is usable.
-    """
-    rendered = [_render(tokenizer, prompt, max_prompt_tokens, date) for prompt in prompts]
-    if all(row.skipped for row in rendered):
-        reasons = "\n  ".join(f"{row.prompt.prompt_id[:12]}: {row.skipped}" for row in rendered[:SHOWN_SKIPS])
-        raise PipelineError(
-            f"none of the {len(rendered)} {split} prompts can be used; raise teacher_cache.max_prompt_tokens or give "
-            f"other prompts\n  {reasons}"
-        )
-    return rendered
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_prompt_tokens: int, date: str) -> Rendered:
-    try:
-        token_ids = tuple(prompt_token_ids(tokenizer, prompt, date=date))
-    except PipelineError as error:  # one unusable prompt of a large set is told, counted and left out
-        return Rendered(prompt, (), str(error))
-    if len(token_ids) > max_prompt_tokens:
-        return Rendered(prompt, token_ids, f"{len(token_ids)} tokens, at most {max_prompt_tokens} are wanted")
-    return Rendered(prompt, token_ids, None)
-
-
-def answer(
-    weights: GptOssWeights,
-    config: GptOssConfig,
-    rows: Sequence[Rendered],
+def answer_prompts(
+    target: TargetModel,
+    rows: Sequence[RenderedPrompt],
+    engine_config: EngineConfig,
     *,
-    stop_token_ids: Sequence[int],
-    slots: int,
-    max_prompt_tokens: int,
     max_new_tokens: int,
-    on_finished: Callable[[Finished], None],
-    origin: Origin = ENGINE,
-    here: Machine = ONE_DEVICE,
-) -> list[Answered | Failed]:
-    """The target's answers, in the order of `rows`; a prompt that the engine refuses has failed.
+    on_finished: Callable[[Completion], None],
+    origin: AnswerOrigin = ENGINE,
+    runtime: Runtime = SINGLE_DEVICE,
+) -> list[AnsweredPrompt | FailedPrompt]:
+    """Returns the target's answers, in the order of `rows`; a prompt that the engine refuses has failed.
 
     The engine is made anew, so that the answers depend on these rows alone and not on what ran before. Raises
     PipelineError when it refuses all.
     """
-    engine = Engine(
-        weights,
-        config,
-        stop_token_ids=stop_token_ids,
-        slots=slots,
-        max_length=max_prompt_tokens + max_new_tokens,
-        prefill_chunk=min(PREFILL_CHUNK, max_prompt_tokens),
-        sampling=origin.sampling,
-        run=here.run,
-        mesh=here.mesh,
-    )
+    engine = Engine(target, None, engine_config, runtime)
     keys = origin.keys([row.prompt.prompt_id for row in rows]) or [None] * len(rows)
     requests = [
-        Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens, key=keys[index])
-        for index, row in enumerate(rows)
+        Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens, sampling_key=key)
+        for index, (row, key) in enumerate(zip(rows, keys, strict=True))
     ]
     problems = {request.request_id: _problem(engine, request) for request in requests}
     if all(problems.values()):
@@ -115,8 +61,8 @@ def answer(
         finished[one.request_id] = one
         on_finished(one)
     return [
-        Failed(row.prompt, problems[name]) if problems[name] else _answered(row, finished[name])
-        for name, row in zip(problems, rows, strict=True)
+        FailedPrompt(row.prompt, problem) if problem else _answered(row, finished[name])
+        for (name, problem), row in zip(problems.items(), rows, strict=True)
     ]
 
 
@@ -128,5 +74,5 @@ def _problem(engine: Engine, request: Request) -> str | None:
     return None
 
 
-def _answered(row: Rendered, finished: Finished) -> Answered:
-    return Answered(row.prompt, row.token_ids + finished.token_ids, len(row.token_ids), finished.finish_reason)
+def _answered(row: RenderedPrompt, finished: Completion) -> AnsweredPrompt:
+    return AnsweredPrompt(row.prompt, row.token_ids + finished.token_ids, len(row.token_ids), finished.finish_reason)

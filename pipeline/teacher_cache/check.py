@@ -16,18 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from pipeline.artifacts import PipelineError
 from pipeline.dflash import acceptance, blocks
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.teacher_cache.capture import Captured, padded_length
-from pipeline.teacher_cache.features import relative_errors
-from pipeline.teacher_cache.origin import ENGINE, Divergence, Origin
-from pipeline.teacher_cache.store import CachedSequence, CacheSplit
+from pipeline.engine.capture import Captured, padded_text_length
+from pipeline.errors import PipelineError
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.store.feature_codec import relative_errors
+from pipeline.store.layout import CachedSequence
+from pipeline.store.reader import CacheSplit
+from pipeline.teacher_cache.origin import ENGINE, AnswerOrigin, Divergence
 
-Retake = Callable[[Sequence[Sequence[int]], Sequence[str]], Iterable[tuple[int, Captured]]]  # texts and prompts' ids
+Recapture = Callable[[Sequence[Sequence[int]], Sequence[str]], Iterable[tuple[int, Captured]]]  # texts and prompts' ids
 
 READ_SEQUENCES = 64
-RANDOM_LIMIT = 1.25  # a random draft of a vocabulary of V keeps its first token once in V rounds
+RANDOM_LIMIT = 1.25  # of a random draft of a vocabulary of V the first token is accepted once in V rounds
 FEATURE_TOLERANCE = 0.05  # relative; bfloat16 rounds to 0.004, the features of another token are about 1 away
 FEATURE_OUTLIERS = 0.01  # tokens allowed beyond it: bfloat16 targets route a near-tie to another expert
 NO_TOKEN = -1
@@ -35,37 +37,37 @@ UNCOUNTED = -2  # never equal to a token or to NO_TOKEN
 
 
 @dataclasses.dataclass(frozen=True)
-class Checked:
+class CacheCheck:
     """Acceptance of the forced-gold and of the random draft, over rounds whose block fits whole."""
 
     gold: Acceptance
     random: Acceptance
 
 
-def check(
+def check_cache(
     split: CacheSplit,
     prompts: Sequence[Sequence[int]],
-    retake: Retake,
+    recapture: Recapture,
     *,
-    block_size: int,
-    vocab_size: int,
+    draft: DFlashConfig,
     tie_gap: float,
     is_exact: bool,
     seed: int,
-    origin: Origin = ENGINE,
-) -> Checked:
-    """Check every sequence of a split; `prompts` are their rendered prompts, `retake` runs the target again.
+    origin: AnswerOrigin = ENGINE,
+) -> CacheCheck:
+    """Checks every sequence of a split; `prompts` are their rendered prompts, `recapture` runs the target again.
 
     A token whose logit lies within `tie_gap` of the best counts as the target's own. `is_exact` (float32)
     wants exactly B of the gold draft, otherwise 95% of it: in bfloat16 a text generated step by step and the
     same text read at once differ now and then. An endpoint's text (`origin`) is taken for the target's own as long as
     it is near enough as a whole. Raises PipelineError listing everything that fails.
     """
+    block_size = draft.block_size
     is_ours, divergence = origin.endpoint is None, Divergence()
     random = np.random.default_rng(seed)
     gold, chance = acceptance.empty(block_size), acceptance.empty(block_size)
     wrong_prompts, num_tokens, num_off = [], 0, 0
-    for index, sequence, captured in _retaken(split, retake):
+    for index, sequence, captured in _recaptured(split, recapture):
         if sequence.token_ids[: sequence.prompt_tokens].tolist() != list(prompts[index]):
             wrong_prompts.append(split.prompt_ids[index][:12])
         num_tokens += len(sequence.token_ids)
@@ -76,7 +78,7 @@ def check(
         if not is_ours:
             divergence += Divergence.of(captured.shortfall[sequence.prompt_tokens - 1 : -1], origin, tie_gap)
         labels = gold_proposals(sequence, block_size)
-        guesses = random.integers(0, vocab_size, labels.shape, dtype=np.int32)
+        guesses = random.integers(0, draft.vocab_size, labels.shape, dtype=np.int32)
         gold += score(sequence, labels, own, block_size)
         chance += score(sequence, guesses, own, block_size)
     problems = _problems(gold, chance, block_size, is_exact or not is_ours)
@@ -96,12 +98,12 @@ def check(
             f"the teacher cache fails its check on {split.num_sequences} held-out sequences; it would train a draft "
             f"that the target rejects. Delete it and make it again; if it fails again, report it\n  {listed}"
         )
-    return Checked(gold, chance)
+    return CacheCheck(gold, chance)
 
 
 def gold_proposals(sequence: CachedSequence, block_size: int) -> Int[np.ndarray, "P drafted"]:
     """What a draft would propose at every position that had learned the labels of training by heart (P: padded)."""
-    generated = np.zeros(padded_length(len(sequence.token_ids)), bool)
+    generated = np.zeros(padded_text_length(len(sequence.token_ids)), bool)
     generated[sequence.prompt_tokens : len(sequence.token_ids)] = True
     token_ids = np.zeros(len(generated), np.int32)  # padded: one program for many lengths
     token_ids[: len(sequence.token_ids)] = sequence.token_ids
@@ -128,10 +130,10 @@ def score(
     padded = np.full(len(proposals) + block_size, NO_TOKEN)
     padded[:num_tokens] = own
     rows = np.arange(len(proposals))[:, None] + np.arange(block_size - 1)
-    kept_at = np.asarray(acceptance.count_kept(jnp.asarray(proposals), jnp.asarray(padded[rows])))
-    kept = acceptance.walk(kept_at, sequence.prompt_tokens, num_tokens)
-    anchors = sequence.prompt_tokens + np.cumsum([0, *(count + 1 for count in kept)])[:-1]
-    whole = [count for anchor, count in zip(anchors, kept, strict=True) if anchor + block_size < num_tokens]
+    accepted_at = np.asarray(acceptance.count_accepted(jnp.asarray(proposals), jnp.asarray(padded[rows])))
+    rounds = acceptance.rounds_over_text(accepted_at, sequence.prompt_tokens, num_tokens)
+    anchors = sequence.prompt_tokens + np.cumsum([0, *(count + 1 for count in rounds)])[:-1]
+    whole = [count for anchor, count in zip(anchors, rounds, strict=True) if anchor + block_size < num_tokens]
     return Acceptance.of(whole, block_size)
 
 
@@ -155,9 +157,9 @@ def _problems(gold: Acceptance, chance: Acceptance, block_size: int, is_exact: b
     return problems
 
 
-def _retaken(split: CacheSplit, retake: Retake) -> Iterator[tuple[int, CachedSequence, Captured]]:
+def _recaptured(split: CacheSplit, recapture: Recapture) -> Iterator[tuple[int, CachedSequence, Captured]]:
     for first in range(0, split.num_sequences, READ_SEQUENCES):
         sequences = split.read(range(first, min(first + READ_SEQUENCES, split.num_sequences)))
         texts = [sequence.token_ids.tolist() for sequence in sequences]
-        for place, captured in retake(texts, split.prompt_ids[first : first + READ_SEQUENCES]):
-            yield first + place, sequences[place], captured
+        for index, captured in recapture(texts, split.prompt_ids[first : first + READ_SEQUENCES]):
+            yield first + index, sequences[index], captured

@@ -10,12 +10,14 @@ from typing import Any
 
 import openai
 
-from pipeline.artifacts import PipelineError, fingerprint_of
+from pipeline.artifacts.hashing import fingerprint_of
+from pipeline.engine.request import Completion
+from pipeline.errors import PipelineError
 from pipeline.progress import Progress
-from pipeline.serve.engine import Finished
-from pipeline.teacher_cache.generate import Answered, Failed, Rendered
-from pipeline.teacher_cache.journal import Journal
-from pipeline.teacher_cache.replies import Asking, BadReply, Reader, kept_of
+from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt
+from pipeline.teacher_cache.endpoint_replies import BadReply, Reader, RequestTemplate, reply_fields
+from pipeline.teacher_cache.render import RenderedPrompt
+from pipeline.teacher_cache.reply_log import ReplyLog
 
 log = logging.getLogger("pipeline")
 
@@ -57,41 +59,43 @@ class Endpoint:
         return text if len(text) <= REASON_CHARACTERS else text[: REASON_CHARACTERS - 3] + "..."
 
 
-class Correspondence:
+class EndpointClient:
     """Answers of an endpoint to prompts. What it said is in the journal at `path`, and is not asked for again."""
 
-    def __init__(self, endpoint: Endpoint, asking: Asking, reader: Reader, path: Path) -> None:
+    def __init__(self, endpoint: Endpoint, asking: RequestTemplate, reader: Reader, path: Path) -> None:
         self._endpoint, self._asking, self._reader, self._path = endpoint, asking, reader, path
         self._entries: dict[str, dict[str, Any]] = {}
 
-    def fetch(self, rows: Sequence[Rendered]) -> None:
+    def fetch(self, rows: Sequence[RenderedPrompt]) -> None:
         """Have an entry for every row: a reply, or why there is none.
 
         Prompts that failed in an earlier run are asked again. Raises PipelineError when the endpoint refuses all
         requests, when it answers none, or when more than a tenth fail.
         """
-        with Journal(self._path) as journal:
+        with ReplyLog(self._path) as journal:
             found = [journal.entries.get(self._key(row)) for row in rows]
             missing = [row for row, entry in zip(rows, found, strict=True) if entry is None or "failed" in entry]
             if len(missing) < len(rows):
                 log.info("teacher_cache: going on; %d of %d answers are there", len(rows) - len(missing), len(rows))
             if missing:
                 num_there = sum(entry is not None and "kept" in entry for entry in found)
-                asyncio.run(_Round(self, journal, missing, num_there).run())
+                asyncio.run(_FetchRun(self, journal, missing, num_there).run())
             self._entries = journal.entries
         self._tell(rows)
 
-    def answer(self, rows: Sequence[Rendered], on_finished: Callable[[Finished], None]) -> list[Answered | Failed]:
+    def answer(
+        self, rows: Sequence[RenderedPrompt], on_finished: Callable[[Completion], None]
+    ) -> list[AnsweredPrompt | FailedPrompt]:
         """The answers to rows that were fetched, in their order."""
         return [self._answer(row, on_finished) for row in rows]
 
-    async def ask(self, client: openai.AsyncOpenAI, row: Rendered) -> dict[str, Any]:
+    async def ask(self, client: openai.AsyncOpenAI, row: RenderedPrompt) -> dict[str, Any]:
         """The journal's entry for a row. Raises PipelineError when the endpoint will refuse every other row too."""
         entry = {"key": self._key(row), "prompt_id": row.prompt.prompt_id}
         api = self._asking.api
         try:
             reply = await client.post(api.value, cast_to=object, body=self._asking.body(row))
-            kept = kept_of(reply, api)
+            kept = reply_fields(reply, api)
             self._reader.tokens(kept)
             return entry | {"kept": kept}
         except openai.APIStatusError as error:
@@ -127,22 +131,22 @@ class Correspondence:
             f"{FAILED_SHARE:.0%} may fail; {ANOTHER_RUN}\n  {listed}"
         )
 
-    def _key(self, row: Rendered) -> str:
+    def _key(self, row: RenderedPrompt) -> str:
         return fingerprint_of([self._endpoint.url, self._asking.api.value, self._asking.body(row)])
 
-    def _answer(self, row: Rendered, on_finished: Callable[[Finished], None]) -> Answered | Failed:
+    def _answer(self, row: RenderedPrompt, on_finished: Callable[[Completion], None]) -> AnsweredPrompt | FailedPrompt:
         entry = self._entries[self._key(row)]
         if "failed" in entry:
-            return Failed(row.prompt, entry["failed"])
+            return FailedPrompt(row.prompt, entry["failed"])
         try:
             token_ids, reason = self._reader.tokens(entry["kept"])
         except BadReply as error:  # of a journal that an older version of this program wrote
-            return Failed(row.prompt, str(error))
-        finished = Finished(request_id=row.prompt.prompt_id, token_ids=token_ids, finish_reason=reason, kept=())
+            return FailedPrompt(row.prompt, str(error))
+        finished = Completion(request_id=row.prompt.prompt_id, token_ids=token_ids, finish_reason=reason, kept=())
         on_finished(finished)
-        return Answered(row.prompt, row.token_ids + token_ids, len(row.token_ids), reason)
+        return AnsweredPrompt(row.prompt, row.token_ids + token_ids, len(row.token_ids), reason)
 
-    def _tell(self, rows: Sequence[Rendered]) -> None:
+    def _tell(self, rows: Sequence[RenderedPrompt]) -> None:
         """Say what is odd about the answers: failures, and prompts that the endpoint wrote otherwise than we did."""
         entries = [(row, self._entries[self._key(row)]) for row in rows]
         failed = [(row, entry["failed"]) for row, entry in entries if "failed" in entry]
@@ -167,17 +171,17 @@ class Correspondence:
             )
 
 
-def _is_same_prompt(row: Rendered, kept: dict[str, Any]) -> bool:
+def _is_same_prompt(row: RenderedPrompt, kept: dict[str, Any]) -> bool:
     if kept["prompt_token_ids"] is not None:
         return tuple(kept["prompt_token_ids"]) == row.token_ids
     return kept["num_prompt_tokens"] in (None, len(row.token_ids))
 
 
-class _Round:
+class _FetchRun:
     """Asks for the rows that have no reply, `concurrency` at a time."""
 
     def __init__(
-        self, correspondence: Correspondence, journal: Journal, rows: Sequence[Rendered], num_there: int
+        self, correspondence: EndpointClient, journal: ReplyLog, rows: Sequence[RenderedPrompt], num_there: int
     ) -> None:
         self._correspondence, self._journal = correspondence, journal
         self._rows, self._num_there = rows, num_there
@@ -201,7 +205,7 @@ class _Round:
                         raise ended
         self._require_enough(is_over=True)
 
-    async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[Rendered], progress: Progress) -> None:
+    async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[RenderedPrompt], progress: Progress) -> None:
         for row in waiting:
             entry = await self._correspondence.ask(client, row)
             self._journal.append(entry)

@@ -5,23 +5,21 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from pipeline.artifacts import PipelineError
-from pipeline.model.sampling import key_of
+from pipeline.errors import PipelineError
+from pipeline.model.layers.sampling import key_of
 from pipeline.prompts.chat_format import chat_format_of, stop_token_ids
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.sources import Prompt
-from pipeline.prompts.tokenizer import control_token_problem, special_token_ids
+from pipeline.prompts.tokenizer import Tokenizer, control_token_problem, special_token_ids
 from pipeline.prompts.tools import tool_calls_of, tool_calls_problem
-from pipeline.teacher_cache.generate import Rendered
-from pipeline.teacher_cache.origin import Origin
+from pipeline.teacher_cache.origin import AnswerOrigin
+from pipeline.teacher_cache.render import RenderedPrompt
 
 STOPPED, CUT = ("stop", "tool_calls", "function_call"), "length"
 SHOWN_CHARACTERS = 200
 
 
-class Api(enum.Enum):
+class EndpointApi(enum.Enum):
     """`chat`: messages for text, which every endpoint has. `completions`: tokens for tokens, exact both ways."""
 
     chat = "/chat/completions"
@@ -33,17 +31,17 @@ class BadReply(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asking:
+class RequestTemplate:
     """How prompts become requests. `extra` are further fields of every request, as the endpoint knows them."""
 
-    api: Api
+    api: EndpointApi
     model: str
-    origin: Origin
+    origin: AnswerOrigin
     max_new_tokens: int
     has_efforts: bool
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def body(self, row: Rendered) -> dict[str, Any]:
+    def body(self, row: RenderedPrompt) -> dict[str, Any]:
         """The request for a prompt."""
         body: dict[str, Any] = {"model": self.model, "max_tokens": self.max_new_tokens}
         sampling = self.origin.sampling
@@ -52,7 +50,7 @@ class Asking:
         else:
             seed = key_of(self.origin.seed, row.prompt.prompt_id)[0] >> 1  # 31 bits: some take a signed int32
             body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed}
-        if self.api is Api.completions:
+        if self.api is EndpointApi.completions:
             return body | {"prompt": list(row.token_ids), "return_token_ids": True, **self.extra}
         body["messages"] = _messages(row.prompt)
         if row.prompt.tools:
@@ -75,7 +73,7 @@ def _messages(prompt: Prompt) -> list[dict[str, Any]]:
     return messages
 
 
-def kept_of(reply: Any, api: Api) -> dict[str, Any]:
+def reply_fields(reply: Any, api: EndpointApi) -> dict[str, Any]:
     """The part of a reply that its tokens follow from; raises BadReply when it holds no answer."""
     choices = reply.get("choices") if isinstance(reply, Mapping) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
@@ -84,9 +82,9 @@ def kept_of(reply: Any, api: Api) -> dict[str, Any]:
     kept = {name: choice.get(name) for name in ("finish_reason", "token_ids")}
     if kept["finish_reason"] not in (*STOPPED, CUT):
         raise BadReply(f"the answer ended with {_shown(choice.get('finish_reason'))}; wanted stop or length")
-    if api is Api.chat and not isinstance(choice.get("message"), Mapping):
+    if api is EndpointApi.chat and not isinstance(choice.get("message"), Mapping):
         raise BadReply(f"the reply has no message: {_shown(choice)}")
-    if api is Api.chat:
+    if api is EndpointApi.chat:
         names = ("content", "reasoning_content", "reasoning", "tool_calls")
         kept["message"] = {name: choice["message"].get(name) for name in names}
     elif kept["token_ids"] is None:
@@ -100,7 +98,7 @@ def kept_of(reply: Any, api: Api) -> dict[str, Any]:
 class Reader:
     """Replies to tokens, in the target's chat format."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._format = chat_format_of(tokenizer)
         self._stops = stop_token_ids(tokenizer)

@@ -1,4 +1,4 @@
-"""What a teacher cache will take, told before it is begun: bytes, free space and time."""
+"""What a teacher cache will take, logged before it is begun: bytes, free space and time."""
 
 import dataclasses
 import logging
@@ -7,27 +7,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifacts
-from pipeline.places import Place
-from pipeline.teacher_cache import store
-from pipeline.teacher_cache.generate import Rendered
+from pipeline.artifacts.files import free_bytes, require_free_space
+from pipeline.artifacts.storage import StoragePath
+from pipeline.progress import MIB
+from pipeline.store.layout import CacheLayout, estimated_bytes
+from pipeline.teacher_cache.render import RenderedPrompt
 from pipeline.teacher_cache.shards import Plan, Teacher
-from pipeline.teacher_cache.store import Layout
 
 log = logging.getLogger("pipeline")
 
-MIB = 2**20
 TRIAL_WORTH = 16  # batches of answers, from which on a trial is made first
 TRIAL_TOKENS = (2, 18)  # of each answer: the time between is decoding's
 
 
-def require_space(path: Place, staging: Path, missing: Sequence[Plan], layout: Layout, max_new_tokens: int) -> None:
-    """Tell what the `missing` shards take at most, and refuse a disk that cannot hold it.
+def require_space(
+    path: StoragePath, staging: Path, missing: Sequence[Plan], layout: CacheLayout, max_new_tokens: int
+) -> None:
+    """Logs what the `missing` shards take at most, and refuses a disk that cannot hold it.
 
     A bucket needs room for one of them on this machine, in `staging`.
     """
     tokens = [sum(len(row.token_ids) + max_new_tokens for row in one.rows) for one in missing]
-    sizes = [store.estimated_bytes(count, len(one.rows), 1, layout) for count, one in zip(tokens, missing, strict=True)]
+    sizes = [estimated_bytes(count, len(one.rows), 1, layout) for count, one in zip(tokens, missing, strict=True)]
     is_local = isinstance(path, Path)
     log.info(
         "teacher_cache: at most %d tokens of %d bytes (features: %s) in %d shards, %.1f MiB; %s",
@@ -36,49 +37,48 @@ def require_space(path: Place, staging: Path, missing: Sequence[Plan], layout: L
         layout.stored,
         len(missing),
         sum(sizes) / MIB,
-        f"{artifacts.free_bytes(path) / MIB:.0f} MiB are free" if is_local else "what a bucket can hold is not known",
+        f"{free_bytes(path) / MIB:.0f} MiB are free" if is_local else "what a bucket can hold is not known",
     )
     if is_local:
-        artifacts.require_free_space(path, sum(sizes), "the teacher cache")
+        require_free_space(path, sum(sizes), "the teacher cache")
     else:
-        artifacts.require_free_space(staging, max(sizes, default=0), "a shard on its way to the bucket")
+        require_free_space(staging, max(sizes, default=0), "a shard on its way to the bucket")
 
 
-def tell_time(teacher: Teacher, rows: Sequence[Rendered]) -> None:
-    """Say how long the answers to `rows` will take, by a trial that is not kept; of few answers it is not worth one."""
-    if teacher.elsewhere is not None or len(rows) < TRIAL_WORTH * teacher.slots:
-        log.info("teacher_cache: the time is told when the first shard is made")
+def log_time(teacher: Teacher, rows: Sequence[RenderedPrompt]) -> None:
+    """Logs how long the answers to `rows` will take, by a trial, which few answers are not worth."""
+    if teacher.endpoint_answers is not None or len(rows) < TRIAL_WORTH * teacher.engine.num_slots:
+        log.info("teacher_cache: the time is known when the first shard is made")
         return
     prefill, decode = trial(teacher, rows)
     log.info(
         "teacher_cache: %d answers to go, tried with %d: %.1f ms of prefill each and %.0f tokens/s take at most about "
         "%.1f hours",
         len(rows),
-        teacher.slots,
+        teacher.engine.num_slots,
         1000 * prefill,
         1 / decode if decode else 0.0,
         len(rows) * (prefill + teacher.max_new_tokens * decode) / 3600,
     )
 
 
-def trial(teacher: Teacher, rows: Sequence[Rendered]) -> tuple[float, float]:
-    """Seconds of prefill for an answer and of decoding for a token, with all slots full; compiles what answers need."""
+def trial(teacher: Teacher, rows: Sequence[RenderedPrompt]) -> tuple[float, float]:
+    """Returns the seconds of prefill for an answer and of decoding for a token, with all slots full."""
 
     def seconds(num_tokens: int) -> float:
         started = time.perf_counter()
-        length = teacher.max_prompt_tokens + teacher.max_new_tokens  # the same cache, so the same programs
-        short = dataclasses.replace(teacher, max_new_tokens=num_tokens, max_prompt_tokens=length - num_tokens)
-        short.answer(rows[: teacher.slots], lambda _: None)
+        short = dataclasses.replace(teacher, max_new_tokens=num_tokens)  # the same engine, so the same programs
+        short.answer(rows[: teacher.engine.num_slots], lambda _: None)
         return time.perf_counter() - started
 
     seconds(TRIAL_TOKENS[0])
     first, last = (seconds(num_tokens) for num_tokens in TRIAL_TOKENS)
-    more = (TRIAL_TOKENS[1] - TRIAL_TOKENS[0]) * teacher.slots
-    return first / teacher.slots, max(last - first, 0.0) / more
+    more = (TRIAL_TOKENS[1] - TRIAL_TOKENS[0]) * teacher.engine.num_slots
+    return first / teacher.engine.num_slots, max(last - first, 0.0) / more
 
 
-def tell_rest(seconds: float, first: Plan, rest: Sequence[Plan], report: Mapping[str, Any]) -> None:
-    """Say what the rest will take, now that the first shard is made."""
+def log_rest(seconds: float, first: Plan, rest: Sequence[Plan], report: Mapping[str, Any]) -> None:
+    """Logs what the rest will take, now that the first shard is made."""
     share = sum(len(one.rows) for one in rest) / len(first.rows)
     log.info(
         "teacher_cache: the first shard took %.0f s, compiling included; %d more take about %.1f hours and %.1f MiB",

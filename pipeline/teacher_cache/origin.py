@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from pipeline.model.sampling import Sampling, key_of
+from pipeline.model.layers.sampling import Sampling, key_of
 
 STANDARD_ERRORS = 3
 TOLD_SHARE, REFUSED_SHARE = 0.01, 0.05  # of greedy tokens: kernels and precisions differ in one of a hundred
@@ -15,7 +15,7 @@ TOLD_NATS, REFUSED_NATS = 0.05, 0.25  # a token: a quantised server is 0.01 away
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Origin:
+class AnswerOrigin:
     """`endpoint` (a model and a host) is None where our engine answers, `sampling` where tokens are the most likely."""
 
     endpoint: str | None = None
@@ -29,7 +29,7 @@ class Origin:
         return [key_of(self.seed, name) for name in names]
 
 
-ENGINE = Origin()
+ENGINE = AnswerOrigin()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Divergence:
     total_squares: float = 0.0
 
     @classmethod
-    def of(cls, shortfall: Float[np.ndarray, " tokens"], origin: Origin, tie_gap: float) -> "Divergence":
+    def of(cls, shortfall: Float[np.ndarray, " tokens"], origin: AnswerOrigin, tie_gap: float) -> "Divergence":
         """Of generated tokens by their shortfalls (`capture.Captured`)."""
         values = (shortfall > tie_gap) if origin.sampling is None else shortfall
         values = values.astype(np.float64)
@@ -65,7 +65,7 @@ class Divergence:
         variance = max(self.total_squares / self.num_tokens - self.mean**2, 1 / self.num_tokens)
         return self.mean - STANDARD_ERRORS * math.sqrt(variance / self.num_tokens)
 
-    def problem(self, origin: Origin) -> tuple[str, bool] | None:
+    def problem(self, origin: AnswerOrigin) -> tuple[str, bool] | None:
         """What to tell about an endpoint whose texts are not quite the target's, and whether to refuse them."""
         greedy = origin.sampling is None
         told, refused = (TOLD_SHARE, REFUSED_SHARE) if greedy else (TOLD_NATS, REFUSED_NATS)

@@ -6,10 +6,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
 
-class Journal:
+class ReplyLog:
     """An append-only JSONL file of objects with a `key`; of two with one key the later counts.
 
     Every line is on the disk when `append` returns. A last line that a kill has torn is cut off; PipelineError when
@@ -27,7 +27,7 @@ class Journal:
         if torn:
             self._file.truncate(self._file.tell() - torn)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "ReplyLog":
         return self
 
     def __exit__(

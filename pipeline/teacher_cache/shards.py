@@ -14,25 +14,25 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
-from pipeline import places
-from pipeline.artifacts import PipelineError, fingerprint_of
-from pipeline.machine import ONE_DEVICE, Machine
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights
-from pipeline.places import BucketPath, Place
+from pipeline.artifacts import storage
+from pipeline.artifacts.hashing import fingerprint_of
+from pipeline.artifacts.storage import BucketPath, StoragePath
+from pipeline.engine.capture import Captured, Disagreement, capture, disagreements
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.request import Completion
+from pipeline.engine.ties import TIE_GAP
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 from pipeline.prompts.channels import Channel, ChannelTokens, channels
-from pipeline.serve.engine import Finished
-from pipeline.teacher_cache import features as codec
-from pipeline.teacher_cache import store
-from pipeline.teacher_cache.capture import Captured, Disagreement, capture, disagreements
-from pipeline.teacher_cache.generate import Answered, Failed, Rendered, answer
-from pipeline.teacher_cache.origin import ENGINE, Divergence, Origin
+from pipeline.store import feature_codec
+from pipeline.store.layout import FORMAT, NO_FEATURES, SPLITS, CacheLayout, ShardRows, shard_path
+from pipeline.store.writer import ShardContents, read_report, write_shard
+from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt, answer_prompts
+from pipeline.teacher_cache.origin import ENGINE, AnswerOrigin, Divergence
+from pipeline.teacher_cache.render import RenderedPrompt
 
 log = logging.getLogger("pipeline")
-
-# How far a token may lie below the best logit and still pass for a tie: float32 sums in another order differ
-# by 1e-5, bfloat16 logits of 16 to 32 are 0.125 apart.
-TIE_GAP = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Plan:
     """One shard before it is made. `fingerprint` stands for all that decides its bytes."""
 
     split: str
-    path: Place
-    rows: tuple[Rendered, ...]
+    path: StoragePath
+    rows: tuple[RenderedPrompt, ...]
     fingerprint: str
 
 
@@ -49,52 +49,51 @@ class Plan:
 class Teacher:
     """The target and how it answers; without `tapped_layers` no features are taken.
 
-    `elsewhere` gives the answers of an endpoint, where that is their origin.
+    `endpoint_answers` gives the answers of an endpoint, where that is their origin.
     """
 
-    weights: GptOssWeights
-    config: GptOssConfig
+    target: TargetModel
+    engine: EngineConfig
     tapped_layers: tuple[int, ...]
-    stop_token_ids: tuple[int, ...]
     channel_tokens: ChannelTokens
-    slots: int
-    max_prompt_tokens: int
     max_new_tokens: int
-    origin: Origin = ENGINE
-    elsewhere: Callable[[Sequence[Rendered], Callable[[Finished], None]], list[Answered | Failed]] | None = None
-    here: Machine = ONE_DEVICE
+    origin: AnswerOrigin = ENGINE
+    endpoint_answers: (
+        Callable[[Sequence[RenderedPrompt], Callable[[Completion], None]], list[AnsweredPrompt | FailedPrompt]] | None
+    ) = None
+    runtime: Runtime = SINGLE_DEVICE
 
-    def answer(self, rows: Sequence[Rendered], on_finished: Callable[[Finished], None]) -> Sequence[Answered | Failed]:
-        """The answers to prompts, in their order."""
-        if self.elsewhere is not None:
-            return self.elsewhere(rows, on_finished)
-        return answer(
-            self.weights,
-            self.config,
+    def answer(
+        self, rows: Sequence[RenderedPrompt], on_finished: Callable[[Completion], None]
+    ) -> Sequence[AnsweredPrompt | FailedPrompt]:
+        """Returns the answers to prompts, in their order."""
+        if self.endpoint_answers is not None:
+            return self.endpoint_answers(rows, on_finished)
+        return answer_prompts(
+            self.target,
             rows,
-            stop_token_ids=self.stop_token_ids,
-            slots=self.slots,
-            max_prompt_tokens=self.max_prompt_tokens,
+            self.engine,
             max_new_tokens=self.max_new_tokens,
             on_finished=on_finished,
             origin=self.origin,
-            here=self.here,
+            runtime=self.runtime,
         )
 
     def capture(self, texts: Sequence[Sequence[int]], prompt_ids: Sequence[str]) -> Iterator[tuple[int, Captured]]:
-        """The features of the answers to these prompts, and what the target says itself (`capture.capture`)."""
-        run, mesh = self.here.run, self.here.mesh
-        drawn, keys = self.origin.sampling, self.origin.keys(prompt_ids)
-        return capture(self.weights, self.config, self.tapped_layers, texts, drawn=drawn, keys=keys, run=run, mesh=mesh)
+        """Yields the features of the answers to these prompts, and the target's own choices (`capture.capture`)."""
+        keys = self.origin.keys(prompt_ids)
+        return capture(
+            self.target, self.tapped_layers, texts, drawn=self.origin.sampling, keys=keys, runtime=self.runtime
+        )
 
     @property
     def precision(self) -> str:
         """float32 or bfloat16."""
-        return self.weights.embedding.dtype.name
+        return self.target.weights.embedding.dtype.name
 
 
-def plan(
-    root: Place, rows: Mapping[str, Sequence[Rendered]], shard_sequences: int, settings: Mapping[str, Any]
+def plan_shards(
+    root: StoragePath, rows: Mapping[str, Sequence[RenderedPrompt]], shard_sequences: int, settings: Mapping[str, Any]
 ) -> list[Plan]:
     """Cut the usable prompts of every split into shards, by position."""
     plans = []
@@ -104,37 +103,37 @@ def plan(
             part = tuple(usable[at : at + shard_sequences])
             # the tokens too: a template that prints the day renders other prompts tomorrow
             texts = [[row.prompt.prompt_id, row.prompt.effort, row.token_ids] for row in part]
-            fingerprint = fingerprint_of([store.FORMAT, settings, texts])
-            plans.append(Plan(split, store.shard_path(root, split, index), part, fingerprint))
+            fingerprint = fingerprint_of([FORMAT, settings, texts])
+            plans.append(Plan(split, shard_path(root, split, index), part, fingerprint))
     return plans
 
 
-def reports_of_complete(plans: Sequence[Plan], *, verify: bool = True) -> dict[Place, dict[str, Any]]:
+def reports_of_complete(plans: Sequence[Plan], *, verify: bool = True) -> dict[StoragePath, dict[str, Any]]:
     """The reports of the shards that are there, complete and of these settings (`store.read_report`)."""
-    with ThreadPoolExecutor(places.AT_ONCE) as workers:
-        found = workers.map(lambda one: store.read_report(one.path, one.fingerprint, verify=verify), plans)
+    with ThreadPoolExecutor(storage.AT_ONCE) as workers:
+        found = workers.map(lambda one: read_report(one.path, one.fingerprint, verify=verify), plans)
         return {one.path: report for one, report in zip(plans, found, strict=True) if report is not None}
 
 
-def clear_except(root: Place, kept: Collection[Place]) -> None:
+def clear_except(root: StoragePath, kept: Collection[StoragePath]) -> None:
     """Delete everything where a cache is built but the shards to keep: its bytes must not tell of a kill."""
     for stray in _pieces(root) - set(kept):
-        places.remove(stray)
+        storage.remove(stray)
 
 
-def _pieces(root: Place) -> set[Place]:
+def _pieces(root: StoragePath) -> set[StoragePath]:
     """Shards, begun ones too, and the files beside them."""
     if isinstance(root, BucketPath):
-        return {functools.reduce(operator.truediv, name.split("/")[:2], root) for name in places.files(root)}
-    splits = {root / split for split in store.SPLITS if (root / split).is_dir()}
+        return {functools.reduce(operator.truediv, name.split("/")[:2], root) for name in storage.list_files(root)}
+    splits = {root / split for split in SPLITS if (root / split).is_dir()}
     return ({*root.iterdir()} - splits).union(*(split.iterdir() for split in splits))
 
 
-def make(
+def make_shard(
     one: Plan,
     teacher: Teacher,
-    layout: store.Layout,
-    on_finished: Callable[[Finished], None],
+    layout: CacheLayout,
+    on_finished: Callable[[Completion], None],
     staging: Path | None = None,
 ) -> dict[str, Any]:
     """Answer a shard's prompts, capture the features, write the shard; returns its report.
@@ -143,7 +142,7 @@ def make(
     endpoint's text is not the target's.
     """
     outcomes = teacher.answer(one.rows, on_finished)
-    answers = [row for row in outcomes if isinstance(row, Answered)]
+    answers = [row for row in outcomes if isinstance(row, AnsweredPrompt)]
     lengths = [len(row.token_ids) for row in answers]
     offsets = np.cumsum([0, *lengths])
     token_ids = np.concatenate([np.array(row.token_ids, np.int32) for row in answers] or [np.empty(0, np.int32)])
@@ -151,7 +150,7 @@ def make(
         [channels(teacher.channel_tokens, np.array(row.token_ids), row.prompt_tokens) for row in answers]
         or [np.empty(0, np.uint8)]
     )
-    has_features = layout.stored != "none"
+    has_features = layout.stored != NO_FEATURES
     features = np.empty((len(token_ids), layout.feature_size), ml_dtypes.bfloat16) if has_features else None
     differing: dict[int, list[Disagreement]] = {}
     divergence = Divergence()
@@ -170,25 +169,22 @@ def make(
     _judge(differing, answers, teacher.precision)
     _judge_endpoint(divergence, teacher.origin)
     report = _report(answers, spoken, differing)
-    failed = [row for row in outcomes if isinstance(row, Failed)]
+    failed = [row for row in outcomes if isinstance(row, FailedPrompt)]
     if failed:
         log.warning("teacher_cache: %d prompts of %s got no answer: %s", len(failed), one.path, failed[0].reason)
         report["failed"] = [{"prompt_id": row.prompt.prompt_id, "reason": row.reason} for row in failed]
     if teacher.origin.endpoint is not None:
         report["divergence"] = dataclasses.asdict(divergence)
-    rows = store.Rows(
+    rows = ShardRows(
         prompt_ids=[row.prompt.prompt_id for row in answers],
         efforts=[row.prompt.effort for row in answers],
         finish_reasons=[row.finish_reason for row in answers],
         num_tokens=lengths,
         prompt_tokens=[row.prompt_tokens for row in answers],
     )
-    return store.write_shard(
+    return write_shard(
         one.path,
-        rows,
-        token_ids,
-        spoken,
-        features,
+        ShardContents(rows=rows, token_ids=token_ids, channels=spoken, features=features),
         layout=layout,
         fingerprint=one.fingerprint,
         report=report,
@@ -196,8 +192,8 @@ def make(
     )
 
 
-def _require_finite(features: np.ndarray, row: Answered) -> None:
-    bad = np.flatnonzero(~codec.is_finite({"features": features}))
+def _require_finite(features: np.ndarray, row: AnsweredPrompt) -> None:
+    bad = np.flatnonzero(~feature_codec.is_finite({"features": features}))
     if len(bad):
         raise PipelineError(
             f"the target's features for prompt {row.prompt.prompt_id} are not finite at {len(bad)} positions, the "
@@ -205,7 +201,7 @@ def _require_finite(features: np.ndarray, row: Answered) -> None:
         )
 
 
-def _judge(differing: Mapping[int, list[Disagreement]], answers: Sequence[Answered], precision: str) -> None:
+def _judge(differing: Mapping[int, list[Disagreement]], answers: Sequence[AnsweredPrompt], precision: str) -> None:
     """Near-ties are told; a float32 target that clearly contradicts its own text is a bug, and stops."""
     found = [(one, answers[index]) for index, several in sorted(differing.items()) for one in several]
     if not found:
@@ -223,7 +219,7 @@ def _judge(differing: Mapping[int, list[Disagreement]], answers: Sequence[Answer
     log.warning("teacher_cache: %s", text)
 
 
-def _judge_endpoint(divergence: Divergence, origin: Origin) -> None:
+def _judge_endpoint(divergence: Divergence, origin: AnswerOrigin) -> None:
     problem = divergence.problem(origin)
     if problem is None:
         return
@@ -234,7 +230,7 @@ def _judge_endpoint(divergence: Divergence, origin: Origin) -> None:
 
 
 def _report(
-    answers: Sequence[Answered], spoken: UInt8[np.ndarray, " tokens"], differing: Mapping[int, list[Disagreement]]
+    answers: Sequence[AnsweredPrompt], spoken: UInt8[np.ndarray, " tokens"], differing: Mapping[int, list[Disagreement]]
 ) -> dict[str, Any]:
     counts = Counter(spoken.tolist())
     num_tokens = sum(len(row.token_ids) for row in answers)

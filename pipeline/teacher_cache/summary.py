@@ -7,35 +7,35 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.places import Place
+from pipeline.artifacts.storage import StoragePath
 from pipeline.prompts.channels import Channel
 from pipeline.prompts.sources import PromptSet
-from pipeline.teacher_cache.generate import Rendered
+from pipeline.store.layout import CacheLayout
 from pipeline.teacher_cache.origin import Divergence
+from pipeline.teacher_cache.render import RenderedPrompt
 from pipeline.teacher_cache.shards import Plan
-from pipeline.teacher_cache.store import Layout
 
 SUMMARY, PROMPTS = "summary.json", "prompts.jsonl"
 
 
-def failures(reports: Mapping[Place, dict[str, Any]]) -> dict[str, str]:
+def failures(reports: Mapping[StoragePath, dict[str, Any]]) -> dict[str, str]:
     """The prompts that got no answer, and why."""
     return {one["prompt_id"]: one["reason"] for report in reports.values() for one in report.get("failed", ())}
 
 
-def answered(rows: Sequence[Rendered], failed: Mapping[str, str]) -> list[Rendered]:
+def answered(rows: Sequence[RenderedPrompt], failed: Mapping[str, str]) -> list[RenderedPrompt]:
     """The rows that have a sequence in the cache."""
     return [row for row in rows if row.skipped is None and row.prompt.prompt_id not in failed]
 
 
 def summarise(
-    rows: Mapping[str, Sequence[Rendered]],
+    rows: Mapping[str, Sequence[RenderedPrompt]],
     found: PromptSet,
     plans: Sequence[Plan],
-    reports: Mapping[Place, dict[str, Any]],
+    reports: Mapping[StoragePath, dict[str, Any]],
     *,
     tapped_layers: Sequence[int],
-    layout: Layout,
+    layout: CacheLayout,
 ) -> dict[str, Any]:
     """What summary.json says, from the prompts and the shards' reports."""
     splits = {}
@@ -79,7 +79,7 @@ def summarise(
     }
 
 
-def prompt_lines(rows: Mapping[str, Sequence[Rendered]], failed: Mapping[str, str]) -> bytes:
+def prompt_lines(rows: Mapping[str, Sequence[RenderedPrompt]], failed: Mapping[str, str]) -> bytes:
     """What prompts.jsonl says: a line for every prompt, used or not."""
     lines = [
         {
@@ -98,7 +98,7 @@ def prompt_lines(rows: Mapping[str, Sequence[Rendered]], failed: Mapping[str, st
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def failures_of(root: Place) -> dict[str, str]:
+def failures_of(root: StoragePath) -> dict[str, str]:
     """The prompts of a complete cache that got no answer, and why."""
     lines = [json.loads(line) for line in (root / PROMPTS).read_text().split("\n") if line]
     return {line["prompt_id"]: line["failed"] for line in lines if line["failed"]}

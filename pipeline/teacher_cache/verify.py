@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from pipeline.artifacts import PipelineError
-from pipeline.teacher_cache.capture import Captured, disagreements
-from pipeline.teacher_cache.check import FEATURE_OUTLIERS, FEATURE_TOLERANCE, READ_SEQUENCES, Retake
-from pipeline.teacher_cache.features import relative_errors
-from pipeline.teacher_cache.store import CachedSequence, CacheSplit
+from pipeline.engine.capture import Captured, disagreements
+from pipeline.errors import PipelineError
+from pipeline.store.feature_codec import relative_errors
+from pipeline.store.layout import CachedSequence
+from pipeline.store.reader import CacheSplit
+from pipeline.teacher_cache.check import FEATURE_OUTLIERS, FEATURE_TOLERANCE, READ_SEQUENCES, Recapture
 
 TOKEN_OUTLIERS = 0.05  # generated tokens that a bfloat16 target may choose otherwise when it reads the whole text
 SHOWN = 5
@@ -20,7 +21,7 @@ Spoken = Callable[[Int[np.ndarray, " T"], int], UInt8[np.ndarray, " T"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Verified:
+class CacheVerification:
     """How many sequences and tokens were read again, and the largest relative difference of a token's features."""
 
     num_sequences: int
@@ -40,23 +41,23 @@ class _Found:
     problem: str | None
 
 
-def sample(num_sequences: int, share: float, seed: int) -> list[int]:
+def sample_indices(num_sequences: int, share: float, seed: int) -> list[int]:
     """Which sequences are read again: a share of them, at least one, the same for the same seed."""
     count = min(num_sequences, math.ceil(share * num_sequences))
     return sorted(np.random.default_rng([seed, num_sequences]).permutation(num_sequences)[:count].tolist())
 
 
-def verify(
+def verify_cache(
     split: CacheSplit,
     chosen: Sequence[int],
     prompts: Sequence[Sequence[int]],
-    retake: Retake,
+    recapture: Recapture,
     spoken: Spoken,
     *,
     tie_gap: float | None,
     is_exact: bool,
-) -> Verified:
-    """Read the `chosen` sequences again; `prompts` are all rendered prompts of the split, `spoken` gives channels.
+) -> CacheVerification:
+    """Reads the `chosen` sequences again; `prompts` are all rendered prompts of the split, `spoken` gives channels.
 
     A generated token whose logit lies more than `tie_gap` below the best is not the target's own (None: an endpoint's
     text, judged as a whole when it was stored). Unless `is_exact` (float32) a few tokens may differ, as `check`
@@ -67,20 +68,20 @@ def verify(
         some = chosen[at : at + READ_SEQUENCES]
         sequences = split.read(some)
         texts, names = [sequence.token_ids.tolist() for sequence in sequences], [split.prompt_ids[i] for i in some]
-        for place, captured in retake(texts, names):
-            index, sequence = some[place], sequences[place]
+        for row, captured in recapture(texts, names):
+            index, sequence = some[row], sequences[row]
             problem = _problem(sequence, prompts[index], spoken)
             found.append(_compared(split.where(index), sequence, captured, split.layout.num_tapped, tie_gap, problem))
     _judge(found, is_exact)
     num_tokens = sum(one.num_tokens for one in found)
-    return Verified(len(found), num_tokens, max((one.worst for one in found), default=0.0))
+    return CacheVerification(len(found), num_tokens, max((one.worst for one in found), default=0.0))
 
 
 def _problem(sequence: CachedSequence, prompt: Sequence[int], spoken: Spoken) -> str | None:
     if sequence.token_ids[: sequence.prompt_tokens].tolist() != list(prompt):
         return "does not begin with its prompt"
     if not np.array_equal(sequence.channels, spoken(sequence.token_ids, sequence.prompt_tokens)):
-        return "has other channels than its control tokens tell"
+        return "has other channels than its control tokens say"
     return None
 
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from pipeline import artifacts, places
-from pipeline.places import Place
+from pipeline.artifacts import artifact, storage
+from pipeline.artifacts.storage import StoragePath
 from pipeline.teacher_cache import shards
 from pipeline.teacher_cache.shards import Plan
 
@@ -30,32 +30,28 @@ class Writer:
             [one for one, is_mine in zip(plans, mine, strict=True) if not is_mine],
         )
 
-    def clear(self, path: Place, mine: Sequence[Plan], complete: Collection[Place]) -> None:
+    def clear(self, path: StoragePath, mine: Sequence[Plan], complete: Collection[StoragePath]) -> None:
         """Remove what an earlier run left half made; of other writers' shards nothing is known here."""
         if isinstance(path, Path):
-            artifacts.open_scratch(path, resume=True)
+            artifact.open_scratch(path, resume=True)
         if self.count == 1:
-            shards.clear_except(artifacts.scratch_of(path), complete)
+            shards.clear_except(artifact.scratch_of(path), complete)
             return
         for one in mine:
             if one.path not in complete:
-                places.remove(one.path)
+                storage.remove(one.path)
 
-    @contextlib.contextmanager
-    def alone(self, path: Place) -> Iterator[None]:
-        """One writer at a time completes a cache in a directory; in a bucket all would write the same bytes."""
-        if self.count == 1 or not isinstance(path, Path):
-            yield
-            return
-        file = path.with_name(path.name + ".lock")
-        with open(file, "w") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX)  # ends with the process, however that ends
-            yield
-            if artifacts.exists(path):
-                file.unlink(missing_ok=True)
+    @property
+    def part(self) -> str:
+        """The part of a cache that this writer makes, by which it is locked; all of it where it is the only one."""
+        return "" if self.count == 1 else f".{self.index}"
 
-    def tell_missing(self, plans: Sequence[Plan], complete: Collection[Place]) -> None:
-        """Say which shards other writers still have to make."""
+    def alone(self, path: StoragePath) -> AbstractContextManager[None]:
+        """Lets one writer at a time complete a cache."""
+        return contextlib.nullcontext() if self.count == 1 else artifact.exclusive(path)
+
+    def log_missing(self, plans: Sequence[Plan], complete: Collection[StoragePath]) -> None:
+        """Logs which shards other writers still have to make."""
         missing = [index for index, one in enumerate(plans) if one.path not in complete]
         log.info(
             "teacher_cache: this writer's %d shards are complete; %d of %d are still missing, of the writers %s. The "

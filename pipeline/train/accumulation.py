@@ -8,24 +8,24 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from pipeline.artifacts import PipelineError
-from pipeline.train.loss import Batch
-from pipeline.train.vocabulary import ROWS
+from pipeline.errors import PipelineError
+from pipeline.train.loss.objective import TrainBatch
+from pipeline.train.loss.vocab_shard import ROW_AXES
 
-Differentiated = Callable[[Any, Batch], tuple[tuple[Array, Any], Any]]
+Differentiated = Callable[[Any, TrainBatch], tuple[tuple[Array, Any], Any]]
 
 
-def require_divisible(num_rows: int, num_parts: int, *, data: int, fsdp: int) -> None:
+def require_divisible_batch(num_rows: int, num_parts: int, *, data: int, fsdp: int) -> None:
     """PipelineError when the rows of a batch cannot be shared out evenly to parts and devices."""
     if num_rows % (num_parts * data * fsdp):
         raise PipelineError(
-            f"train.batch_sequences is {num_rows}; it must be a multiple of train.accumulation x train.data x "
-            f"train.fsdp ({num_parts} x {data} x {fsdp})"
+            f"train.batch_sequences is {num_rows}; it must be a multiple of train.accumulation x "
+            f"train.mesh.data x train.mesh.fsdp ({num_parts} x {data} x {fsdp})"
         )
 
 
 def accumulated(
-    differentiate: Differentiated, parameters: Any, batch: Batch, num_parts: int, mesh: Mesh
+    differentiate: Differentiated, parameters: Any, batch: TrainBatch, num_parts: int, mesh: Mesh
 ) -> tuple[tuple[Array, Any], Any]:
     """`differentiate(parameters, batch)`: the sum of what it makes of the parts, in float32 like the parameters.
 
@@ -39,7 +39,7 @@ def accumulated(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(differentiate, parameters, first)
     )
 
-    def add(so_far: Any, part: Batch) -> tuple[Any, None]:
+    def add(so_far: Any, part: TrainBatch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, so_far, differentiate(parameters, part)), None
 
     return jax.lax.scan(add, nothing, parts)[0]
@@ -50,4 +50,4 @@ def _parts(array: Array, num_parts: int, mesh: Mesh) -> Array:
     num_devices = mesh.shape["dp"] * mesh.shape["fsdp"]
     own = array.reshape(num_devices, num_parts, -1, *array.shape[1:])
     parts = jnp.moveaxis(own, 1, 0).reshape(num_parts, -1, *array.shape[1:])
-    return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, ROWS)))
+    return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))

@@ -11,12 +11,12 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from pipeline.model.draft import Node
+from pipeline.model.dflash.weights import Node
 
 STORED = ("fsdp", "sp")  # axes that weights are split over to save memory alone
 
 
-def opened(node: Node, mesh: Mesh, specs: dict[str, PartitionSpec]) -> Node:
+def gather_matrices(node: Node, mesh: Mesh, specs: dict[str, PartitionSpec]) -> Node:
     """A node whose kernels, by their field's name in `specs`, are whole but for what each device multiplies itself."""
     wide = {}
     for name, spec in specs.items():

@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from pipeline.model.draft import DraftWeights
+from pipeline.model.dflash.weights import DFlashWeights
 from pipeline.progress import Progress
-from pipeline.tracking import Run
-from pipeline.train.best import Evaluation
-from pipeline.train.report import StepReport
-from pipeline.train.score import Score
+from pipeline.tracking.run import Run
+from pipeline.train.evaluation.best import Evaluation
+from pipeline.train.evaluation.score import Score
+from pipeline.train.step_report import StepReport
 
 log = logging.getLogger("pipeline")
 
@@ -22,14 +22,14 @@ PREFIXES = {"heldout": "eval", "train": "eval_train"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Capacity:
+class DeviceCapacity:
     """What the devices could compute: operations a step needs, and a second gives on all of them (None: unknown)."""
 
     step_flops: float
     flops_per_second: float | None
 
 
-class Journal:
+class TrainMonitor:
     """Told of every step; speaks every `log_steps`, and evaluates where the recipe says so.
 
     `evaluate(step, weights)` scores a draft and writes down what it found.
@@ -41,9 +41,9 @@ class Journal:
         *,
         steps: int,
         log_steps: int,
-        capacity: Capacity,
+        capacity: DeviceCapacity,
         evaluates_at: Callable[[int], bool],
-        evaluate: Callable[[int, DraftWeights], Evaluation],
+        evaluate: Callable[[int, DFlashWeights], Evaluation],
         last_evaluated: int,
     ) -> None:
         self._tracker = tracker
@@ -59,7 +59,7 @@ class Journal:
         self._open = contextlib.ExitStack()
         self._progress: Progress | None = None
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "TrainMonitor":
         return self
 
     def __exit__(

@@ -1,13 +1,39 @@
-"""How a draft is trained."""
+"""How a draft is trained: made from the configuration here, and nowhere else."""
 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Float32
+
+from pipeline.config.choices import LossWeights, Optimizer
+from pipeline.config.schema import TrainConfig
+from pipeline.dflash import blocks
+from pipeline.model.dflash.config import DFlashConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class Objective:
+    """What the loss is made of; hashable, for `jit`.
+
+    Block positions weigh as `position_weights` says, position 0 (the anchor) first, or under D-PACE, when there is a
+    `dpace_smoothing`, by what the draft gets right itself. The loss is (1 - `distillation`) times cross entropy against
+    the target's tokens plus `distillation` times that against its distribution.
+    """
+
+    position_weights: tuple[float, ...]
+    dpace_smoothing: float | None = None
+    distillation: float = 0.0
+
+    @property
+    def weights(self) -> Float32[np.ndarray, " K"]:
+        """The weights as an array."""
+        return np.array(self.position_weights, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSplit:
     """The devices of a training: `data` copies of the weights, each split over `fsdp` x `tensor` of them.
 
     Batches are split over `data` and `fsdp`. A number of -1 stands for all devices that the others leave.
@@ -20,10 +46,9 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a draft is trained; `loss_decay` is `blocks.slot_weights`'s, `dtype` that of the arithmetic.
+    """How a draft is trained; `dtype` is that of the arithmetic, `remat` as in `dflash.denoise_blocks`.
 
-    `dpace_smoothing` and `distillation` as in `loss.draft_sums`, `remat` as in `draft.denoise_blocks`. A batch goes
-    through in `accumulation` parts. Without `ema_decay` no average of the weights is kept.
+    A batch goes through in `accumulation` parts. Without `ema_decay` no average of the weights is computed.
     """
 
     steps: int
@@ -36,17 +61,15 @@ class Recipe:
     weight_decay: float
     clip_grad: float
     ema_decay: float | None = None
-    loss_decay: float
     checkpoint_steps: int
     eval_steps: int
     seed: int
+    objective: Objective
     dtype: DTypeLike = jnp.float32
     muon: bool = False
     remat: bool = False
-    dpace_smoothing: float | None = None
-    distillation: float = 0.0
     accumulation: int = 1
-    split: Split = Split()
+    split: DeviceSplit = DeviceSplit()
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the draft is evaluated behind this step (1, 2, ...)."""
@@ -55,3 +78,36 @@ class Recipe:
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is written behind this step: one that is evaluated may turn out the best."""
         return step % self.checkpoint_steps == 0 or self.evaluates_at(step)
+
+
+def recipe_of(train: TrainConfig, draft: DFlashConfig, seed: int, dtype: jnp.dtype) -> Recipe:
+    """Returns the recipe of this configuration; `dtype` is the precision of the arithmetic where it names none."""
+    mesh = train.mesh
+    given = (mesh.data, mesh.fsdp, mesh.tensor)
+    decay = train.loss_decay or blocks.default_decay(draft.block_size)
+    split = DeviceSplit() if given == (None, None, None) else DeviceSplit(*(size or 1 for size in given))
+    return Recipe(
+        steps=train.steps,
+        batch_sequences=train.batch_sequences,
+        muon=train.optimizer is Optimizer.muon,
+        learning_rate=train.learning_rate,
+        final_learning_rate=train.final_learning_rate,
+        warmup_ratio=train.warmup_ratio,
+        beta1=train.beta1,
+        beta2=train.beta2,
+        weight_decay=train.weight_decay,
+        clip_grad=train.clip_grad,
+        ema_decay=train.ema_decay,
+        checkpoint_steps=train.checkpoint_steps,
+        eval_steps=train.eval_steps,
+        seed=seed,
+        dtype=dtype if train.precision is None else jnp.dtype(train.precision.value),
+        remat=train.remat,
+        split=split,
+        objective=Objective(
+            tuple(float(weight) for weight in blocks.position_weights(draft.block_size, decay)),
+            train.dpace_smoothing if train.loss_weights is LossWeights.dpace else None,
+            train.distillation,
+        ),
+        accumulation=train.accumulation,
+    )

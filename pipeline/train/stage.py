@@ -1,5 +1,6 @@
 """`stage=train`: teacher cache -> trained draft, as EasyDeL's best run directory and what it scored."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,131 +12,117 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array
 
-from pipeline import artifacts, chips, hosts, lineage
-from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import FeatureSource, LossWeights, Optimizer, PipelineConfig, TrainConfig
-from pipeline.dflash import blocks
+from pipeline import distributed
+from pipeline.artifacts import artifact
+from pipeline.artifacts.artifact import Artifact
+from pipeline.artifacts.contract import Contract
+from pipeline.artifacts.files import disk_errors, require_free_space, write_json
+from pipeline.artifacts.storage import BucketPath, StoragePath
+from pipeline.config.choices import FeatureSource
+from pipeline.config.fields import CHECKPOINT, TARGET, TEACHER_CACHE
+from pipeline.config.schema import PipelineConfig, TrainConfig
+from pipeline.cost import chips, train_flops
 from pipeline.dflash.acceptance import MEMORISED, memorises
-from pipeline.dflash.contract import Contract
-from pipeline.lineage import Target
-from pipeline.machine import machine, read_target
-from pipeline.model import checkpoints, hf_draft
-from pipeline.model.draft import DraftConfig, DraftWeights, weight_shapes
-from pipeline.model.linear import Kernel
-from pipeline.places import BucketPath
-from pipeline.teacher_cache.store import CacheSplit, open_split
-from pipeline.tracking import Run
-from pipeline.train import best, data, environment, flops, vocabulary
-from pipeline.train.accumulation import require_divisible
-from pipeline.train.batches import Batches
-from pipeline.train.best import Evaluation
-from pipeline.train.evaluate import evaluate
-from pipeline.train.journal import Capacity, Journal, log_scores
-from pipeline.train.live import LiveTarget
-from pipeline.train.packed_batches import PackedBatches
-from pipeline.train.recipe import Recipe, Split
-from pipeline.train.score import Score
+from pipeline.errors import PipelineError
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.dflash.weights import DFlashWeights, weight_shapes
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.model.hf.directory import read_draft, read_embedding_and_head
+from pipeline.store.checkpoint_files import DATA, DRAFT_CONFIG, EVALUATION
+from pipeline.store.reader import CacheSplit, open_split
+from pipeline.tracking.run import Run
+from pipeline.train.accumulation import require_divisible_batch
+from pipeline.train.data import summary
+from pipeline.train.data.live_target import LiveTarget
+from pipeline.train.data.packed import PackedBatches
+from pipeline.train.data.padded import PaddedBatches
+from pipeline.train.easydel import environment
+from pipeline.train.evaluation import best
+from pipeline.train.evaluation.best import Evaluation
+from pipeline.train.evaluation.evaluate import EVALUATED_SEQUENCES, evaluate
+from pipeline.train.evaluation.score import Score
+from pipeline.train.loss.vocab_shard import FrozenTables, shard_tables
+from pipeline.train.monitor import DeviceCapacity, TrainMonitor, log_scores
+from pipeline.train.recipe import Recipe, recipe_of
+from pipeline.workspace.loading import load_target, runtime_for
+from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
-EVALUATED_SEQUENCES = 256  # of a split, at most
 SAVED_BYTES_PER_WEIGHT = 3 * 4  # the weight and Adam's two moments, float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Given:
-    """What a training is given: texts, the whole target where it is live, and its two ends.
+class TrainInputs:
+    """What a training reads: texts, the whole target where it is live, and its two tables.
 
-    `ends` gives embedding and head in a precision, on the devices of a mesh; the engine serves in `served_dtype`.
+    `tables` gives embedding and head in a precision, on the devices of a mesh; the engine serves in `served_dtype`.
     """
 
-    draft: DraftConfig
+    draft: DFlashConfig
     recipe: Recipe
     splits: dict[str, CacheSplit]
     live: LiveTarget | None
-    ends: Callable[[jnp.dtype, Mesh], tuple[Array, Kernel]]
+    tables: Callable[[jnp.dtype, Mesh], FrozenTables]
     served_dtype: jnp.dtype
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Train the draft of this configuration, or go on with it, or say that it stands."""
-    target = lineage.target(config)
-    path = lineage.checkpoint_address(config, target)
-    if artifacts.exists(path):
-        _report(tracker, lineage.checkpoint(config, target), "stands")
+    """Trains the draft of this configuration, or goes on with it, or reports that it stands."""
+    workspace = Workspace(config)
+    path = workspace.address(CHECKPOINT)
+    if artifact.exists(path):
+        _report(tracker, workspace.open(CHECKPOINT), "stands")
         return
     if isinstance(path, BucketPath):
         raise PipelineError(
             f"train.path is {path}; training writes to a disk: give it a directory, and copy that to the bucket when "
             "it is complete (stage=export reads it from there)"
         )
-    cache = lineage.teacher_cache(config, target)
-    draft = lineage.draft_config(config, target)
-    settings = lineage.checkpoint_settings(config, target, cache.fingerprint)
-    parents = {"target": target.fingerprint, "teacher_cache": cache.fingerprint}
-    contract = lineage.draft_contract(config, target, artifacts.provenance("train", settings, parents))
-    with artifacts.disk_errors(path):
-        scratch = artifacts.scratch_of(path)
-        if hosts.is_first():
-            _open(path, contract, draft)
-        hosts.meet("training begins")
-        if not _is_over(scratch, config.train.steps):
-            _fit(scratch, config, _given(config, target, cache.path, draft), tracker)
-        if hosts.is_first():
-            found = best.take(scratch)
-            artifacts.write_json(scratch / lineage.DRAFT_CONFIG, hf_draft.config_to_hf(draft, "float32", {}))
-            artifacts.write_json(scratch / lineage.EVALUATION, best.as_json(found))
-            artifacts.write_json(scratch / lineage.DATA, data.told(cache))
-            artifacts.seal(path, kind=lineage.CHECKPOINT, settings=settings, contract=contract.to_json())
-        hosts.meet("training is over")
-    _report(tracker, lineage.checkpoint(config, target), "is made")
+    # several hosts are one command, and would have to agree on who waits
+    lock = contextlib.nullcontext() if distributed.is_multihost() else artifact.exclusive(path)
+    with disk_errors(path), lock:
+        if not artifact.exists(path):
+            _train(workspace, path, tracker)
+    _report(tracker, workspace.open(CHECKPOINT), "is made")
 
 
-def recipe_of(train: TrainConfig, draft: DraftConfig, seed: int, dtype: jnp.dtype) -> Recipe:
-    """The recipe of this configuration; `dtype` is the precision of the arithmetic where the recipe has none."""
-    given = (train.data, train.fsdp, train.tensor)
-    split = Split() if given == (None, None, None) else Split(*(size or 1 for size in given))
-    return Recipe(
-        steps=train.steps,
-        batch_sequences=train.batch_sequences,
-        muon=train.optimizer is Optimizer.muon,
-        learning_rate=train.learning_rate,
-        final_learning_rate=train.final_learning_rate,
-        warmup_ratio=train.warmup_ratio,
-        beta1=train.beta1,
-        beta2=train.beta2,
-        weight_decay=train.weight_decay,
-        clip_grad=train.clip_grad,
-        ema_decay=train.ema_decay,
-        loss_decay=train.loss_decay or blocks.default_decay(draft.block_size),
-        checkpoint_steps=train.checkpoint_steps,
-        eval_steps=train.eval_steps,
-        seed=seed,
-        dtype=dtype if train.precision is None else jnp.dtype(train.precision.value),
-        remat=train.remat,
-        split=split,
-        dpace_smoothing=train.dpace_smoothing if train.loss_weights is LossWeights.dpace else None,
-        distillation=train.distillation,
-        accumulation=train.accumulation,
-    )
+def _train(workspace: Workspace, path: Path, tracker: Run) -> None:
+    config, target = workspace.config, workspace.target
+    cache = workspace.open(TEACHER_CACHE)
+    parents = {TARGET: target.fingerprint, TEACHER_CACHE: cache.fingerprint}
+    contract = workspace.contract(CHECKPOINT, workspace.provenance(CHECKPOINT, parents))
+    scratch = Path(str(artifact.scratch_of(path)))
+    if distributed.is_primary():
+        _open(path, contract, workspace.draft_config)
+    distributed.barrier("training begins")
+    if not _is_over(scratch, config.train.steps):
+        _fit(scratch, workspace, _inputs(workspace, cache.path), tracker)
+    if distributed.is_primary():
+        found = best.finalize(scratch)
+        write_json(scratch / DRAFT_CONFIG, hf_dflash.config_to_hf(workspace.draft_config, "float32", {}))
+        write_json(scratch / EVALUATION, best.as_json(found))
+        write_json(scratch / DATA, summary.summarize(cache))
+        workspace.seal(CHECKPOINT, contract, {TEACHER_CACHE: cache})
+    distributed.barrier("training is over")
 
 
-def _open(path: Path, contract: Contract, draft: DraftConfig) -> None:
-    """Make or find the directory to train in. PipelineError when what was begun there has other settings than ours."""
+def _open(path: Path, contract: Contract, draft: DFlashConfig) -> None:
+    """Makes or finds the directory to train in; PipelineError when what was begun there has other settings."""
     sizes = [leaf.size for leaf in jax.tree.leaves(weight_shapes(draft))]
     needed = 3 * SAVED_BYTES_PER_WEIGHT * sum(sizes)  # the best, the last, and the one being written
-    artifacts.require_free_space(path, needed, "training (three checkpoints)")
-    scratch = artifacts.open_scratch(path, resume=True)
-    begun = scratch / artifacts.CONTRACT
+    require_free_space(path, needed, "training (three checkpoints)")
+    scratch = artifact.open_scratch(path, resume=True)
+    begun = scratch / artifact.CONTRACT
     wanted = contract.to_json()
     if begun.is_file() and _decides(json.loads(begun.read_text())) != _decides(json.loads(json.dumps(wanted))):
         raise PipelineError(
             f"{scratch} holds the unfinished training of a draft with other settings (see its {begun.name}); "
             "delete it, or give another train.path"
         )
-    artifacts.write_json(begun, wanted)
+    write_json(begun, wanted)
 
 
 def _decides(contract: dict[str, Any]) -> dict[str, Any]:
@@ -145,93 +132,92 @@ def _decides(contract: dict[str, Any]) -> dict[str, Any]:
 
 def _is_over(scratch: Path, steps: int) -> bool:
     """Whether every step is made and the last draft evaluated: a kill came behind it."""
-    return any(one.step == steps for one in best.read(scratch))
+    return any(one.step == steps for one in best.read_evaluations(scratch))
 
 
-def _given(config: PipelineConfig, target: Target, cache: Path, draft: DraftConfig) -> Given:
+def _inputs(workspace: Workspace, cache: StoragePath) -> TrainInputs:
+    config, target, draft = workspace.config, workspace.target, workspace.draft_config
     served = jnp.dtype(config.target.precision.value)
     recipe = recipe_of(config.train, draft, config.seed, served)
     _require_devices(recipe)
     live = None
     if config.train.features is FeatureSource.live:
-        here = machine(config.mesh, target.path)
-        model, weights = read_target(config, target.path, here)
-        live = LiveTarget(weights, model, draft.tapped_layers, here, distils=recipe.distillation > 0)
+        runtime = runtime_for(config.mesh, target.path)
+        model = load_target(config.target, target.path, runtime)
+        live = LiveTarget(model, draft.tapped_layers, runtime, distils=recipe.objective.distillation > 0)
 
-    @functools.cache  # the trainer and every evaluation take the same; nobody keeps a table whole on one device
-    def ends(dtype: jnp.dtype, mesh: Mesh) -> tuple[Array, Kernel]:
-        return vocabulary.share_out(*checkpoints.load_ends(target.path, dtype), mesh)
+    @functools.cache  # the trainer and every evaluation take the same; no device holds a whole table
+    def tables(dtype: jnp.dtype, mesh: Mesh) -> FrozenTables:
+        return shard_tables(*read_embedding_and_head(target.path, dtype), mesh)
 
-    return Given(
+    return TrainInputs(
         draft=draft,
         recipe=recipe,
         splits={split: open_split(cache, split) for split in ("train", "heldout")},
         live=live,
-        ends=ends,
+        tables=tables,
         served_dtype=served,
     )
 
 
 def _require_devices(recipe: Recipe) -> None:
-    """Raise PipelineError when the devices, or the rows of a batch, cannot be split as was said."""
+    """Raises PipelineError when the devices, or the rows of a batch, cannot be split as was said."""
     split, num_devices = recipe.split, jax.device_count()
     rest = split.data * split.tensor
     fsdp = num_devices // rest if split.fsdp == -1 else split.fsdp
     if rest * fsdp != num_devices:
         raise PipelineError(
-            f"train.data x train.fsdp x train.tensor is {split.data} x {fsdp} x {split.tensor} = {rest * fsdp}; there "
-            f"are {num_devices} devices: change one of them, or leave all three out"
+            f"train.mesh.data x train.mesh.fsdp x train.mesh.tensor is {split.data} x {fsdp} x {split.tensor} = "
+            f"{rest * fsdp}; there are {num_devices} devices: change one of them, or leave all three out"
         )
-    require_divisible(recipe.batch_sequences, recipe.accumulation, data=split.data, fsdp=fsdp)
+    require_divisible_batch(recipe.batch_sequences, recipe.accumulation, data=split.data, fsdp=fsdp)
 
 
-def _fit(scratch: Path, config: PipelineConfig, given: Given, tracker: Run) -> None:
+def _fit(scratch: Path, workspace: Workspace, inputs: TrainInputs, tracker: Run) -> None:
     environment.prepare()
-    from pipeline.train import trainer  # imports EasyDeL, which only now can be
+    from pipeline.train.easydel import trainer  # imports EasyDeL, which only now can be
 
-    train, recipe = config.train, given.recipe
-    batches = _batches(given.splits["train"], train, config.seed)
-    evaluations = best.read(scratch)
-    if hosts.is_first():
-        best.keep(scratch)
-    with Journal(
+    config, recipe = workspace.config, inputs.recipe
+    batches = _batches(inputs.splits["train"], config.train, config.seed)
+    evaluations = best.read_evaluations(scratch)
+    if distributed.is_primary():
+        best.link_best(scratch)
+    setup = trainer.TrainingSetup(
+        draft=inputs.draft,
+        recipe=recipe,
+        tables=functools.partial(inputs.tables, recipe.dtype),
+        batch_at=batches.at,
+        initial=_initial(workspace),
+        complete=None if inputs.live is None else inputs.live.complete,
+    )
+    with TrainMonitor(
         tracker,
-        steps=train.steps,
-        log_steps=train.log_steps,
-        capacity=_capacity(given, train, batches),
+        steps=recipe.steps,
+        log_steps=config.train.log_steps,
+        capacity=_capacity(inputs, config.train, batches),
         evaluates_at=recipe.evaluates_at,
-        evaluate=functools.partial(_evaluate, scratch, given),
+        evaluate=functools.partial(_evaluate, scratch, inputs),
         last_evaluated=max((one.step for one in evaluations), default=0),
-    ) as journal:
-        trainer.fit(
-            scratch,
-            given.draft,
-            recipe,
-            functools.partial(given.ends, recipe.dtype),
-            batches.at,
-            journal.begin,
-            journal.step,
-            initial=_initial(config),
-            complete=None if given.live is None else given.live.complete,
-        )
+    ) as monitor:
+        trainer.fit(scratch, setup, monitor.begin, monitor.step)
 
 
-def _initial(config: PipelineConfig) -> DraftWeights | None:
+def _initial(workspace: Workspace) -> DFlashWeights | None:
     """The weights of `train.init`, in float32."""
-    directory = lineage.initial_draft(config)
-    return None if directory is None else checkpoints.load_draft(directory, jnp.float32)[1]
+    directory = workspace.initial_draft
+    return None if directory is None else read_draft(directory, jnp.float32).weights
 
 
-def _batches(split: CacheSplit, train: TrainConfig, seed: int) -> Batches | PackedBatches:
+def _batches(split: CacheSplit, train: TrainConfig, seed: int) -> PaddedBatches | PackedBatches:
     """Rows of one sequence each, or of `train.pack_tokens` tokens."""
-    given = {
+    options: dict[str, Any] = {
         "num_anchors": train.anchors_per_sequence,
         "seed": seed,
         "host": (jax.process_index(), jax.process_count()),
     }
     if train.pack_tokens is None:
-        return Batches(split, num_sequences=train.batch_sequences, **given)
-    batches = PackedBatches(split, num_rows=train.batch_sequences, row_tokens=train.pack_tokens, **given)
+        return PaddedBatches(split, num_sequences=train.batch_sequences, **options)
+    batches = PackedBatches(split, num_rows=train.batch_sequences, row_tokens=train.pack_tokens, **options)
     log.info(
         "train: %d sequences are packed into %d rows of %d tokens (%.0f%% full) and %d blocks",
         split.num_sequences,
@@ -243,41 +229,40 @@ def _batches(split: CacheSplit, train: TrainConfig, seed: int) -> Batches | Pack
     return batches
 
 
-def _capacity(given: Given, train: TrainConfig, batches: Batches | PackedBatches) -> Capacity:
-    split = given.splits["train"]
+def _capacity(inputs: TrainInputs, train: TrainConfig, batches: PaddedBatches | PackedBatches) -> DeviceCapacity:
+    split = inputs.splits["train"]
     mean_tokens = float(split.num_tokens.mean())
-    needed = flops.step_flops(
-        given.draft,
+    needed = train_flops.step_flops(
+        inputs.draft,
         num_sequences=batches.sequences_per_step,
         num_positions=mean_tokens,
         num_anchors=train.anchors_per_sequence,
         context_tokens=float((split.num_tokens + split.prompt_tokens).mean()) / 2,
     )
     chip = chips.chip_of(jax.devices()[0].device_kind)
-    return Capacity(needed, None if chip is None else chip.flops_per_second * jax.device_count())
+    return DeviceCapacity(needed, None if chip is None else chip.flops_per_second * jax.device_count())
 
 
-def _evaluate(scratch: Path, given: Given, step: int, weights: DraftWeights) -> Evaluation:
-    """Score a draft, in the precision it is served in, on held-out texts and on as many train texts."""
-    weights = jax.tree.map(lambda array: array.astype(given.served_dtype), weights)
-    mesh = weights.norm.sharding.mesh
-    ends = given.ends(given.served_dtype, mesh)
-    count = min(EVALUATED_SEQUENCES, *(split.num_sequences for split in given.splits.values()))
-    filled = None if given.live is None else given.live.filled
+def _evaluate(scratch: Path, inputs: TrainInputs, step: int, weights: DFlashWeights) -> Evaluation:
+    """Scores a draft, in the precision it is served in, on held-out texts and on as many train texts."""
+    weights = jax.tree.map(lambda array: array.astype(inputs.served_dtype), weights)
+    draft, tables = DraftModel(inputs.draft, weights), inputs.tables(inputs.served_dtype, weights.norm.sharding.mesh)
+    count = min(EVALUATED_SEQUENCES, *(split.num_sequences for split in inputs.splits.values()))
+    with_features = None if inputs.live is None else inputs.live.with_features
     scores: dict[str, Score] = {
-        name: evaluate(weights, given.draft, *ends, split, num_sequences=count, filled=filled, mesh=mesh)
-        for name, split in given.splits.items()
+        name: evaluate(draft, tables, split, num_sequences=count, with_features=with_features)
+        for name, split in inputs.splits.items()
     }
-    return best.add(scratch, step, scores)
+    return best.record(scratch, step, scores)
 
 
 def _report(tracker: Run, made: Artifact, verb: str) -> None:
-    found = json.loads((made.path / lineage.EVALUATION).read_text())
-    step, steps = found["step"], made.settings["train"]["steps"]
+    found = json.loads((made.path / EVALUATION).read_text())
+    step, steps = found["step"], made.settings["train.steps"]
     scores = {split: Score.from_json(found[split]) for split in ("heldout", "train")}
     log_scores(tracker, scores, step)
-    tracker.log_json(artifacts.CONTRACT, made.contract)
-    tracker.log_json(lineage.EVALUATION, found)
+    tracker.log_json(artifact.CONTRACT, made.contract)
+    tracker.log_json(EVALUATION, found)
     heldout, trained = scores["heldout"].total, scores["train"].total
     log.info(
         "train: the draft %s at %s; the best of its evaluations is that of step %d of %d; accept_length %.3f of %d on "

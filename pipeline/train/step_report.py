@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from pipeline.model.draft import DraftWeights
+from pipeline.model.dflash.weights import DFlashWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,4 +16,4 @@ class StepReport:
 
     step: int
     metrics: dict[str, float]
-    weights: Callable[[], DraftWeights]
+    weights: Callable[[], DFlashWeights]

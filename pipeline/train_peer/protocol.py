@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from pipeline import other_program
-from pipeline.model.linear import Kernel, Transposed
+from pipeline.external import command as other_program
+from pipeline.model.layers.linear import Matrix, TransposedMatrix
 
 KEY = "train_peer.command"
 WARM_UP_STEPS = 3  # of a pass, not counted
@@ -52,7 +52,7 @@ PUBLISHED = PeerRecipe(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
+class PeerData:
     """Sequences by number, and which of them each step's batch holds."""
 
     file: Path
@@ -61,8 +61,8 @@ class Data:
 
     @classmethod
     def write(
-        cls, file: Path, batches: Iterable[dict[str, np.ndarray]], embedding: Float[Array, "V D"], head: Kernel
-    ) -> "Data":
+        cls, file: Path, batches: Iterable[dict[str, np.ndarray]], embedding: Float[Array, "V D"], head: Matrix
+    ) -> "PeerData":
         """What these batches (fields of `loss.Batch`, a sequence to a row) hold, each sequence once."""
         places: dict[bytes, int] = {}
         sequences: list[dict[str, np.ndarray]] = []
@@ -84,15 +84,15 @@ class Data:
             **{**tokens, "features": tokens["features"].view(np.int16)},
             offsets=np.cumsum([0, *lengths]),
             embedding=np.asarray(embedding),
-            head=np.asarray(head.array if isinstance(head, Transposed) else head.T),
+            head=np.asarray(head.array if isinstance(head, TransposedMatrix) else head.T),
         )
         return cls(file=file, order=order, num_tokens=[sum(lengths[one] for one in batch) for batch in order])
 
 
-def run_peer(
+def run_peer_trainer(
     command: Sequence[str],
     draft: Path,
-    data: Data,
+    data: PeerData,
     recipe: PeerRecipe,
     *,
     num_anchors: int,
@@ -112,11 +112,11 @@ def run_peer(
         "attention": attention,
         "draft_out": None if draft_out is None else str(draft_out),
     }
-    return other_program.ask(command, given, KEY)
+    return other_program.run_json(command, given, KEY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Against:
+class TrainingComparison:
     """Seconds of each step, pass by pass, ours and theirs, and tokens of each step's batch."""
 
     ours: tuple[tuple[float, ...], ...]

@@ -1,69 +1,62 @@
-"""What a stage runs on: devices, mesh and kernels; and the target and the draft, read to where they run."""
+"""Chooses mesh and kernels for the machine at hand, and loads target and draft onto its devices."""
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from pipeline import progress
-from pipeline.config import ExpertWeights, MeshConfig, PipelineConfig, TargetConfig
-from pipeline.model import checkpoints, hf_target, placement
-from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.execution import PLAIN, Execution, Kernels
-from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
-from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
-from pipeline.model.sharding import Shards
+from pipeline.config.choices import ExpertWeights, Precision
+from pipeline.config.schema import MeshConfig, TargetConfig
+from pipeline.model import placement
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf import gpt_oss as hf_gpt_oss
+from pipeline.model.hf.directory import read_config, read_draft, read_draft_config, read_target
+from pipeline.model.parallel.execution import Execution, KernelBackend
+from pipeline.model.parallel.runtime import Runtime
+from pipeline.model.parallel.shards import Shards
 
 log = logging.getLogger("pipeline")
 
-KERNELS = {"cpu": Kernels.xla, "gpu": Kernels.cudnn, "tpu": Kernels.pallas_tpu}
-FEW_TOKENS = {Kernels.xla: 512, Kernels.cudnn: 64, Kernels.pallas_tpu: 256}  # measured: stage=roofline
+BACKENDS = {"cpu": KernelBackend.xla, "gpu": KernelBackend.cudnn, "tpu": KernelBackend.pallas_tpu}
+# measured: stage=roofline
+MAX_PER_EXPERT_TOKENS = {KernelBackend.xla: 512, KernelBackend.cudnn: 64, KernelBackend.pallas_tpu: 256}
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """How programs run here: `mesh` None is one device."""
-
-    run: Execution = PLAIN
-    mesh: Mesh | None = None
-
-
-ONE_DEVICE = Machine()
-
-
-def machine(config: MeshConfig, directory: Path, *, draft: Path | None = None) -> Machine:
-    """The machine for the target in `directory`, and a draft beside it.
+def runtime_for(config: MeshConfig, directory: Path, *, draft: Path | None = None) -> Runtime:
+    """Returns the runtime for the target in `directory`, and a draft beside it.
 
     Raises PipelineError when the mesh does not fit the devices there are.
     """
-    configs = [checkpoints.read_config(one) for one in (directory, draft) if one is not None]
-    return machine_for(config, [one.get("num_key_value_heads", 1) for one in configs])
+    configs = [read_config(one) for one in (directory, draft) if one is not None]
+    return runtime_for_heads(config, [one.get("num_key_value_heads", 1) for one in configs])
 
 
-def machine_for(config: MeshConfig, heads: list[int]) -> Machine:
-    """The machine for networks with these numbers of key/value heads."""
+def runtime_for_heads(config: MeshConfig, heads: list[int]) -> Runtime:
+    """Returns the runtime for networks with these numbers of key/value heads."""
     is_cpu = jax.default_backend() == "cpu"
     shards = choose_shards(config, 1 if is_cpu else jax.device_count(), heads)
-    kernels = KERNELS[jax.default_backend()]
-    run = Execution(shards, kernels, FEW_TOKENS[kernels])
-    return Machine(run, placement.make_mesh(shards, jax.devices()) if shards.split else None)
+    backend = BACKENDS[jax.default_backend()]
+    execution = Execution(shards, backend, MAX_PER_EXPERT_TOKENS[backend])
+    return Runtime(execution, placement.make_mesh(shards, jax.devices()) if shards.is_split else None)
 
 
-def on_slice(shards: Shards, devices: list[Any]) -> Machine:
-    """The machine that a TPU slice is."""
-    kernels = Kernels.pallas_tpu
-    return Machine(Execution(shards, kernels, FEW_TOKENS[kernels]), placement.make_mesh(shards, devices))
+def runtime_for_slice(shards: Shards, devices: list[Any]) -> Runtime:
+    """Returns the runtime of a TPU slice, which need not be here."""
+    backend = KernelBackend.pallas_tpu
+    return Runtime(Execution(shards, backend, MAX_PER_EXPERT_TOKENS[backend]), placement.make_mesh(shards, devices))
 
 
 def choose_shards(config: MeshConfig, num_devices: int, heads: list[int]) -> Shards:
-    """The mesh that was chosen, or one for `num_devices` where nothing was.
+    """Returns the mesh that was chosen, or one for `num_devices` where nothing was.
 
-    A model is split as far as the numbers of key/value heads allow: whatever an expert that is hit weighs is then
-    read by all devices together, while experts split one from another are read by the few that have them.
+    A model is split as far as the numbers of key/value heads allow: an expert that is hit is then read by all devices
+    together, while experts split one from another are read by the few that have them.
     """
     given = (config.data, config.expert, config.tensor)
     if any(size is not None for size in given):
@@ -72,52 +65,48 @@ def choose_shards(config: MeshConfig, num_devices: int, heads: list[int]) -> Sha
     return Shards(num_devices // tensor, 1, tensor)
 
 
-def weights_form(config: PipelineConfig, directory: Path, shards: Shards) -> WeightsForm:
-    """How the target's weights are held here."""
-    packed = is_held_packed(config.target, is_packed(checkpoints.read_config(directory)))
-    return WeightsForm(config.target.precision.value, packed, shards)
-
-
 def is_held_packed(config: TargetConfig, packed_files: bool) -> bool:
-    """Whether experts are held as MXFP4: as the files are, unless `target.weights` says otherwise."""
+    """Returns whether experts are held as MXFP4: as the files are, unless `target.weights` says otherwise."""
     return packed_files if config.weights is None else config.weights is ExpertWeights.mxfp4
 
 
-def read_target(config: PipelineConfig, directory: Path, here: Machine) -> tuple[GptOssConfig, GptOssWeights]:
-    """The target's weights, each part on the devices that need it; what they take is logged."""
-    form = weights_form(config, directory, here.run.shards)
-    places = None
-    if here.mesh is not None:
-        model = GptOssConfig.from_hf(checkpoints.read_config(directory))
-        placement.require_divisible(model, form)
-        places = placement.target_places(model, form, here.mesh)
-    model, weights = checkpoints.load_target(directory, form, places)
-    _tell_size(config.target.name, model, weights, form)
-    return model, weights
+def load_target(config: TargetConfig, directory: Path, runtime: Runtime) -> TargetModel:
+    """Reads the target, each part of its weights onto the devices that need it; logs what they take."""
+    found = read_config(directory)
+    packed = is_held_packed(config, is_packed(found))
+    weight_format = WeightFormat(config.precision.value, packed, runtime.execution.shards)
+    shardings = None
+    if runtime.mesh is not None:
+        sizes = GptOssConfig.from_hf(found)
+        placement.require_divisible_target(sizes, weight_format)
+        shardings = placement.target_shardings(sizes, weight_format, runtime.mesh)
+    target = read_target(directory, weight_format, shardings)
+    _log_size(config.name, target, weight_format)
+    return target
 
 
-def _tell_size(name: str, model: GptOssConfig, weights: GptOssWeights, form: WeightsForm) -> None:
-    """Log what the weights take on the devices of this host, and per parameter of one copy of the model."""
-    leaves = jax.tree.leaves(weights)
-    here = sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards)
-    count = hf_target.num_parameters(model)
+def _log_size(name: str, target: TargetModel, weight_format: WeightFormat) -> None:
+    """Logs what the weights take on the devices of this host, and per parameter of one copy of the model."""
+    leaves = jax.tree.leaves(target)
+    num_bytes = sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards)
+    count = hf_gpt_oss.num_parameters(target.config)
     log.info(
         "%s: %.4g million parameters, %s, %.2f bytes each; %siB on %d of %d devices",
         name,
         count / 1e6,
-        "experts MXFP4" if form.packed else form.dtype,
+        "experts MXFP4" if weight_format.packed else weight_format.dtype,
         sum(leaf.nbytes for leaf in leaves) / count,
-        progress.binary_amount(here),
+        progress.binary_amount(num_bytes),
         len(leaves[0].addressable_shards),
         len(leaves[0].sharding.device_set),
     )
 
 
-def read_draft(config: PipelineConfig, directory: Path, here: Machine) -> tuple[DraftConfig, DraftWeights]:
-    """The draft's weights in the target's precision, each part on the devices that need it."""
-    dtype = config.target.precision.value
-    if here.mesh is None:
-        return checkpoints.load_draft(directory, dtype)
-    sizes = checkpoints.read_draft_config(directory)
-    placement.require_divisible_draft(sizes, here.run.shards)
-    return checkpoints.load_draft(directory, dtype, placement.draft_places(sizes, dtype, here.mesh))
+def load_draft(precision: Precision, directory: Path, runtime: Runtime) -> DraftModel:
+    """Reads the draft in the target's precision, each part of its weights onto the devices that need it."""
+    dtype = precision.value
+    if runtime.mesh is None:
+        return read_draft(directory, dtype)
+    sizes = read_draft_config(directory)
+    placement.require_divisible_draft(sizes, runtime.execution.shards)
+    return read_draft(directory, dtype, placement.draft_shardings(sizes, dtype, runtime.mesh))

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from pipeline.artifacts import PipelineError
-from pipeline.dflash.contract import (
+from pipeline.artifacts.contract import (
     Contract,
     DraftIdentity,
     FeatureIdentity,
@@ -15,6 +14,7 @@ from pipeline.dflash.contract import (
     differences,
     require_match,
 )
+from pipeline.errors import PipelineError
 
 WHOLE = Contract(
     target=TargetIdentity(

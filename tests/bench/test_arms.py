@@ -1,17 +1,17 @@
-"""How the two arms alternate and what is made of their clocks, with engines whose clocks a test sets."""
+"""How the two arms alternate and what is made of their times, with engines whose times a test sets."""
 
 import dataclasses
 import math
 
 from pipeline.bench import arms
-from pipeline.bench.arms import DFLASH, PLAIN, Comparison, Pass
+from pipeline.bench.arms import DFLASH, PLAIN, ArmPass, Comparison
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.serve.engine import Clock, Engine, Finished
-from pipeline.serve.scheduler import Request
+from pipeline.engine.engine import Engine, EngineTimes
+from pipeline.engine.request import Completion, Request
 
 REQUESTS = [Request(request_id=name, prompt_ids=(1, 2, 3), max_new_tokens=5) for name in "abc"]
-KEPT = {"a": (3, 0), "b": (1,), "c": (0, 0, 2)}
+ACCEPTED = {"a": (3, 0), "b": (1,), "c": (0, 0, 2)}
 
 
 class ScriptedEngine(Engine):
@@ -19,7 +19,9 @@ class ScriptedEngine(Engine):
 
     def __init__(self, name, seconds, history, block_size):
         self.name, self.seconds, self.history, self.block_size = name, iter(seconds), history, block_size
-        self.clock = Clock(decode_tokens=1000, decode_seconds=1000.0, prefill_seconds=1000.0)  # of an earlier life
+        self.times = EngineTimes(
+            decode_tokens=1000, decode_seconds=1000.0, prefill_seconds=1000.0
+        )  # of an earlier life
 
     def warm_up(self):
         self.history.append(f"warm {self.name}")
@@ -27,38 +29,40 @@ class ScriptedEngine(Engine):
     def generate(self, requests):
         self.history.append(self.name)
         for request in requests:
-            kept = KEPT[request.request_id] if self.block_size else ()
-            yield Finished(request_id=request.request_id, token_ids=(7,) * 5, finish_reason="length", kept=kept)
-        clock = self.clock
-        self.clock = dataclasses.replace(
-            clock,
-            decode_tokens=clock.decode_tokens + 12,
-            decode_seconds=clock.decode_seconds + next(self.seconds),
-            prefill_seconds=clock.prefill_seconds + 0.5,
+            accepted = ACCEPTED[request.request_id] if self.block_size else ()
+            yield Completion(
+                request_id=request.request_id, token_ids=(7,) * 5, finish_reason="length", accepted_per_round=accepted
+            )
+        times = self.times
+        self.times = dataclasses.replace(
+            times,
+            decode_tokens=times.decode_tokens + 12,
+            decode_seconds=times.decode_seconds + next(self.seconds),
+            prefill_seconds=times.prefill_seconds + 0.5,
         )
 
 
 def compared(plain_seconds, dflash_seconds):
-    history, told = [], []
-    comparison = arms.compare(
+    history, reported = [], []
+    comparison = arms.compare_arms(
         ScriptedEngine(PLAIN, plain_seconds, history, None),
         ScriptedEngine(DFLASH, dflash_seconds, history, 4),
         REQUESTS,
         len(plain_seconds),
-        lambda name, one: told.append((name, one)),
+        lambda name, one: reported.append((name, one)),
     )
-    return comparison, history, told
+    return comparison, history, reported
 
 
 def test_both_are_warm_before_the_first_pass_and_take_turns_in_going_first():
-    comparison, history, told = compared([1.0] * 3, [1.0] * 3)
+    comparison, history, reported = compared([1.0] * 3, [1.0] * 3)
     warm = ["warm plain", "warm dflash"]
     assert history == [*warm, PLAIN, DFLASH, DFLASH, PLAIN, PLAIN, DFLASH]
-    assert [name for name, _ in told] == history[2:]
-    assert [one for name, one in told if name == DFLASH] == list(comparison.dflash)
+    assert [name for name, _ in reported] == history[2:]
+    assert [one for name, one in reported if name == DFLASH] == list(comparison.dflash)
 
 
-def test_a_pass_reads_what_its_engines_clock_gained():
+def test_a_pass_reads_what_its_engines_times_gained():
     comparison, _, _ = compared([3.0, 4.0], [1.5, 0.5])
     assert [one.decode_seconds for one in comparison.plain] == [3.0, 4.0]
     assert [one.decode_tokens for one in comparison.plain + comparison.dflash] == [12] * 4
@@ -79,6 +83,6 @@ def test_acceptance_counts_the_rounds_of_one_pass_only():
 
 
 def test_answers_of_one_token_have_neither_rounds_nor_a_speedup():
-    one = Pass(answers={}, decode_tokens=0, decode_seconds=1.0, prefill_seconds=1.0)
+    one = ArmPass(answers={}, decode_tokens=0, decode_seconds=1.0, prefill_seconds=1.0)
     comparison = Comparison(plain=(one,), dflash=(one,), acceptance=acceptance.empty(4))
     assert math.isnan(comparison.speedup)

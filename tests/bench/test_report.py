@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.bench import report
-from pipeline.bench.arms import Comparison, Pass
+from pipeline.bench.arms import ArmPass, Comparison
 from pipeline.bench.losslessness import Difference, Losslessness
 from pipeline.dflash.acceptance import Acceptance
 
@@ -32,7 +32,7 @@ KEYS = {
 
 
 def one_pass(seconds, prefill_seconds):
-    return Pass(answers={}, decode_tokens=1200, decode_seconds=seconds, prefill_seconds=prefill_seconds)
+    return ArmPass(answers={}, decode_tokens=1200, decode_seconds=seconds, prefill_seconds=prefill_seconds)
 
 
 COMPARISON = Comparison(
@@ -50,8 +50,8 @@ def lossless(*gaps):
     return Losslessness(num_answers=9, differences=differences, tie_gap=1e-3)
 
 
-def measured(*gaps, **said):
-    return report.results(COMPARISON, lossless(*gaps), said)
+def measured(*gaps, **evaluation):
+    return report.results(COMPARISON, lossless(*gaps), evaluation)
 
 
 def test_results_hold_every_measure_under_the_names_of_mlflow():
@@ -67,7 +67,7 @@ def test_results_hold_every_measure_under_the_names_of_mlflow():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_a_draft_is_compared_with_what_training_and_export_said_of_it():
+def test_a_draft_is_compared_with_its_evaluations_in_training_and_at_export():
     found = measured(heldout={"accept_length": 2.0})
     assert found.keys() == KEYS | {"training_accept_length", "engine_over_training"}
     assert found["engine_over_training"] == pytest.approx(1.25)
@@ -76,7 +76,9 @@ def test_a_draft_is_compared_with_what_training_and_export_said_of_it():
 
 
 def test_the_table_shows_every_number_a_demo_promises():
-    lines = report.table(measured(heldout={"accept_length": 2.0}, engine={"accept_length": 2.4}), 4).splitlines()
+    lines = report.results_table(
+        measured(heldout={"accept_length": 2.0}, engine={"accept_length": 2.4}), 4
+    ).splitlines()
     rows = dict(line.split("  ", 1) for line in lines[1:-1])
     assert lines[0] == lines[-1] == "-" * len(lines[0])
     assert max(map(len, lines[1:-1])) == len(lines[0])
@@ -88,13 +90,13 @@ def test_the_table_shows_every_number_a_demo_promises():
         "DFLASH": "1200 tokens/s",
         "speedup": "2.00x (2.00 to 3.00)",
         "losslessness": "9 of 9 answers equal plain greedy's",
-        "training said": "accept_length 2.000 (engine 125.0%)",
-        "export found": "accept_length 2.400",
+        "in training": "accept_length 2.000 (engine 125.0%)",
+        "at export": "accept_length 2.400",
         "measured on": "9 prompts, 1200 tokens",
     }
 
 
-def test_the_table_tells_ties_from_wrong_answers():
-    table = report.table(measured(1e-4, 0.7, 0.9), 4)
+def test_the_table_distinguishes_ties_from_wrong_answers():
+    table = report.results_table(measured(1e-4, 0.7, 0.9), 4)
     assert "6 of 9 answers equal plain greedy's, 1 differ at a tie, 2 WRONG" in table
-    assert "training said" not in table
+    assert "in training" not in table

@@ -1,13 +1,13 @@
 """Requests of a benchmark: the prompts as they are, or real text of exactly the length asked for."""
 
 import pytest
-from chatml import chatml_tokenizer
 
-from pipeline.artifacts import PipelineError
 from pipeline.bench.workload import held_out, requests_of
+from pipeline.errors import PipelineError
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
 from pipeline.prompts.split import is_heldout
+from tests.support.chatml import chatml_tokenizer
 
 PROMPTS = [list(range(start, start + length)) for start, length in ((0, 7), (100, 4), (200, 11), (300, 2), (400, 9))]
 
@@ -17,8 +17,8 @@ def test_held_out_prompts_are_rendered_on_the_day_asked_for():
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"
     prompts = [prompt_of([Message("user", f"number {index}")], "low") for index in range(20)]
     texts = [tokenizer.decode(ids) for ids in held_out(prompts, 0.5, tokenizer, date="2025-08-05")]
-    kept = [prompt for prompt in prompts if is_heldout(prompt.prompt_id, 0.5)]
-    assert texts == [f"2025-08-05 {prompt.messages[0].content}" for prompt in kept]
+    chosen = [prompt for prompt in prompts if is_heldout(prompt.prompt_id, 0.5)]
+    assert texts == [f"2025-08-05 {prompt.messages[0].content}" for prompt in chosen]
 
 
 def test_without_a_length_the_first_prompts_are_taken_as_they_are():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.compile import report
-from pipeline.compile.program_text import Collective, Shape, parse
+from pipeline.compile.hlo import Collective, Shape, parse
 
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(bf16[8,64]{1,0})->f32[8,64]{1,0}}
 
@@ -116,7 +116,7 @@ def test_only_the_kernel_may_read_experts():
 @pytest.mark.parametrize(
     ("lengths", "is_found"), [([512, 9], True), ([1024], False)], ids=["of a cache's length", "other"]
 )
-def test_an_exchange_as_long_as_a_cache_is_told(lengths, is_found):
+def test_an_exchange_as_long_as_a_cache_is_reported(lengths, is_found):
     found = report.gathered_caches(parse(TEXT), lengths, 8)
     assert found == (["a key/value cache is exchanged: all-gather of bf16[8, 512]"] if is_found else [])
 

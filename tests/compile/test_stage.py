@@ -4,29 +4,28 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from pipeline.artifacts import PipelineError
-from pipeline.chips import CHIPS, GIB
-from pipeline.compile import chips, report
-from pipeline.compile.report import Costs, Told
-from pipeline.config import MeshConfig
-from pipeline.machine import choose_shards
-from pipeline.model import traffic
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm, random_weights
-from pipeline.model.sharding import Shards
+from pipeline.compile import report, topology
+from pipeline.compile.report import Costs, ProgramReport
+from pipeline.config.schema import MeshConfig
+from pipeline.cost import memory_traffic
+from pipeline.cost.chips import CHIPS, GIB
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.weights import WeightFormat, random_weights
+from pipeline.model.parallel.shards import Shards
+from pipeline.workspace.loading import choose_shards
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 REDUCED = [
     "target.architecture.num_hidden_layers=4",
     "draft.num_hidden_layers=1",
     "draft.num_tapped_layers=2",
-    "serve.max_length=2048",
+    "engine.max_length=2048",
     "compile.block_sizes=[8]",
     "train.anchors_per_sequence=16",
     "teacher_cache.max_prompt_tokens=128",
@@ -41,8 +40,8 @@ def run(tmp_path, *overrides):
 
 
 def test_an_unknown_chip_is_refused():
-    with pytest.raises(PipelineError, match="topology is v9:2x4; it must be one of v5e, v5p, v6e and a size"):
-        chips.slice_of("v9:2x4")
+    with pytest.raises(PipelineError, match="compile.topology is v9:2x4; it must be one of v5e, v5p, v6e and a size"):
+        topology.slice_of("v9:2x4")
 
 
 @pytest.mark.skipif(has_libtpu, reason="libtpu is installed here")
@@ -54,19 +53,19 @@ def test_without_libtpu_one_error_says_how_to_get_it(tmp_path):
 
 
 def test_what_is_larger_than_the_chips_memory_does_not_fit():
-    told = Told(name="decode", seconds_to_compile=1.0, argument_bytes=15 * GIB, temporary_bytes=2 * GIB)
-    assert report.does_not_fit(told, CHIPS["v6e"]) == []
-    (problem,) = report.does_not_fit(told, CHIPS["v5e"])
+    decode = ProgramReport(name="decode", seconds_to_compile=1.0, argument_bytes=15 * GIB, temporary_bytes=2 * GIB)
+    assert report.does_not_fit(decode, CHIPS["v6e"]) == []
+    (problem,) = report.does_not_fit(decode, CHIPS["v5e"])
     assert problem == ("does not fit: 15.00 GiB of arguments and 2.00 GiB of temporaries, the chip has 16 GiB")
 
 
 def test_the_table_has_a_line_a_program_and_names_problems():
     costs = Costs(flops=2e9, bytes=3e9, seconds=None, floor_seconds=0.004)
-    told = [
-        Told(name="decode", seconds_to_compile=12.3, argument_bytes=GIB, temporary_bytes=GIB, costs=costs),
-        Told(name="dflash 8", seconds_to_compile=1.0, problems=("does not compile: because",)),
+    reports = [
+        ProgramReport(name="decode", seconds_to_compile=12.3, argument_bytes=GIB, temporary_bytes=GIB, costs=costs),
+        ProgramReport(name="dflash 8", seconds_to_compile=1.0, problems=("does not compile: because",)),
     ]
-    lines = report.table(told, CHIPS["v5e"]).splitlines()
+    lines = report.program_table(reports, CHIPS["v5e"]).splitlines()
     assert lines[2].split() == "decode 12 s 1.00 GiB 1.00 GiB 12% 2.0 G 3.00 GB 0 MiB - 4.00 ms".split()
     assert lines[3].split() == ["dflash", "8", "not"]
     assert lines[-1] == "  PROBLEM: does not compile: because"
@@ -94,7 +93,7 @@ def test_the_bytes_of_a_step_are_those_of_the_weights_it_reads():
     config = GptOssConfig.from_hf(hf)
     for packed in (False, True):
         shapes = jax.eval_shape(
-            lambda packed=packed: random_weights(config, jax.random.key(0), WeightsForm("bfloat16", packed))
+            lambda packed=packed: random_weights(config, jax.random.key(0), WeightFormat("bfloat16", packed))
         )
         held = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes) if leaf.ndim > 1)
         held -= np.prod(shapes.embedding.shape) * 2
@@ -103,20 +102,20 @@ def test_the_bytes_of_a_step_are_those_of_the_weights_it_reads():
                        for leaf in jax.tree.leaves(getattr(one.experts, name))]  # fmt: skip
             matrices = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in experts)
             held -= matrices * (1 - 2880 / 2944)
-        read = traffic.target_bytes(config, 10_000, 1, 0, packed=packed)
+        read = memory_traffic.target_bytes(config, 10_000, 1, 0, packed=packed)
         assert read == pytest.approx(held, rel=5e-3)
-    assert traffic.experts_hit(config, 1) == pytest.approx(4)
-    assert traffic.experts_hit(config, 8) == pytest.approx(32 * (1 - (28 / 32) ** 8))
+    assert memory_traffic.experts_hit(config, 1) == pytest.approx(4)
+    assert memory_traffic.experts_hit(config, 8) == pytest.approx(32 * (1 - (28 / 32) ** 8))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_libtpu, reason="needs the tpu extra")
 def test_gpt_oss_20b_at_reduced_depth_compiles_for_a_slice(tmp_path):
-    found = run(tmp_path, "target=gpt_oss_20b", "topology=v6e:2x4", *REDUCED)
+    found = run(tmp_path, "target=gpt_oss_20b", "compile.topology=v6e:2x4", *REDUCED)
     assert found.returncode == 0, found.stderr[-3000:]
-    told = json.loads((tmp_path / "compile" / "gpt_oss_20b-v6e-2x4.json").read_text())["programs"]
-    assert [one["name"] for one in told] == ["prefill", "decode", "dflash 8", "train"]
-    for one in told:
+    reports = json.loads((tmp_path / "compile" / "gpt_oss_20b-v6e-2x4.json").read_text())["programs"]
+    assert [one["name"] for one in reports] == ["prefill", "decode", "dflash 8", "train"]
+    for one in reports:
         assert one["problems"] == []
         assert one["costs"]["flops"] > 0 < one["argument_bytes"]
         assert one["collectives"]
@@ -125,7 +124,7 @@ def test_gpt_oss_20b_at_reduced_depth_compiles_for_a_slice(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not has_libtpu, reason="needs the tpu extra")
 def test_what_does_not_fit_ends_with_an_error_after_the_table(tmp_path):
-    found = run(tmp_path, "target=gpt_oss_20b", "topology=v5e:2x2", *REDUCED, "serve.max_length=131072",
+    found = run(tmp_path, "target=gpt_oss_20b", "compile.topology=v5e:2x2", *REDUCED, "engine.max_length=131072",
                 "serve.slots=256", "compile.training=false")  # fmt: skip
     assert found.returncode == 2
     assert "PROBLEM: does not" in found.stdout

@@ -5,20 +5,10 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline.artifacts import PipelineError
-from pipeline.config import (
-    DraftConfig,
-    Effort,
-    FeatureSource,
-    Generator,
-    PipelineConfig,
-    Precision,
-    PretrainedConfig,
-    PromptSource,
-    Stage,
-    plain,
-)
-from pipeline.config_rules import validate
+from pipeline.config.choices import Effort, FeatureSource, Generator, Precision, PromptSource, Stage
+from pipeline.config.schema import DraftConfig, PipelineConfig, PretrainedConfig, plain
+from pipeline.config.validation import validate
+from pipeline.errors import PipelineError
 
 
 def valid_config(**changes):
@@ -38,7 +28,7 @@ def test_defaults_are_valid():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         pytest.param({"train__learning_rate": -1.0}, "train.learning_rate is -1.0; it must be positive", id="negative"),
         pytest.param({"target__path": None}, "target.path is null; give a GPT-OSS model", id="no target"),
@@ -48,7 +38,7 @@ def test_defaults_are_valid():
             "target.pretrained.sha256 is 'abc'; it must be 64 hex digits",
             id="no sha256",
         ),
-        pytest.param({"draft__head_dim": 7}, "draft.head_dim is 7; rotary embedding", id="odd head"),
+        pytest.param({"draft__head_dim": 7}, "draft.head_dim is 7; it must be even", id="odd head"),
         pytest.param({"train__warmup_ratio": 1.0}, "train.warmup_ratio is 1.0", id="nothing but warm-up"),
         pytest.param({"train__weight_decay": -0.1}, "train.weight_decay is -0.1", id="negative decay"),
         pytest.param(
@@ -65,7 +55,11 @@ def test_defaults_are_valid():
             "train.features is live; several hosts train on cached features",
             id="live on several hosts",
         ),
-        pytest.param({"bench__max_new_tokens": 1}, "bench.max_new_tokens is 1; the first token", id="no decoding"),
+        pytest.param(
+            {"bench__max_new_tokens": 1},
+            "bench.max_new_tokens is 1; it must be at least 2: the first token",
+            id="no decoding",
+        ),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
         pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),
         pytest.param({"prompts__heldout_fraction": 1.0}, "prompts.heldout_fraction is 1.0", id="all held out"),
@@ -100,7 +94,11 @@ def test_defaults_are_valid():
             )
         ),
         pytest.param({"draft__block_size": 1}, "draft.block_size is 1", id="a block of the anchor alone"),
-        pytest.param({"draft__num_key_value_heads": 3}, "draft.num_attention_heads is 4", id="heads not grouped"),
+        pytest.param(
+            {"draft__num_attention_heads": 4, "draft__num_key_value_heads": 3},
+            "draft.num_attention_heads is 4",
+            id="heads not grouped",
+        ),
         pytest.param({"draft__tapped_layers": [3, 1]}, "draft.tapped_layers is [3, 1]", id="descending layers"),
         pytest.param({"draft__tapped_layers": [1, 1]}, "draft.tapped_layers is [1, 1]", id="a layer twice"),
         pytest.param({"serve__port": 65536}, "serve.port is 65536", id="port out of range"),
@@ -114,10 +112,10 @@ def test_defaults_are_valid():
         ),
     ],
 )
-def test_a_broken_rule_is_told_with_its_key_and_value(changes, told):
+def test_a_broken_rule_is_named_with_its_key_and_value(changes, message):
     with pytest.raises(PipelineError) as raised:
         validate(valid_config(**changes))
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_a_url_that_holds_a_password_is_not_repeated():
@@ -126,7 +124,7 @@ def test_a_url_that_holds_a_password_is_not_repeated():
     assert "secret" not in str(raised.value)
 
 
-def test_all_broken_rules_are_told_at_once():
+def test_all_broken_rules_are_named_at_once():
     with pytest.raises(PipelineError) as raised:
         validate(valid_config(train__steps=0, bench__slots=-1, serve__port=-1))
     assert all(key in str(raised.value) for key in ("train.steps", "bench.slots", "serve.port"))

@@ -1,6 +1,6 @@
 """An exported draft against the rules of the runtimes that cannot be installed here, as their sources state them.
 
-Source: ../shared/reference/dflash.md sections 2.3 and 2.4, which cite vLLM 0.33 (model_executor/models/qwen3_dflash.py,
+Source: docs/dflash.md#readers, which cites vLLM 0.33 (model_executor/models/qwen3_dflash.py,
 config/speculative.py), SGLang 0.5.23 (srt/models/dflash.py, speculative/dflash_utils.py) and tpu-inference 0.32
 (models/jax/dflash.py). Each function below says what such a reader would complain of, or lose without a word.
 """
@@ -12,13 +12,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_training
 from safetensors.numpy import load_file, save_file
 
-from pipeline import lineage
+from pipeline.config.fields import DRAFT
 from pipeline.export.runtimes import runtimes
 from pipeline.export.write import write_draft
-from pipeline.model.rope import Rope
+from pipeline.model.layers.rope import Rope
+from pipeline.workspace.workspace import Workspace
+from tests.support import training as tiny_training
 
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 PLAIN = dataclasses.replace(tiny_training.DRAFT, block_size=8)
@@ -115,7 +116,7 @@ def written(tmp_path_factory):
     }
     for name, config in kinds.items():
         (root / name).mkdir()
-        write_draft(root / name, config, tiny_training.weights_of(0, config), TOKEN_IDS)
+        write_draft(root / name, tiny_training.draft_of(0, config), TOKEN_IDS)
     return root
 
 
@@ -170,7 +171,7 @@ def test_a_broken_draft_breaks_a_rule(written, tmp_path, how, readers):
 def test_the_default_place_of_a_draft_tells_vllm_its_method():
     """vLLM takes a draft for DFlash by its path."""
     config = tiny_training.trained()
-    assert "dflash" in lineage.export_address(config, lineage.target(config)).name
+    assert "dflash" in Workspace(config).address(DRAFT).name
 
 
 @pytest.mark.parametrize("block_size", [4, 8, 10, 16])

@@ -8,14 +8,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_training
-from conformance_environments import told_by
-from oracle_environment import run_oracle
 from safetensors.numpy import load_file, save_file
 
 from pipeline.export.write import write_draft
-from pipeline.model import checkpoints, draft
-from pipeline.model.rope import Rope
+from pipeline.model.dflash import forward as dflash
+from pipeline.model.hf.directory import read_draft
+from pipeline.model.layers.rope import Rope
+from tests.support import training as tiny_training
+from tests.support.environments import told_by
+from tests.support.oracles import run_oracle
 
 pytestmark = [pytest.mark.conformance, pytest.mark.slow]  # each in an environment of its own
 
@@ -46,7 +47,7 @@ def exported(tmp_path_factory):
     for name, config in DRAFTS.items():
         directory = root / name
         directory.mkdir()
-        write_draft(directory, config, tiny_training.weights_of(0, config), TOKEN_IDS)
+        write_draft(directory, tiny_training.draft_of(0, config), TOKEN_IDS)
         features = random.normal(size=(NUM_POSITIONS, config.feature_size)).astype(np.float32)
         embeddings = random.normal(size=(config.block_size, config.hidden_size)).astype(np.float32)
         np.savez(root / f"{name}.npz", features=features, noise_embedding=embeddings)
@@ -55,12 +56,12 @@ def exported(tmp_path_factory):
 
 def ours(directory: Path, inputs: Path) -> np.ndarray:
     """Hidden states [K, D] of the block behind the features, by the engine's own functions."""
-    config, weights = checkpoints.load_draft(directory, jnp.float32)
+    config, weights = read_draft(directory, jnp.float32)
     given = np.load(inputs)
-    context = draft.context(weights, config, jnp.asarray(given["features"])[None], jnp.arange(NUM_POSITIONS)[None])
-    cache = draft.extend(draft.empty_cache(config, 1, 32, jnp.float32), context, jnp.zeros(1, jnp.int32))
+    context = dflash.context(weights, config, jnp.asarray(given["features"])[None], jnp.arange(NUM_POSITIONS)[None])
+    cache = dflash.extend(dflash.empty_cache(config, 1, 32, jnp.float32), context, jnp.zeros(1, jnp.int32))
     start = jnp.full(1, NUM_POSITIONS)
-    return np.asarray(draft.denoise(weights, config, jnp.asarray(given["noise_embedding"])[None], start, cache)[0])
+    return np.asarray(dflash.denoise(weights, config, jnp.asarray(given["noise_embedding"])[None], start, cache)[0])
 
 
 def furthest(directory: Path, inputs: Path, outputs: Path) -> float:

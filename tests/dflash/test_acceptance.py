@@ -9,7 +9,7 @@ import pytest
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
 
-KEPT = {
+ACCEPTED = {
     "all": ([4, 5, 6], [4, 5, 6], 3),
     "none": ([4, 5, 6], [5, 5, 6], 0),  # what agrees behind the first difference is worth nothing
     "two": ([4, 5, 6], [4, 5, 7], 2),
@@ -17,19 +17,19 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize(("proposed", "verified", "kept"), KEPT.values(), ids=KEPT.keys())
-def test_kept_is_the_length_of_the_agreeing_prefix(proposed, verified, kept):
-    assert acceptance.count_kept(jnp.array(proposed), jnp.array(verified)) == kept
+@pytest.mark.parametrize(("drafted", "chosen", "accepted"), ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_the_agreeing_prefix_is_accepted(drafted, chosen, accepted):
+    assert acceptance.count_accepted(jnp.array(drafted), jnp.array(chosen)) == accepted
 
 
-def test_kept_counts_along_the_last_axis_whatever_stands_before_it():
+def test_acceptance_counts_along_the_last_axis_whatever_stands_before_it():
     random = np.random.default_rng(0)
-    proposed, verified = random.integers(0, 2, (2, 5, 7, 4))
-    found = np.asarray(acceptance.count_kept(jnp.asarray(proposed), jnp.asarray(verified)))
-    for place in np.ndindex(5, 7):
-        pairs = zip(proposed[place], verified[place], strict=True)
-        wanted = next((index for index, (a, b) in enumerate(pairs) if a != b), 4)
-        assert found[place] == wanted
+    drafted, chosen = random.integers(0, 2, (2, 5, 7, 4))
+    found = np.asarray(acceptance.count_accepted(jnp.asarray(drafted), jnp.asarray(chosen)))
+    for index in np.ndindex(5, 7):
+        pairs = zip(drafted[index], chosen[index], strict=True)
+        wanted = next((count for count, (a, b) in enumerate(pairs) if a != b), 4)
+        assert found[index] == wanted
 
 
 STOPS = {
@@ -59,15 +59,15 @@ def test_rows_are_cut_each_by_itself_and_without_stop_tokens_not_at_all():
     assert not stopped.any()
 
 
-def decoded(kept_at, prompt_tokens, num_tokens):
-    """Kept per round of a decoder that writes a text token by token, and how often each position was written."""
+def decoded(accepted_at, prompt_tokens, num_tokens):
+    """Accepted tokens per round of a decoder that writes token by token, and how often it wrote each position."""
     written = np.zeros(num_tokens, int)
     written[:prompt_tokens] = 1
     written[prompt_tokens] += 1  # prefill's token
     rounds, last = [], prompt_tokens
     while last + 1 < num_tokens:
         anchor, new = last, 0
-        while new < kept_at[anchor] + 1 and last + 1 < num_tokens:
+        while new < accepted_at[anchor] + 1 and last + 1 < num_tokens:
             last, new = last + 1, new + 1
             written[last] += 1
         rounds.append(new - 1)
@@ -79,18 +79,18 @@ def test_walking_a_text_runs_a_decoders_rounds_and_writes_every_token_once():
     for _ in range(300):
         num_tokens = int(random.integers(2, 30))
         first_anchor = int(random.integers(1, num_tokens))
-        kept_at = random.integers(0, random.integers(1, 8), num_tokens)
-        rounds = acceptance.walk(kept_at, first_anchor, num_tokens)
-        wanted, written = decoded(kept_at, first_anchor, num_tokens)
+        accepted_at = random.integers(0, random.integers(1, 8), num_tokens)
+        rounds = acceptance.rounds_over_text(accepted_at, first_anchor, num_tokens)
+        wanted, written = decoded(accepted_at, first_anchor, num_tokens)
         assert rounds == wanted
         assert (written == 1).all()
-        assert sum(kept + 1 for kept in rounds) == num_tokens - first_anchor - 1
+        assert sum(count + 1 for count in rounds) == num_tokens - first_anchor - 1
 
 
 def test_metrics_are_those_counted_by_hand():
     found = Acceptance.of([0, 3, 1, 3, 0, 2], block_size=4)
     assert found.histogram == (2, 1, 1, 2)
-    assert (found.block_size, found.num_rounds, found.num_kept) == (4, 6, 9)
+    assert (found.block_size, found.num_rounds, found.num_accepted) == (4, 6, 9)
     assert found.metrics() == {
         "accept_length": 1 + 9 / 6,
         "accept_rate": 9 / 18,
@@ -100,12 +100,12 @@ def test_metrics_are_those_counted_by_hand():
     }
 
 
-EXTREMES = {"nothing is kept": ([0, 0], 1.0, 0.0), "everything is kept": ([4, 4, 4], 5.0, 1.0)}
+EXTREMES = {"nothing is accepted": ([0, 0], 1.0, 0.0), "everything is accepted": ([4, 4, 4], 5.0, 1.0)}
 
 
-@pytest.mark.parametrize(("kept", "length", "rate"), EXTREMES.values(), ids=EXTREMES.keys())
-def test_accept_length_goes_from_one_to_the_block_size(kept, length, rate):
-    found = Acceptance.of(kept, 5)
+@pytest.mark.parametrize(("accepted", "length", "rate"), EXTREMES.values(), ids=EXTREMES.keys())
+def test_accept_length_goes_from_one_to_the_block_size(accepted, length, rate):
+    found = Acceptance.of(accepted, 5)
     assert (found.accept_length, found.accept_rate) == (length, rate)
     assert found.accept_rate_at_k == (rate,) * 4
 
@@ -136,8 +136,8 @@ def test_no_rounds_have_no_metrics():
     assert len(acceptance.empty(4).metrics()) == 5
 
 
-def test_more_kept_than_drafted_is_refused():
-    with pytest.raises(ValueError, match="kept 5 tokens in a block of 5, which drafts 4"):
+def test_more_accepted_than_drafted_is_refused():
+    with pytest.raises(ValueError, match="5 tokens accepted in a block of 5, which drafts 4"):
         Acceptance.of([1, 5], 5)
 
 

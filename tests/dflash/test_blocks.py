@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.artifacts import PipelineError
 from pipeline.dflash import blocks
+from pipeline.errors import PipelineError
 
 
 def test_the_anchor_enters_in_slot_0_and_masks_in_the_others():
@@ -90,7 +90,7 @@ def test_slots_learn_the_generated_tokens_at_their_own_positions():
 
 @pytest.mark.parametrize("decay", [2.0, 4.0, 7.0])
 def test_slot_weights_are_the_papers(decay):
-    weights = blocks.slot_weights(8, decay)
+    weights = blocks.position_weights(8, decay)
     assert weights.dtype == np.float32
     np.testing.assert_allclose(weights, [0, *np.exp([-k / decay for k in range(7)])], rtol=1e-6)
 

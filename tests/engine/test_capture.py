@@ -9,28 +9,31 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Artifact
-from pipeline.model import checkpoints, gpt_oss
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
-from pipeline.model.sampling import Sampling
+from pipeline.artifacts.artifact import Artifact
+from pipeline.engine.capture import Captured, capture, disagreements, padded_text_length
+from pipeline.engine.config import EngineConfig
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target
+from pipeline.model.layers.sampling import Sampling
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
-from pipeline.teacher_cache.capture import Captured, capture, disagreements, padded_length
-from pipeline.teacher_cache.generate import Answered, Rendered, answer
-from pipeline.teacher_cache.origin import Origin
-from pipeline.teacher_cache.store import open_split
+from pipeline.store.reader import open_split
+from pipeline.teacher_cache.answer import AnsweredPrompt, answer_prompts
+from pipeline.teacher_cache.origin import AnswerOrigin
+from pipeline.teacher_cache.render import RenderedPrompt
 
 TAPPED = (0, 2)
-DRAWN = Origin(sampling=Sampling(temperature=0.9, top_p=0.95), seed=2)
+DRAWN = AnswerOrigin(sampling=Sampling(temperature=0.9, top_p=0.95), seed=2)
 
 
-@partial(jax.jit, static_argnames=("config", "tapped_layers"))
+@partial(jax.jit, static_argnames=("tapped_layers",))
 def _plain_forward(
-    weights: GptOssWeights, token_ids: jax.Array, *, config: GptOssConfig, tapped_layers: tuple[int, ...]
+    target: TargetModel, token_ids: jax.Array, *, tapped_layers: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    out = gpt_oss.forward(weights, config, token_ids[None], jnp.zeros(1, jnp.int32), None, tapped_layers)
-    return out.features[0], gpt_oss.logits(weights, out.hidden[0])
+    out = gpt_oss.forward(target, token_ids[None], jnp.zeros(1, jnp.int32), None, tapped_layers)
+    return out.features[0], gpt_oss.logits(target.weights, out.hidden[0])
 
 
 def _assert_equal_but_for_rounding(features: np.ndarray, wanted: np.ndarray) -> None:
@@ -48,13 +51,13 @@ def _assert_equal_but_for_rounding(features: np.ndarray, wanted: np.ndarray) -> 
 
 
 def test_features_and_choices_are_those_of_the_plain_forward(target_directory: Path) -> None:
-    config, weights = checkpoints.load_target(target_directory, WeightsForm())
+    target = read_target(target_directory, WeightFormat())
     random = np.random.default_rng(0)
-    texts = [random.integers(0, config.vocab_size, count).tolist() for count in (70, 3, 64)]
-    found = dict(capture(weights, config, TAPPED, texts))
+    texts = [random.integers(0, target.config.vocab_size, count).tolist() for count in (70, 3, 64)]
+    found = dict(capture(target, TAPPED, texts))
     assert sorted(found) == [0, 1, 2]
     for index, text in enumerate(texts):
-        features, logits = _plain_forward(weights, jnp.array(text), config=config, tapped_layers=TAPPED)
+        features, logits = _plain_forward(target, jnp.array(text), tapped_layers=TAPPED)
         _assert_equal_but_for_rounding(found[index].features, np.asarray(features))
         logits = np.asarray(logits)
         assert np.array_equal(found[index].next_ids, logits.argmax(axis=-1))
@@ -65,11 +68,11 @@ def test_features_and_choices_are_those_of_the_plain_forward(target_directory: P
 def test_a_cached_answer_is_greedy_and_its_features_are_the_plain_forwards(
     cache: Artifact, target_directory: Path
 ) -> None:
-    config, weights = checkpoints.load_target(target_directory, WeightsForm())
+    target = read_target(target_directory, WeightFormat())
     tapped = tuple(cache.contract["features"]["tapped_layers"])
     for sequence in open_split(cache.path, "train").read([1, 9]):
         token_ids, first = sequence.token_ids, sequence.prompt_tokens
-        features, logits = _plain_forward(weights, jnp.array(token_ids), config=config, tapped_layers=tapped)
+        features, logits = _plain_forward(target, jnp.array(token_ids), tapped_layers=tapped)
         _assert_equal_but_for_rounding(sequence.features, np.asarray(features))
         assert np.array_equal(np.asarray(logits).argmax(axis=-1)[first - 1 : -1], token_ids[first:])
 
@@ -86,7 +89,7 @@ def test_only_generated_tokens_can_disagree() -> None:
 
 @pytest.mark.parametrize(("count", "length"), [(1, 64), (64, 64), (65, 128), (512, 512), (513, 1024), (1025, 1536)])
 def test_texts_are_padded_to_few_lengths(count: int, length: int) -> None:
-    assert padded_length(count) == length
+    assert padded_text_length(count) == length
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -95,35 +98,34 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def drawn_texts(target_directory: Path) -> tuple[GptOssConfig, GptOssWeights, list[Answered]]:
+def drawn_texts(target_directory: Path) -> tuple[TargetModel, list[AnsweredPrompt]]:
     """Answers that the engine sampled at a temperature of 0.9 from a nucleus of 0.95."""
-    config, weights = checkpoints.load_target(target_directory, WeightsForm())
+    target = read_target(target_directory, WeightFormat())
     random = np.random.default_rng(5)
     rows = [
-        Rendered(prompt_of([Message("user", str(index))], "low"), tuple(random.integers(0, 290, size).tolist()), None)
+        RenderedPrompt(
+            prompt_of([Message("user", str(index))], "low"), tuple(random.integers(0, 290, size).tolist()), None
+        )
         for index, size in enumerate((5, 70, 33, 12, 9))
     ]
-    answers = answer(
-        weights,
-        config,
+    answers = answer_prompts(
+        target,
         rows,
-        stop_token_ids=(299,),
-        slots=3,
-        max_prompt_tokens=70,
+        EngineConfig(num_slots=3, max_length=120, prefill_chunk=70, stop_token_ids=(299,), sampling=DRAWN.sampling),
         max_new_tokens=50,
         on_finished=lambda _: None,
         origin=DRAWN,
     )
-    return config, weights, answers
+    return target, answers
 
 
 def test_the_noise_of_a_drawn_text_chooses_it_again_and_that_of_another_text_does_not(drawn_texts) -> None:
-    config, weights, answers = drawn_texts
+    target, answers = drawn_texts
     keys = DRAWN.keys([one.prompt.prompt_id for one in answers])
     texts = [one.token_ids for one in answers]
-    found = dict(capture(weights, config, TAPPED, texts, drawn=DRAWN.sampling, keys=keys))
-    greedy = dict(capture(weights, config, TAPPED, texts))
-    other = dict(capture(weights, config, TAPPED, texts, drawn=DRAWN.sampling, keys=keys[1:] + keys[:1]))
+    found = dict(capture(target, TAPPED, texts, drawn=DRAWN.sampling, keys=keys))
+    greedy = dict(capture(target, TAPPED, texts))
+    other = dict(capture(target, TAPPED, texts, drawn=DRAWN.sampling, keys=keys[1:] + keys[:1]))
     for index, one in enumerate(answers):
         generated = np.arange(one.prompt_tokens, len(one.token_ids))
         assert np.array_equal(found[index].next_ids[generated - 1], np.array(one.token_ids)[generated])
@@ -136,43 +138,43 @@ def test_the_noise_of_a_drawn_text_chooses_it_again_and_that_of_another_text_doe
 
 def test_the_shortfall_of_a_drawn_text_is_the_distance_from_the_noisy_choice_within_the_nucleus(drawn_texts) -> None:
     """numpy's, from the sorted logits and JAX's random bits, over a text that was not drawn at all."""
-    config, weights, _ = drawn_texts
-    text = np.random.default_rng(6).integers(0, config.vocab_size, 40)
-    key, how = DRAWN.keys(["another"])[0], DRAWN.sampling
-    found = dict(capture(weights, config, TAPPED, [text.tolist()], drawn=how, keys=[key]))[0]
-    _, logits = _plain_forward(weights, jnp.array(text), config=config, tapped_layers=TAPPED)
-    scaled = np.asarray(logits, np.float64) / how.temperature
+    target, _ = drawn_texts
+    text = np.random.default_rng(6).integers(0, target.config.vocab_size, 40)
+    key, sampling = DRAWN.keys(["another"])[0], DRAWN.sampling
+    found = dict(capture(target, TAPPED, [text.tolist()], drawn=sampling, keys=[key]))[0]
+    _, logits = _plain_forward(target, jnp.array(text), tapped_layers=TAPPED)
+    scaled = np.asarray(logits, np.float64) / sampling.temperature
     outside = 0
     for at in range(len(text) - 1):
         probabilities = _softmax(scaled[at])
         order = np.argsort(-scaled[at])
         above = np.cumsum(probabilities[order]) - probabilities[order]
-        kept = order[above < how.top_p]
+        nucleus = order[above < sampling.top_p]
         here = jax.random.fold_in(jax.random.wrap_key_data(np.array(key, np.uint32), impl="threefry2x32"), at + 1)
         uniform = (np.asarray(jax.random.bits(here, scaled[at].shape), np.float64) + 0.5) / 2**32
         noisy = scaled[at] - np.log(-np.log1p(-uniform))
-        best = kept[np.argmax(noisy[kept])]
+        best = nucleus[np.argmax(noisy[nucleus])]
         assert found.next_ids[at] == best
-        inside = text[at + 1] in kept
+        inside = text[at + 1] in nucleus
         outside += not inside
         wanted = noisy[best] - noisy[text[at + 1]] if inside else scaled[at].max() - scaled[at][text[at + 1]]
-        np.testing.assert_allclose(found.shortfall[at], how.temperature * wanted, atol=1e-3)
+        np.testing.assert_allclose(found.shortfall[at], sampling.temperature * wanted, atol=1e-3)
     assert 5 < outside < 35
 
 
 def test_a_text_drawn_elsewhere_surprises_on_average_as_what_the_target_draws(drawn_texts) -> None:
-    config, weights, answers = drawn_texts
+    target, answers = drawn_texts
     texts = [one.token_ids for one in answers]
-    how = DRAWN.sampling
-    found = dict(capture(weights, config, TAPPED, texts, drawn=how))
+    sampling = DRAWN.sampling
+    found = dict(capture(target, TAPPED, texts, drawn=sampling))
     for index, text in enumerate(texts[:1]):
-        _, logits = _plain_forward(weights, jnp.array(text), config=config, tapped_layers=TAPPED)
-        probabilities = _softmax(np.asarray(logits) / how.temperature)[:-1]
+        _, logits = _plain_forward(target, jnp.array(text), tapped_layers=TAPPED)
+        probabilities = _softmax(np.asarray(logits) / sampling.temperature)[:-1]
         order = np.argsort(-probabilities, axis=-1)
         above = np.cumsum(np.take_along_axis(probabilities, order, -1), axis=-1)
-        kept = np.zeros(probabilities.shape, bool)
-        np.put_along_axis(kept, order, above - np.take_along_axis(probabilities, order, -1) < how.top_p, -1)
-        logs, drawn = np.log(probabilities), np.where(kept, probabilities, 0)
+        nucleus = np.zeros(probabilities.shape, bool)
+        np.put_along_axis(nucleus, order, above - np.take_along_axis(probabilities, order, -1) < sampling.top_p, -1)
+        logs, drawn = np.log(probabilities), np.where(nucleus, probabilities, 0)
         mean = (drawn * logs).sum(axis=-1) / drawn.sum(axis=-1)
         wanted = mean - logs[np.arange(len(text) - 1), text[1:]]
         np.testing.assert_allclose(found[index].shortfall[:-1], wanted, atol=1e-3)

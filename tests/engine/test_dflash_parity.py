@@ -1,12 +1,13 @@
 """Our engine against the published dflash package on transformers' target: the same directories, prompts and limits."""
 
-import fitted_draft
 import pytest
-from fitted_draft import BLOCK_SIZE, MAX_NEW_TOKENS, STOP_TOKEN_IDS
 
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.serve.engine import Engine
-from pipeline.serve.scheduler import Request
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from tests.support import fitted as fitted_draft
+from tests.support.fitted import BLOCK_SIZE, MAX_NEW_TOKENS, STOP_TOKEN_IDS
 
 pytestmark = pytest.mark.conformance
 
@@ -24,15 +25,13 @@ def published(models):
 
 
 def answers_of(models, draft):
-    engine = Engine(
-        models.weights,
-        models.config,
-        stop_token_ids=STOP_TOKEN_IDS,
-        slots=5,
+    config = EngineConfig(
+        num_slots=5,
         max_length=max(map(len, models.prompts)) + MAX_NEW_TOKENS,
         prefill_chunk=16,
-        draft=draft,
+        stop_token_ids=STOP_TOKEN_IDS,
     )
+    engine = Engine(models.target, draft, config)
     requests = [
         Request(request_id=str(index), prompt_ids=tuple(prompt), max_new_tokens=MAX_NEW_TOKENS)
         for index, prompt in enumerate(models.prompts)
@@ -70,14 +69,14 @@ def test_plain_decoding_gives_transformers_tokens(models):
 
 def test_dflash_decoding_gives_the_published_packages_tokens(models, published, ours):
     assert len(ours) == 32
-    assert sum(len(prompt) > models.config.sliding_window for prompt in models.prompts) > 20
+    assert sum(len(prompt) > models.target.config.sliding_window for prompt in models.prompts) > 20
     assert [list(answer.token_ids) for answer in ours] == [one["tokens"] for one in published]
     assert {answer.finish_reason for answer in ours} == {"stop", "length"}
 
 
-def test_every_round_keeps_what_the_published_package_keeps(published, ours):
+def test_every_round_accepts_what_the_published_package_accepts(published, ours):
     for mine, theirs in zip(ours, published, strict=True):
-        lengths = [kept + 1 for kept in mine.kept]
+        lengths = [count + 1 for count in mine.accepted_per_round]
         assert before_the_limit(lengths) == before_the_limit(theirs["acceptance_lengths"])
         assert sum(lengths) == sum(theirs["acceptance_lengths"]) == len(mine.token_ids) - 1
         if mine.finish_reason == "stop" and len(mine.token_ids) <= MAX_NEW_TOKENS - BLOCK_SIZE:
@@ -86,6 +85,6 @@ def test_every_round_keeps_what_the_published_package_keeps(published, ours):
 
 def test_accept_length_is_the_published_packages(published, ours):
     rounds = [length for one in published for length in one["acceptance_lengths"]]
-    found = Acceptance.of([kept for answer in ours for kept in answer.kept], BLOCK_SIZE)
+    found = Acceptance.of([count for answer in ours for count in answer.accepted_per_round], BLOCK_SIZE)
     assert set(rounds) == set(range(1, BLOCK_SIZE + 1))
     assert found.accept_length == pytest.approx(sum(rounds) / len(rounds), rel=0.02)

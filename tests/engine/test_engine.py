@@ -1,20 +1,22 @@
 """The engine against a loop without caches, slots or drafts: whatever comes and goes, the tokens are the target's."""
 
-import functools
+import dataclasses
 
-import fitted_draft
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.artifacts import PipelineError
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.model import draft as draft_model
-from pipeline.model import gpt_oss
-from pipeline.serve import engine as engines
-from pipeline.serve.engine import Clock, Draft, Engine
-from pipeline.serve.scheduler import Request
+from pipeline.engine import layout
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine, EngineTimes
+from pipeline.engine.request import Completion, Request
+from pipeline.errors import PipelineError
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss import forward as gpt_oss
+from tests.support import fitted as fitted_draft
 
 MAX_LENGTH, PREFILL_CHUNK = 90, 8
 LONGEST_ANSWER = 48
@@ -37,31 +39,26 @@ def gold(models):
         row[: len(prompt)] = prompt
 
     @jax.jit
-    def following(weights, rows, lengths):
-        hidden = gpt_oss.forward(weights, models.config, rows, jnp.zeros(len(rows), jnp.int32), None).hidden
+    def following(target, rows, lengths):
+        hidden = gpt_oss.forward(target, rows, jnp.zeros(len(rows), jnp.int32), None).hidden
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return gpt_oss.logits(weights, last).argmax(-1)
+        return gpt_oss.logits(target.weights, last).argmax(-1)
 
     for count in range(LONGEST_ANSWER):
-        rows[np.arange(len(rows)), lengths + count] = following(models.weights, rows, lengths + count)
+        rows[np.arange(len(rows)), lengths + count] = following(models.target, rows, lengths + count)
     return [tuple(row[length : length + LONGEST_ANSWER].tolist()) for row, length in zip(rows, lengths, strict=True)]
 
 
 def random_draft(models):
     config = models.draft.config
-    return Draft(draft_model.random_weights(config, jax.random.key(0)), config)
+    return DraftModel(config, dflash_weights.random_weights(config, jax.random.key(0)))
 
 
 def make(models, draft, slots, stops=fitted_draft.STOP_TOKEN_IDS):
-    return Engine(
-        models.weights,
-        models.config,
-        stop_token_ids=stops,
-        slots=slots,
-        max_length=MAX_LENGTH,
-        prefill_chunk=PREFILL_CHUNK,
-        draft=draft,
+    config = EngineConfig(
+        num_slots=slots, max_length=MAX_LENGTH, prefill_chunk=PREFILL_CHUNK, stop_token_ids=tuple(stops)
     )
+    return Engine(models.target, draft, config)
 
 
 def requests_of(models, budgets=BUDGETS):
@@ -92,7 +89,7 @@ def test_the_prompts_reach_past_a_chunk_and_past_the_window_and_answers_end_in_b
     lengths = [len(prompt) for prompt in models.prompts]
     assert min(lengths) == 1
     assert max(lengths) > 4 * PREFILL_CHUNK
-    assert np.median(lengths) > models.config.sliding_window
+    assert np.median(lengths) > models.target.config.sliding_window
     stopped = [any(token in fitted_draft.STOP_TOKEN_IDS for token in tokens) for tokens in gold]
     assert any(stopped)
     assert not all(stopped)
@@ -105,7 +102,7 @@ DRAFTS = {"plain": lambda models: None, "random draft": random_draft, "fitted dr
 @pytest.mark.parametrize("draft", DRAFTS.values(), ids=DRAFTS.keys())
 def test_answers_are_the_targets_greedy_text(models, gold, monkeypatch, draft, slots):
     if slots == 5:  # prompts that come together are prefilled in portions
-        monkeypatch.setattr(engines, "PREFILL_ROWS", 2)
+        monkeypatch.setattr(layout, "PREFILL_ROWS", 2)
     engine, requests = make(models, draft(models), slots), requests_of(models)
     require_gold(list(engine.generate(requests)), requests, gold)
     assert not engine.has_work
@@ -121,23 +118,23 @@ def decoded(models):
 
 def test_rounds_of_every_size_were_committed_and_rolled_back(decoded, gold):
     engine, answers = decoded
-    kept = [count for answer in answers.values() for count in answer.kept]
-    assert set(kept) == set(range(fitted_draft.BLOCK_SIZE))
-    assert engine.acceptance == Acceptance.of(kept, fitted_draft.BLOCK_SIZE)
+    accepted = [count for answer in answers.values() for count in answer.accepted_per_round]
+    assert set(accepted) == set(range(fitted_draft.BLOCK_SIZE))
+    assert engine.acceptance == Acceptance.of(accepted, fitted_draft.BLOCK_SIZE)
     for answer in answers.values():
         assert answer.token_ids == gold[int(answer.request_id.rsplit("-", 1)[1])]
-        assert sum(count + 1 for count in answer.kept) == LONGEST_ANSWER - 1
+        assert sum(count + 1 for count in answer.accepted_per_round) == LONGEST_ANSWER - 1
 
 
 def ends_inside_rounds(answers):
     """Stop tokens that would end an answer within a round, before its last token: (request, token, position)."""
     for name, answer in answers.items():
         at = 1
-        for kept in answer.kept:
-            for index in range(at, at + kept):
+        for accepted in answer.accepted_per_round:
+            for index in range(at, at + accepted):
                 if answer.token_ids[index] not in answer.token_ids[:index]:
                     yield name, answer.token_ids[index], index, index - at
-            at += kept + 1
+            at += accepted + 1
 
 
 @pytest.mark.parametrize("depth", range(fitted_draft.BLOCK_SIZE - 2))
@@ -154,7 +151,8 @@ def test_a_stop_token_inside_an_accepted_run_ends_the_answer_there(models, decod
     ended = again[name]
     assert len(ended.token_ids) == index + 1
     assert ended.finish_reason == "stop"
-    assert ended.kept == (*answers[name].kept[: len(ended.kept) - 1], depth)  # the round counts as what it yielded
+    before = answers[name].accepted_per_round[: len(ended.accepted_per_round) - 1]
+    assert ended.accepted_per_round == (*before, depth)  # the round counts as what it yielded
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -164,7 +162,7 @@ def test_no_answer_overshoots_its_length(models, decoded, gold, budget):
     answers = list(engine.generate(requests))
     assert {len(answer.token_ids) for answer in answers} == {budget}
     require_gold(answers, requests, gold, NO_STOPS)
-    assert all(sum(kept + 1 for kept in answer.kept) == budget - 1 for answer in answers)
+    assert all(sum(count + 1 for count in answer.accepted_per_round) == budget - 1 for answer in answers)
 
 
 def test_a_whole_row_may_be_filled_to_its_last_position(models, gold):
@@ -181,20 +179,20 @@ def test_a_whole_row_may_be_filled_to_its_last_position(models, gold):
 def test_counters_are_the_sums_over_answers(models, draft):
     engine, requests = make(models, draft and models.draft, 3), requests_of(models)
     answers = list(engine.generate(requests))
-    kept = [count for answer in answers for count in answer.kept]
+    accepted = [count for answer in answers for count in answer.accepted_per_round]
     if draft:
-        assert engine.acceptance == Acceptance.of(kept, fitted_draft.BLOCK_SIZE)
+        assert engine.acceptance == Acceptance.of(accepted, fitted_draft.BLOCK_SIZE)
     else:
-        assert kept == []
+        assert accepted == []
         assert engine.acceptance.num_rounds == 0
-    clock = engine.clock
-    assert clock.prefill_tokens == sum(len(request.prompt_ids) for request in requests)
-    assert clock.decode_tokens == sum(len(answer.token_ids) - 1 for answer in answers)  # the first is prefill's
-    assert clock.prefill_seconds > 0 < clock.decode_seconds
+    times = engine.times
+    assert times.prefill_tokens == sum(len(request.prompt_ids) for request in requests)
+    assert times.decode_tokens == sum(len(answer.token_ids) - 1 for answer in answers)  # the first is prefill's
+    assert times.prefill_seconds > 0 < times.decode_seconds
 
 
 def compiled(engine):
-    used = engine._programs
+    used = engine._steps
     return [one._cache_size() for one in (used.prefill, used.plain_step, used.dflash_round)]
 
 
@@ -205,7 +203,7 @@ def test_nothing_compiles_while_requests_come_and_go(models, gold, draft):
     engine.warm_up()
     warm = compiled(engine)
     assert sum(warm) == sum(before) + 2
-    assert engine.clock == Clock()
+    assert engine.times == EngineTimes()
     assert engine.acceptance.num_rounds == 0
     requests = requests_of(models)
     answers, cancelled = drive(engine, requests, np.random.default_rng(0))
@@ -216,13 +214,13 @@ def test_nothing_compiles_while_requests_come_and_go(models, gold, draft):
 
 def drive(engine, requests, random):
     """Add requests at random moments and cancel some, waiting or running; the finished answers and the cancelled."""
-    coming, tokens, kept, answers, cancelled = list(requests), {}, {}, [], set()
+    coming, tokens, accepted, answers, cancelled = list(requests), {}, {}, [], set()
     live = []
     while coming or engine.has_work:
         for request in coming[: (more := int(random.integers(0, 4)))]:
             engine.add(request)
             live.append(request.request_id)
-            tokens[request.request_id], kept[request.request_id] = (), ()
+            tokens[request.request_id], accepted[request.request_id] = (), ()
         del coming[:more]
         if live and random.random() < 0.15:
             victim = live.pop(int(random.integers(len(live))))
@@ -232,16 +230,16 @@ def drive(engine, requests, random):
             name = update.request_id
             assert name in live, f"{name} was cancelled and goes on"
             tokens[name] += update.token_ids
-            if update.kept is not None:
-                kept[name] += (update.kept,)
+            if update.num_accepted is not None:
+                accepted[name] += (update.num_accepted,)
             if update.finish_reason is not None:
                 live.remove(name)
                 answers.append(
-                    engines.Finished(
+                    Completion(
                         request_id=name,
                         token_ids=tokens[name],
                         finish_reason=update.finish_reason,
-                        kept=kept[name],
+                        accepted_per_round=accepted[name],
                     )
                 )
     return answers, cancelled
@@ -281,17 +279,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("prompt", "budget", "told"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_request_that_cannot_run_is_refused_with_the_numbers(models, prompt, budget, told):
+@pytest.mark.parametrize(("prompt", "budget", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_request_that_cannot_run_is_refused_with_the_numbers(models, prompt, budget, message):
     engine = make(models, None, 1)
     engine.add(Request(request_id="used", prompt_ids=(1,), max_new_tokens=1))
-    name = "used" if "in use" in told else "new"
-    with pytest.raises(PipelineError, match=told):
+    name = "used" if "in use" in message else "new"
+    with pytest.raises(PipelineError, match=message):
         engine.add(Request(request_id=name, prompt_ids=prompt, max_new_tokens=budget))
     assert engine.num_waiting == 1
 
 
 def test_more_positions_than_the_target_has_are_refused(models):
-    build = functools.partial(Engine, models.weights, models.config, stop_token_ids=(1,), slots=1, prefill_chunk=8)
+    config = dataclasses.replace(make(models, None, 1).config, max_length=257)
     with pytest.raises(PipelineError, match="max_length is 257; the target has 256 positions"):
-        build(max_length=257)
+        Engine(models.target, None, config)

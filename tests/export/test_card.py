@@ -4,14 +4,14 @@ import dataclasses
 import re
 
 import pytest
-import tiny_training
 import yaml
 from huggingface_hub import ModelCard
 
+from pipeline.artifacts.contract import Contract, TargetIdentity, TextIdentity
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.dflash.contract import Contract, TargetIdentity, TextIdentity
-from pipeline.export.card import Training, model_card
-from pipeline.model.rope import Rope
+from pipeline.export.card import TrainingRecord, model_card
+from pipeline.model.layers.rope import Rope
+from tests.support import training as tiny_training
 
 HELDOUT, TRAIN = Acceptance((5, 4, 3, 2, 6)), Acceptance((4, 4, 3, 2, 7))
 DRAFT = tiny_training.DRAFT
@@ -25,10 +25,10 @@ CONTRACT = Contract(
     ),
     text=TextIdentity(tokenizer_fingerprint="e" * 64, chat_template_fingerprint="f" * 64, reasoning_efforts=["low"]),
 )
-TRAINING = Training(
+TRAINING = TrainingRecord(
     base_model="openai/gpt-oss-20b",
     choice="target=gpt_oss_20b",
-    settings={"teacher_cache": "a" * 64, "train": {"steps": 1300, "learning_rate": 3e-3, "init": None}, "seed": 0},
+    recipe={"steps": 1300, "learning_rate": 3e-3, "init": None},
     data={
         "splits": {
             "train": {"num_sequences": 2971, "num_tokens": 400123, "generated_tokens": 300456},
@@ -37,6 +37,7 @@ TRAINING = Training(
         "longest_tokens": 3072,
         "made": {"source": "everyday", "generator": "engine", "temperature": 0.0},
     },
+    teacher_cache="a" * 64,
     fingerprint="b" * 64,
 )
 
@@ -90,19 +91,19 @@ def test_every_number_it_was_given_is_in_it():
     for score in (HELDOUT, TRAIN):
         assert f"| {score.accept_length:.3f} | {score.accept_rate:.3f} | {score.num_rounds} |" in text
         assert " | ".join(f"{rate:.3f}" for rate in score.accept_rate_at_k) in text
-    for told in ("held out (101 texts)", "trained on (101 texts)", "held out, effort low (7 texts)", "effort high"):
-        assert told in text
+    for words in ("held out (101 texts)", "trained on (101 texts)", "held out, effort low (7 texts)", "effort high"):
+        assert words in text
     assert "channel" not in text.split("## What it scores")[1].split("accept_rate_at_k, k")[0]  # one part is the whole
-    for told in (
+    for words in (
         "2,971 texts to train on",
         "400,123 tokens",
         "101 texts held out",
         "`generator` engine",
         "3,072 tokens",
     ):
-        assert told in text
-    for told in ("| `steps` | `1300` |", "| `learning_rate` | `0.003` |"):
-        assert told in text
+        assert words in text
+    for words in ("| `steps` | `1300` |", "| `learning_rate` | `0.003` |"):
+        assert words in text
     assert "init" not in re.findall(r"\| `(\w+)` \|", text)
     for digit in "abcdef":
         assert f"`{digit * 64}`" in text
@@ -117,7 +118,7 @@ def test_what_the_engine_scored_stands_beside_what_training_did():
 
 
 @pytest.mark.parametrize("block_size", [5, 8, 16])
-def test_each_runtime_is_told_how_many_tokens_in_its_own_way_of_counting(block_size):
+def test_each_runtime_has_its_own_way_of_counting_tokens(block_size):
     config = dataclasses.replace(DRAFT, block_size=block_size)
     scores = {
         split: scored(Acceptance((1,) * block_size), 2, by_effort={}, by_channel={}) for split in ("heldout", "train")
@@ -131,7 +132,7 @@ def test_each_runtime_is_told_how_many_tokens_in_its_own_way_of_counting(block_s
     assert "DFlashDraftModel.from_pretrained" in text
 
 
-def test_a_draft_tells_what_not_every_runtime_does():
+def test_a_card_names_what_not_every_runtime_does():
     plain = card()
     assert "YaRN" not in plain
     assert "biases" not in plain

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from saved_on_a_mesh import DRAFT
 
-from pipeline.artifacts import PipelineError
-from pipeline.export.run_directory import read_checkpoint
-from pipeline.model import draft
+from pipeline.errors import PipelineError
+from pipeline.export.easydel_checkpoint import read_checkpoint
+from pipeline.model.dflash import weights as dflash_weights
+from tests.support.paths import PROGRAMS, ROOT
+from tests.support.programs.saved_on_a_mesh import DRAFT
 
-TESTS = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 300
 
 
@@ -26,11 +26,11 @@ def averaged(tmp_path_factory):
     """A draft that eight devices saved, with an optimizer that holds the halves of its weights as their average."""
     run = tmp_path_factory.mktemp("runs") / "run-3"
     environment = os.environ | {
-        "PYTHONPATH": str(TESTS.parent),
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
-    command = [sys.executable, str(TESTS / "saved_on_a_mesh.py"), str(run), "2x2x2"]
+    command = [sys.executable, str(PROGRAMS / "saved_on_a_mesh.py"), str(run), "2x2x2"]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert made.returncode == 0, made.stderr[-4000:]
     return run
@@ -49,7 +49,7 @@ def damaged(averaged, tmp_path):
 @pytest.fixture
 def weights():
     """What one device makes of the same seed."""
-    return jax.tree.leaves(draft.random_weights(DRAFT, nnx.Rngs(0).params()))
+    return jax.tree.leaves(dflash_weights.random_weights(DRAFT, nnx.Rngs(0).params()))
 
 
 def parts(directory):

@@ -4,22 +4,25 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny_loop
-import tiny_training
-from faulty_training import Trained
 
-from pipeline.artifacts import PipelineError
-from pipeline.dflash import scored
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.export.trial import Trial, require_agreement, run_trial
-from pipeline.model import checkpoints
-from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.engine.capture import capture
+from pipeline.engine.config import EngineConfig
+from pipeline.errors import PipelineError
+from pipeline.export.engine_check import EngineCheck, require_agreement, run_engine_check
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.tokenizer import load_tokenizer
-from pipeline.serve.engine import Draft
-from pipeline.teacher_cache import store
-from pipeline.teacher_cache.capture import capture
-from pipeline.train.evaluate import evaluate
+from pipeline.store import heldout_rounds
+from pipeline.store.layout import CachedSequence
+from pipeline.store.reader import open_split
+from pipeline.store.writer import write_header
+from pipeline.train.evaluation.evaluate import evaluate
+from pipeline.train.loss.vocab_shard import FrozenTables
+from tests.support import loop as tiny_loop
+from tests.support import training as tiny_training
+from tests.support.faulty_training import Trained
 
 NUM_SAMPLED = 12
 
@@ -31,20 +34,17 @@ def trained():
 
 @pytest.fixture(scope="module")
 def target(trained):
-    return checkpoints.load_target(trained.target.path, WeightsForm())
+    return read_target(trained.target.path, WeightFormat())
 
 
-def tried(trained, target, texts):
-    model, weights = target
-    return run_trial(
-        weights,
-        model,
-        Draft(trained.weights, trained.sizes),
-        texts,
-        stop_token_ids=stop_token_ids(load_tokenizer(trained.target.path)),
-        slots=5,
-        prefill_chunk=tiny_loop.configuration(trained.target.path).serve.prefill_chunk,
+def checked(trained, target, texts):
+    config = EngineConfig(
+        num_slots=5,
+        max_length=200,
+        prefill_chunk=tiny_loop.configuration(trained.target.path).engine.prefill_chunk,
+        stop_token_ids=tuple(stop_token_ids(load_tokenizer(trained.target.path))),
     )
+    return run_engine_check(target, trained.draft, texts, config)
 
 
 def sampled(texts, vocab_size):
@@ -61,12 +61,14 @@ def sampled(texts, vocab_size):
 
 
 def test_the_engine_goes_along_texts_that_it_would_not_write_as_the_training_evaluation_does(trained, target, tmp_path):
-    model, weights = target
+    draft = trained.draft
     greedy = trained.texts[:NUM_SAMPLED]
-    rows = [text.prompt_ids + answer for text, answer in zip(greedy, sampled(greedy, model.vocab_size), strict=True)]
-    captured = dict(capture(weights, model, trained.sizes.tapped_layers, rows))
+    rows = [
+        text.prompt_ids + answer for text, answer in zip(greedy, sampled(greedy, target.config.vocab_size), strict=True)
+    ]
+    captured = dict(capture(target, draft.config.tapped_layers, rows))
     sequences = [
-        store.CachedSequence(
+        CachedSequence(
             token_ids=np.array(row, np.int32),
             channels=np.zeros(len(row), np.uint8),
             prompt_tokens=text.prompt_tokens,
@@ -75,37 +77,38 @@ def test_the_engine_goes_along_texts_that_it_would_not_write_as_the_training_eva
         for index, (row, text) in enumerate(zip(rows, greedy, strict=True))
     ]
     shards = tiny_training.write_split(tmp_path, "heldout", sequences)
-    layout = tiny_training.layout_of(trained.sizes.feature_size)
-    store.write_header(tmp_path, layout, {"train": 0, "heldout": shards})
-    split = store.open_split(tmp_path, "heldout")
-    texts = evaluate(trained.weights, trained.sizes, weights.embedding, weights.head, split).texts
+    layout = tiny_training.layout_of(draft.config.feature_size)
+    write_header(tmp_path, layout, {"train": 0, "heldout": shards})
+    split = open_split(tmp_path, "heldout")
+    tables = FrozenTables(target.weights.embedding, target.weights.head, target.config.vocab_size)
+    texts = evaluate(draft, tables, split).texts
     assert [text.token_ids for text in texts] == rows
-    assert len({sum(text.kept) for text in texts}) > 3  # some texts keep much, some nothing
+    assert len({sum(text.accepted_per_round) for text in texts}) > 3  # much is accepted of some texts, of some nothing
 
-    trial = tried(trained, target, texts)
-    assert (trial.num_texts, trial.num_greedy) == (NUM_SAMPLED, 0)
-    assert trial.trained == scored.acceptance_of(texts, trained.sizes.block_size)
-    assert trial.engine == trial.trained  # float32: nothing but bfloat16 features rounds
-    assert trial.greedy != trial.engine
+    check = checked(trained, target, texts)
+    assert (check.num_texts, check.num_greedy) == (NUM_SAMPLED, 0)
+    assert check.trained == heldout_rounds.acceptance_of(texts, draft.config.block_size)
+    assert check.engine == check.trained  # float32: nothing but bfloat16 features rounds
+    assert check.greedy != check.engine
 
 
 def test_texts_that_the_engine_writes_itself_are_not_gone_along(trained, target, monkeypatch):
-    monkeypatch.setattr("pipeline.export.trial.ReplayEngine", None)
-    trial = tried(trained, target, trained.texts[:NUM_SAMPLED])
-    assert trial.num_greedy == trial.num_texts == NUM_SAMPLED
-    assert trial.engine == trial.greedy
-    assert trial.engine.accept_length == pytest.approx(trial.trained.accept_length, rel=0.005)
+    monkeypatch.setattr("pipeline.export.engine_check.ForcedDecodingEngine", None)
+    check = checked(trained, target, trained.texts[:NUM_SAMPLED])
+    assert check.num_greedy == check.num_texts == NUM_SAMPLED
+    assert check.engine == check.greedy
+    assert check.engine.accept_length == pytest.approx(check.trained.accept_length, rel=0.005)
 
 
-def test_texts_without_a_round_are_no_trial(trained, target):
+def test_texts_without_a_round_are_no_check(trained, target):
     text = trained.texts[0]
-    short = dataclasses.replace(text, token_ids=text.token_ids[: text.prompt_tokens + 1], kept=())
+    short = dataclasses.replace(text, token_ids=text.token_ids[: text.prompt_tokens + 1], accepted_per_round=())
     with pytest.raises(PipelineError, match="no held-out answer has two tokens"):
-        tried(trained, target, [short])
+        checked(trained, target, [short])
 
 
-def trial_of(trained, engine):
-    return Trial(
+def check_of(trained, engine):
+    return EngineCheck(
         trained=Acceptance(trained), engine=Acceptance(engine), greedy=Acceptance(engine), num_texts=3, num_greedy=2
     )
 
@@ -114,20 +117,20 @@ def trial_of(trained, engine):
     ("engine", "is_refused"), [((99, 101), False), ((104, 96), False), ((107, 93), True), ((90, 110), True)]
 )
 def test_a_difference_beyond_the_tolerance_is_refused_in_either_direction(engine, is_refused):
-    trial = trial_of((100, 100), engine)
+    check = check_of((100, 100), engine)
     if is_refused:
         with pytest.raises(PipelineError, match=r"1\.500 in the training evaluation and 1\.\d+ in the engine, [+-]\d"):
-            require_agreement(trial, 0.02)
+            require_agreement(check, 0.02)
     else:
-        require_agreement(trial, 0.02)
+        require_agreement(check, 0.02)
 
 
 def test_no_rounds_are_no_agreement():
     with pytest.raises(PipelineError, match="not published"):
-        require_agreement(trial_of((0, 0), (1, 0)), 0.02)
+        require_agreement(check_of((0, 0), (1, 0)), 0.02)
 
 
-def test_a_trial_is_read_back_as_it_was_written():
-    trial = trial_of((3, 2), (4, 1))
-    assert Trial.from_json(trial.to_json()) == trial
-    assert trial.to_json()["accept_length"] == 1.2
+def test_a_check_is_read_back_as_it_was_written():
+    check = check_of((3, 2), (4, 1))
+    assert EngineCheck.from_json(check.to_json()) == check
+    assert check.to_json()["accept_length"] == 1.2

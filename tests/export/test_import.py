@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_training
 from safetensors.numpy import load_file, save_file
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.export.write import write_draft
-from pipeline.model import checkpoints, hf_draft
-from pipeline.model.rope import Rope
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.model.hf.directory import read_draft
+from pipeline.model.layers.rope import Rope
+from tests.support import training as tiny_training
 
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 PLAIN = dataclasses.replace(tiny_training.DRAFT, block_size=8)
@@ -31,7 +32,7 @@ PUBLISHED_YARN = {
     "beta_slow": 1.0,
     "original_max_position_embeddings": 4096,
 }
-PUBLISHED = {  # z-lab/gpt-oss-20b-DFlash as dflash.md section 2.2 has it
+PUBLISHED = {  # z-lab/gpt-oss-20b-DFlash as docs/dflash.md#published-drafts has it
     "architectures": ["DFlashDraftModel"],
     "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
     "model_type": "qwen3",
@@ -85,23 +86,23 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("config", DRAFTS.values(), ids=DRAFTS.keys())
 def test_an_exported_draft_read_back_is_the_trained_one_and_exports_to_the_same_bytes(tmp_path, config):
-    trained = tiny_training.weights_of(0, config)
+    trained = tiny_training.draft_of(0, config)
     first, second = tmp_path / "first", tmp_path / "second"
     for directory in (first, second):
         directory.mkdir()
-    write_draft(first, config, trained, TOKEN_IDS)
-    read, weights = checkpoints.load_draft(first, jnp.float32)
-    assert read == config
-    for ours, theirs in zip(jax.tree.leaves(trained), jax.tree.leaves(weights), strict=True):
+    write_draft(first, trained, TOKEN_IDS)
+    read = read_draft(first, jnp.float32)
+    assert read.config == config
+    for ours, theirs in zip(jax.tree.leaves(trained), jax.tree.leaves(read), strict=True):
         np.testing.assert_array_equal(ours.astype(jnp.bfloat16).astype(jnp.float32), theirs)
-    write_draft(second, read, weights, TOKEN_IDS)
+    write_draft(second, read, TOKEN_IDS)
     for name in ("config.json", "model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 @pytest.mark.parametrize("published", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_published_configs_are_read_in_every_spelling(published):
-    found = hf_draft.config_from_hf(published)
+    found = hf_dflash.config_from_hf(published)
     large = published.get("num_target_layers") == 36
     assert found.rope == Rope(theta=150000.0, factor=32.0, original_max_position_embeddings=4096)
     assert found.attention_bias
@@ -116,7 +117,7 @@ def test_a_published_draft_in_several_files_is_read_and_exported_in_one(tmp_path
     source, exported = tmp_path / "source", tmp_path / "exported"
     for directory in (source, exported):
         directory.mkdir()
-    write_draft(source, config, tiny_training.weights_of(3, config), TOKEN_IDS)
+    write_draft(source, tiny_training.draft_of(3, config), TOKEN_IDS)
     tensors = load_file(source / "model.safetensors")
     whole = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").unlink()
@@ -126,20 +127,19 @@ def test_a_published_draft_in_several_files_is_read_and_exported_in_one(tmp_path
         save_file({name: tensors[name] for name in names}, source / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    read, weights = checkpoints.load_draft(source, jnp.float32)
-    write_draft(exported, read, weights, TOKEN_IDS)
+    write_draft(exported, read_draft(source, jnp.float32), TOKEN_IDS)
     assert (exported / "model.safetensors").read_bytes() == whole
 
 
 def test_wrong_tensors_of_a_draft_are_all_named_in_one_error(tmp_path):
-    write_draft(tmp_path, PLAIN, tiny_training.weights_of(0), TOKEN_IDS)
+    write_draft(tmp_path, tiny_training.draft_of(0), TOKEN_IDS)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["layers.0.self_attn.qkv_proj.weight"] = tensors.pop("layers.0.self_attn.k_proj.weight")
     tensors["fc.bias"] = np.zeros(20, np.float32)
     tensors["norm.weight"] = np.ones(21, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(PipelineError) as caught:
-        checkpoints.load_draft(tmp_path, jnp.float32)
+        read_draft(tmp_path, jnp.float32)
     for part in (
         "4 tensor(s) wrong",
         "layers.0.self_attn.qkv_proj.weight: unexpected",
@@ -151,11 +151,11 @@ def test_wrong_tensors_of_a_draft_are_all_named_in_one_error(tmp_path):
 
 
 def test_names_with_a_prefix_are_refused_with_the_reason(tmp_path):
-    write_draft(tmp_path, PLAIN, tiny_training.weights_of(0), TOKEN_IDS)
+    write_draft(tmp_path, tiny_training.draft_of(0), TOKEN_IDS)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     with pytest.raises(PipelineError, match="begins with 'model.'"):
-        checkpoints.load_draft(tmp_path, jnp.float32)
+        read_draft(tmp_path, jnp.float32)
 
 
 INNER = PUBLISHED["dflash_config"]
@@ -191,13 +191,13 @@ REFUSED = {
 @pytest.mark.parametrize(("change", "fault"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_config_of_another_network_or_of_two_minds_is_refused(change, fault):
     with pytest.raises(PipelineError) as caught:
-        hf_draft.config_from_hf(PUBLISHED | change)
+        hf_dflash.config_from_hf(PUBLISHED | change)
     assert fault in str(caught.value)
 
 
-def test_all_faults_of_a_config_are_told_at_once():
+def test_all_faults_of_a_config_are_named_at_once():
     faults = {"head_dim": None, "is_causal": True, "hidden_act": "gelu", "rope_theta": None}
     with pytest.raises(PipelineError) as caught:
-        hf_draft.config_from_hf(PUBLISHED | faults)
+        hf_dflash.config_from_hf(PUBLISHED | faults)
     for name in faults:
         assert name in str(caught.value)

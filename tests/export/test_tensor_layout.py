@@ -1,34 +1,37 @@
-"""The written directory against what is published about the layout: ../shared/reference/dflash.md section 2.
+"""The written directory against what is published about the layout: docs/dflash.md#tensors.
 
 Names, keys and values are spelled out here from its tables; nothing is taken from the code that writes them.
 """
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_training
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
-from pipeline import lineage
-from pipeline.artifacts import PipelineError
-from pipeline.config import ArchitectureConfig, DraftConfig, PipelineConfig
-from pipeline.export.layout import require_layout, tensor_shapes
+from pipeline.config.schema import ArchitectureConfig, DraftConfig
+from pipeline.errors import PipelineError
+from pipeline.export.tensor_layout import require_layout, tensor_shapes
 from pipeline.export.write import write_draft
-from pipeline.model import checkpoints, draft, hf_draft, tensor_files
-from pipeline.model.linear import lies_transposed
-from pipeline.model.rope import Rope
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.model.hf import safetensors_files
+from pipeline.model.hf.directory import save_draft, weight_paths
+from pipeline.model.layers.linear import is_stored_transposed
+from pipeline.model.layers.rope import Rope
+from pipeline.workspace import specs
+from tests.support import training as tiny_training
+from tests.support.paths import ROOT
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = ROOT / "conf"
 TOKEN_IDS = {"bos_token_id": 199998, "eos_token_id": 200002, "pad_token_id": 199999}
 MASK_TOKEN_ID = 200000
 YARN = Rope(theta=150000.0, factor=32.0, truncate=False, original_max_position_embeddings=4096)
 
-# section 2.1: tensors of a gpt-oss draft, [out, in]
+# docs/dflash.md#tensors: those of a gpt-oss draft, [out, in]
 ENDS = {"fc.weight": [2880, 14400], "hidden_norm.weight": [2880], "norm.weight": [2880]}
 LAYER = {
     "input_layernorm.weight": [2880],
@@ -49,7 +52,7 @@ BIASES = {
     "self_attn.v_proj.bias": [512],
     "self_attn.o_proj.bias": [2880],
 }
-# section 2.5: the config for gpt-oss-20b; B is 8, and T 1e6, which every runtime's own default agrees with
+# docs/dflash.md#config-file, for gpt-oss-20b; B is 8, and T 1e6, which every runtime's own default agrees with
 CONFIG = {
     "architectures": ["DFlashDraftModel"],
     "model_type": "qwen3",
@@ -91,9 +94,9 @@ CONFIG = {
         "causal": False,
     },
 }
-NUM_PARAMETERS = {False: 784_703_104, True: 784_767_104}  # section 2.1, without and with biases
+NUM_PARAMETERS = {False: 784_703_104, True: 784_767_104}  # docs/dflash.md#tensors, without and with biases
 
-# section 2.3: who reads which key where, and what breaks it; every reader must find a value it takes
+# docs/dflash.md#readers: who reads which key where, and what breaks it; every reader must find a value it takes
 READERS = {
     "z-lab: num_target_layers is always evaluated": lambda config: config["num_target_layers"] == 24,
     "z-lab: layers are causal by is_causal": lambda config: config["is_causal"] is False,
@@ -127,9 +130,9 @@ READERS = {
 def gpt_oss_draft():
     """The draft that target=gpt_oss_20b trains unless a person says otherwise."""
     chosen = OmegaConf.load(CONF / "target" / "gpt_oss_20b.yaml")
-    config = PipelineConfig(draft=DraftConfig(**chosen.draft))
-    model = lineage.architecture(ArchitectureConfig(**chosen.target.architecture))
-    return lineage.draft_sizes(config, model, MASK_TOKEN_ID)
+    draft = OmegaConf.load(CONF / "draft" / "gpt_oss_20b.yaml")
+    model = specs.architecture(ArchitectureConfig(**chosen.target.architecture))
+    return specs.draft_sizes(DraftConfig(**draft), model, MASK_TOKEN_ID)
 
 
 def tensors_of_the_table(*, bias):
@@ -144,22 +147,22 @@ def test_a_gpt_oss_draft_has_the_published_tensors_and_no_other(gpt_oss_draft, b
     assert sum(int(np.prod(shape)) for shape in wanted.values()) == NUM_PARAMETERS[bias]
     assert len(wanted) == (123 if bias else 91)
     assert tensor_shapes(config) == wanted
-    shapes = checkpoints.weight_paths(draft.weight_shapes(config, jnp.bfloat16))  # nothing is allocated
+    shapes = weight_paths(dflash_weights.weight_shapes(config, jnp.bfloat16))  # nothing is allocated
     by_path = {path: leaf.shape for path, leaf in shapes}
-    written = hf_draft.expected_tensors(by_path, lies_transposed=lies_transposed(jnp.bfloat16))
+    written = hf_dflash.expected_draft_tensors(by_path, lies_transposed=is_stored_transposed(jnp.bfloat16))
     assert {name: list(one.shape) for name, one in written.items()} == wanted
 
 
 def test_the_config_of_a_gpt_oss_draft_is_the_recommended_one_key_by_key(gpt_oss_draft):
-    written = json.loads(json.dumps(hf_draft.config_to_hf(gpt_oss_draft, "bfloat16", TOKEN_IDS)))
+    written = json.loads(json.dumps(hf_dflash.config_to_hf(gpt_oss_draft, "bfloat16", TOKEN_IDS)))
     assert written == CONFIG
 
 
 def test_the_example_config_of_the_reference_is_read(gpt_oss_draft):
-    """../shared/reference/dflash_gptoss20b_example_config.json: the recommended one, with GPT-OSS's own theta."""
+    """The one of docs/dflash.md#config-file, with GPT-OSS's own theta and without `causal`."""
     inner = {key: value for key, value in CONFIG["dflash_config"].items() if key != "causal"}
     theta = {"rope_theta": 150000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}
-    found = hf_draft.config_from_hf(CONFIG | theta | {"dflash_config": inner})
+    found = hf_dflash.config_from_hf(CONFIG | theta | {"dflash_config": inner})
     assert found == dataclasses.replace(gpt_oss_draft, rope=Rope(theta=150000.0))
 
 
@@ -167,13 +170,13 @@ def test_the_example_config_of_the_reference_is_read(gpt_oss_draft):
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
 def test_every_reader_finds_what_it_reads(gpt_oss_draft, reader, block_size):
     config = dataclasses.replace(gpt_oss_draft, block_size=block_size)
-    written = hf_draft.config_to_hf(config, "bfloat16", TOKEN_IDS)
-    told = json.loads(json.dumps(written).replace(f'"block_size": {block_size}', '"block_size": 8'))
-    assert reader(told)
+    written = hf_dflash.config_to_hf(config, "bfloat16", TOKEN_IDS)
+    read = json.loads(json.dumps(written).replace(f'"block_size": {block_size}', '"block_size": 8'))
+    assert reader(read)
 
 
 def test_yarn_is_written_in_both_spellings(gpt_oss_draft):
-    written = hf_draft.config_to_hf(dataclasses.replace(gpt_oss_draft, rope=YARN), "bfloat16", TOKEN_IDS)
+    written = hf_dflash.config_to_hf(dataclasses.replace(gpt_oss_draft, rope=YARN), "bfloat16", TOKEN_IDS)
     scaling = {
         "rope_type": "yarn",
         "factor": 32.0,
@@ -188,7 +191,7 @@ def test_yarn_is_written_in_both_spellings(gpt_oss_draft):
 
 
 def test_a_written_file_holds_bfloat16_under_unprefixed_names(tmp_path):
-    write_draft(tmp_path, tiny_training.DRAFT, tiny_training.weights_of(0), TOKEN_IDS)
+    write_draft(tmp_path, tiny_training.draft_of(0), TOKEN_IDS)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     with safe_open(tmp_path / "model.safetensors", framework="numpy") as opened:
         assert opened.metadata() == {"format": "pt"}
@@ -198,8 +201,8 @@ def test_a_written_file_holds_bfloat16_under_unprefixed_names(tmp_path):
 
 def test_a_file_in_another_layout_is_refused_with_every_fault(tmp_path):
     plain = tiny_training.DRAFT
-    checkpoints.save_draft(tmp_path, plain, tiny_training.weights_of(0), TOKEN_IDS)
-    file = tmp_path / tensor_files.WEIGHTS_FILE
+    save_draft(tmp_path, tiny_training.draft_of(0), TOKEN_IDS)
+    file = tmp_path / safetensors_files.WEIGHTS_FILE
     require_layout(file, plain, "F32")
     with pytest.raises(PipelineError) as caught:
         require_layout(file, dataclasses.replace(plain, num_hidden_layers=1, intermediate_size=29), "F32")
@@ -213,7 +216,7 @@ def test_a_file_in_another_layout_is_refused_with_every_fault(tmp_path):
 @pytest.mark.parametrize("bias", [False, True], ids=["no biases", "biases"])
 def test_a_tensor_lost_on_the_way_to_the_file_is_refused(tmp_path, monkeypatch, bias):
     config = dataclasses.replace(tiny_training.DRAFT, attention_bias=bias)
-    to_files = hf_draft.to_files
-    monkeypatch.setattr(hf_draft, "to_files", lambda leaves: dict(list(to_files(leaves).items())[:-1]))
+    to_files = hf_dflash.to_files
+    monkeypatch.setattr(hf_dflash, "to_files", lambda leaves: dict(list(to_files(leaves).items())[:-1]))
     with pytest.raises(PipelineError, match="wanted \\('BF16'"):
-        write_draft(tmp_path, config, tiny_training.weights_of(0, config), TOKEN_IDS)
+        write_draft(tmp_path, tiny_training.draft_of(0, config), TOKEN_IDS)

@@ -4,20 +4,22 @@ import sys
 
 import jax
 import pytest
-import tiny_models
 
-from pipeline.artifacts import PipelineError
-from pipeline.bench import peer, peer_stage
-from pipeline.bench.peer import Against
-from pipeline.config import PeerConfig, PipelineConfig, PromptsConfig, TargetConfig
-from pipeline.model import checkpoints
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import random_weights
+from pipeline.config.schema import PeerConfig, PipelineConfig, PromptsConfig, TargetConfig
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import random_weights
+from pipeline.model.hf.directory import save_target
+from pipeline.peer import decoding, stage
+from pipeline.peer.decoding import DecodingComparison
 from pipeline.prompts import corpus
 from pipeline.prompts.tokenizer import train_tokenizer
-from pipeline.serve.engine import Engine
-from pipeline.serve.scheduler import Request
-from pipeline.tracking import SilentRun
+from pipeline.tracking.run import SilentRun
+from tests.support import models as tiny_models
 
 ECHO = """
 import json, sys
@@ -30,31 +32,33 @@ json.dump({"outputs": outputs}, open(sys.argv[2], "w"))
 
 def test_both_decode_the_same_prompts_and_equal_answers_are_counted(tmp_path):
     config = GptOssConfig.from_hf(tiny_models.TARGET)
-    weights = random_weights(config, jax.random.key(0))
-    engine = Engine(weights, config, stop_token_ids=(), slots=1, max_length=24, prefill_chunk=8)
+    target = TargetModel(config, random_weights(config, jax.random.key(0)))
+    engine = Engine(target, None, EngineConfig(num_slots=1, max_length=24, prefill_chunk=8))
     requests = [Request(request_id=str(i), prompt_ids=(1, 2, 3 + i), max_new_tokens=6) for i in range(2)]
     answers = [list(one.token_ids) for one in sorted(engine.generate(requests), key=lambda one: one.request_id)]
     answers[1] = [(answers[1][0] + 1) % config.vocab_size, *answers[1][1:]]
     file = tmp_path / "answers.json"
     file.write_text(str(answers))
-    found = peer.compare(engine, requests, [sys.executable, "-c", ECHO], file, "float32", 2)
+    found = decoding.compare_decoding(engine, requests, [sys.executable, "-c", ECHO], file, "float32", 2)
     assert found.theirs == (10.0, 10.0)  # five tokens of each behind the first, half a second each
     assert (found.num_equal, found.num_answers) == (1, 2)
     assert all(speed > 0 for speed in found.ours)
 
 
 def test_the_ratio_is_the_median_of_neighbouring_passes():
-    found = Against(ours=(10.0, 30.0, 20.0), theirs=(5.0, 10.0, 2.0), num_equal=3, num_answers=4)
+    found = DecodingComparison(ours=(10.0, 30.0, 20.0), theirs=(5.0, 10.0, 2.0), num_equal=3, num_answers=4)
     measured = found.metrics()
     assert [measured[f"peer/ratio{name}"] for name in ("", "_min", "_max")] == [3.0, 2.0, 10.0]
     assert measured["peer/equal_answers"] == 3
 
 
-def test_a_peer_that_fails_is_told_with_its_last_words():
+def test_a_peer_that_fails_is_named_with_its_last_words():
     with pytest.raises(PipelineError, match=r"peer\.command .* ended with 3:\n  no such model"):
-        peer.run_peer([sys.executable, "-c", "import sys; print('no such model', file=sys.stderr); sys.exit(3)"], {})
+        decoding.run_peer_decoder(
+            [sys.executable, "-c", "import sys; print('no such model', file=sys.stderr); sys.exit(3)"], {}
+        )
     with pytest.raises(PipelineError, match=r"peer\.command cannot be run"):
-        peer.run_peer(["/no/such/program"], {})
+        decoding.run_peer_decoder(["/no/such/program"], {})
 
 
 ZEROS = """
@@ -67,7 +71,7 @@ json.dump({"outputs": outputs}, open(sys.argv[2], "w"))
 
 def test_the_stage_reads_the_target_and_renders_held_out_prompts(tmp_path, capsys):
     sizes = GptOssConfig.from_hf({**tiny_models.TARGET, "vocab_size": 300})
-    checkpoints.save_target(tmp_path, sizes, random_weights(sizes, jax.random.key(0)), {})
+    save_target(tmp_path, TargetModel(sizes, random_weights(sizes, jax.random.key(0))), {})
     texts = [corpus.conversation(0, index, "low").prompt for index in range(200)]
     train_tokenizer(texts, 300).save_pretrained(tmp_path)
     config = PipelineConfig(
@@ -76,7 +80,7 @@ def test_the_stage_reads_the_target_and_renders_held_out_prompts(tmp_path, capsy
         prompts=PromptsConfig(count=200),
         peer=PeerConfig(command=[sys.executable, "-c", ZEROS], num_prompts=2, max_new_tokens=5, repeats=1),
     )
-    measured = peer_stage.run(config, SilentRun())
+    measured = stage.run(config, SilentRun())
     assert measured["peer/theirs_tokens_per_second"] == 4.0
     assert measured["peer/ours_tokens_per_second"] > 0
     assert "random, float32, batch 1, 2 prompts of 5 tokens" in capsys.readouterr().out
@@ -84,4 +88,4 @@ def test_the_stage_reads_the_target_and_renders_held_out_prompts(tmp_path, capsy
 
 def test_the_stage_needs_a_command():
     with pytest.raises(PipelineError, match=r"peer\.command is empty"):
-        peer_stage.run(PipelineConfig(peer=PeerConfig(command=[])), SilentRun())
+        stage.run(PipelineConfig(peer=PeerConfig(command=[])), SilentRun())

@@ -1,13 +1,13 @@
 """Channels by hand-made conversations, and by the text that the reference reader finds in each."""
 
-import channels as reference
 import numpy as np
 import pytest
-from chatml import chatml_tokenizer
 
 from pipeline.prompts import corpus
 from pipeline.prompts.channels import Channel, ChannelTokens, channel_tokens, channels
 from pipeline.prompts.tokenizer import train_tokenizer
+from tests.support import channels as reference
+from tests.support.chatml import chatml_tokenizer
 
 PROMPT = "<|start|>system<|message|>Reasoning: low<|end|><|start|>user<|message|>count<|end|><|start|>assistant"
 WORDS = ["commentary to functions count one two three json"] * 20
@@ -94,7 +94,7 @@ def test_without_channels_in_the_format_all_but_its_ends_is_final():
 
 
 def test_the_published_ids_of_an_answer_are_read_as_openai_harmony_reads_them():
-    """Ids of ../shared/reference/assets.md section 1, which openai-harmony parses into an analysis and a final text."""
+    """Ids of docs/dflash.md#mask-token, which openai-harmony parses into an analysis and a final text."""
     tokens = ChannelTokens(
         start=200006,
         channel=200005,

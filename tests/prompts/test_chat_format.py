@@ -1,22 +1,16 @@
 import copy
 
 import pytest
-from chatml import chatml_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.artifacts import PipelineError
-from pipeline.prompts.chat_format import (
-    ChatFormat,
-    chat_format_of,
-    prompt_token_ids,
-    render_prompt,
-    stop_token_ids,
-)
+from pipeline.errors import PipelineError
+from pipeline.prompts.chat_format import ChatFormat, chat_format_of, prompt_token_ids, render_prompt, stop_token_ids
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.messages import message_of
 from pipeline.prompts.sources import prompt_of
 from pipeline.prompts.tools import tools_of
+from tests.support.chatml import chatml_tokenizer
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import render_prompt
 from pipeline.prompts.corpus import FAMILIES, conversation
 from pipeline.prompts.harmony import render_completion

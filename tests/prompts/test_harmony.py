@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.tools import ToolCall
 

@@ -11,18 +11,18 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from oracle_environment import oracle_assets, run_oracle
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.channels import Channel, channel_tokens, channels
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.prompts.tools import ToolCall
-from pipeline.serve.text import ToolChannel, chat_reader
-from pipeline.target import batches as target_batches
-from pipeline.teacher_cache.store import CachedSequence
-from pipeline.train import batches as train_batches
+from pipeline.serve.text_stream import ToolChannel, chat_reader
+from pipeline.store.layout import CachedSequence
+from pipeline.target import batches
+from pipeline.train.data.rows import stack
+from tests.support.oracles import oracle_assets, run_oracle
 
 pytestmark = pytest.mark.conformance
 
@@ -324,11 +324,11 @@ def masks(token_ids, prompt_tokens):
         prompt_tokens=prompt_tokens,
         features=None,
     )
-    example = target_batches.Example(token_ids, prompt_tokens)
+    example = batches.Example(token_ids, prompt_tokens)
     return np.concatenate(
         [
-            target_batches.pad([example], len(token_ids)).generated,
-            train_batches.stack([sequence], len(token_ids))["generated"],
+            batches.pad([example], len(token_ids)).generated,
+            stack([sequence], len(token_ids))["generated"],
         ]
     )
 

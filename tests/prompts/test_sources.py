@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.messages import Message, message_of
 from pipeline.prompts.sources import from_dataset, from_jsonl, generated, limited, prompt_of
 from pipeline.prompts.split import split_by_hash

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import generated, prompt_of
 from pipeline.prompts.split import fingerprint, is_heldout, split_by_hash

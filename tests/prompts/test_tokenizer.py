@@ -4,14 +4,14 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.corpus import conversation
 from pipeline.prompts.tokenizer import (
     MASK_TOKEN,
     SPECIAL_TOKENS,
     chat_template_fingerprint,
-    fingerprint,
     special_token_ids,
+    tokenizer_fingerprint,
     train_tokenizer,
 )
 
@@ -124,7 +124,7 @@ def test_fingerprints_are_the_sha256_of_the_saved_files_and_survive_a_second_sav
     tokenizer.save_pretrained(tmp_path / "first")
     AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     expected = hashlib.sha256((tmp_path / "first" / "tokenizer.json").read_bytes()).hexdigest()
-    assert fingerprint(tmp_path / "first") == fingerprint(tmp_path / "second") == expected
+    assert tokenizer_fingerprint(tmp_path / "first") == tokenizer_fingerprint(tmp_path / "second") == expected
     expected = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
     assert chat_template_fingerprint(tmp_path / "first") == chat_template_fingerprint(tmp_path / "second") == expected
 
@@ -136,7 +136,7 @@ def test_a_template_inside_tokenizer_config_has_the_fingerprint_of_the_same_temp
 
 def test_fingerprints_of_an_empty_directory_are_refused(tmp_path):
     with pytest.raises(PipelineError, match=r"no tokenizer\.json in .*save_pretrained"):
-        fingerprint(tmp_path)
+        tokenizer_fingerprint(tmp_path)
     with pytest.raises(PipelineError, match=r"no chat template in .*copy chat_template\.jinja"):
         chat_template_fingerprint(tmp_path)
 

@@ -1,14 +1,16 @@
-"""stage=roofline on sizes small enough for a test: every pass is timed and told."""
+"""stage=roofline on sizes small enough for a test: every pass is timed and reported."""
 
 import math
 
 import pytest
-from recorder import Recorder
 
-from pipeline.artifacts import PipelineError
-from pipeline.bench import roofline, roofline_stage
-from pipeline.config import ArchitectureConfig, ExpertWeights, PipelineConfig, RooflineConfig, TargetConfig
-from pipeline.machine import ONE_DEVICE
+from pipeline.config.choices import ExpertWeights
+from pipeline.config.schema import ArchitectureConfig, PipelineConfig, RooflineConfig, TargetConfig
+from pipeline.errors import PipelineError
+from pipeline.model.parallel.runtime import SINGLE_DEVICE
+from pipeline.roofline import passes as roofline
+from pipeline.roofline import stage
+from tests.support.recorder import Recorder
 
 
 def configuration(**changes):
@@ -35,7 +37,7 @@ def configuration(**changes):
 def test_every_pass_and_the_experts_are_timed(capsys, monkeypatch, weights):
     monkeypatch.setattr(roofline, "COPY_BYTES", 2**20)
     tracker = Recorder()
-    results = roofline_stage.run(configuration(weights=weights), tracker)
+    results = stage.run(configuration(weights=weights), tracker)
     passes = [
         (one["timed"]["name"], one["timed"]["num_rows"], one["timed"]["tokens_per_row"]) for one in results["passes"]
     ]
@@ -50,16 +52,16 @@ def test_every_pass_and_the_experts_are_timed(capsys, monkeypatch, weights):
 
 def test_a_packed_target_reads_about_a_quarter_of_a_bfloat16_ones_experts():
     floats, packed = (
-        roofline_stage.run(configuration(weights=weights), Recorder())["passes"][0]["read_bytes"]
+        stage.run(configuration(weights=weights), Recorder())["passes"][0]["read_bytes"]
         for weights in (None, ExpertWeights.mxfp4)
     )
     assert packed < floats
 
 
 def test_a_copy_has_a_bandwidth():
-    assert roofline.copy_bandwidth(ONE_DEVICE) > 1e8
+    assert roofline.copy_bandwidth(SINGLE_DEVICE) > 1e8
 
 
 def test_without_sizes_there_is_nothing_to_time():
     with pytest.raises(PipelineError, match="choose target=gpt_oss_20b"):
-        roofline_stage.run(PipelineConfig(target=TargetConfig(name="given", path="somewhere")), Recorder())
+        stage.run(PipelineConfig(target=TargetConfig(name="given", path="somewhere")), Recorder())

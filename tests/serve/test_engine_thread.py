@@ -2,11 +2,11 @@ import asyncio
 import threading
 
 import pytest
-from serve.fake_engine import FakeEngine
 
-from pipeline.artifacts import PipelineError
-from pipeline.serve.scheduler import Request
-from pipeline.serve.worker import Unavailable, Worker
+from pipeline.engine.request import Request
+from pipeline.errors import PipelineError
+from pipeline.serve.engine_thread import EngineThread, Unavailable
+from tests.support.fake_engine import FakeEngine
 
 STOP = 9
 
@@ -22,7 +22,7 @@ def engine():
 
 @pytest.fixture
 def worker(engine):
-    worker = Worker(engine)
+    worker = EngineThread(engine)
     worker.start()
     yield worker
     assert worker.stop(5.0)

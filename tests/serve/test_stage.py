@@ -11,31 +11,29 @@ import httpx
 import jax
 import openai
 import pytest
-from tiny_models import TARGET
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import PipelineError
-from pipeline.config import DraftConfig, PipelineConfig, ServeConfig, TargetConfig
-from pipeline.model import checkpoints, draft, gpt_oss_weights
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.artifacts import artifact
+from pipeline.artifacts.artifact import Parent
+from pipeline.config.fields import CHECKPOINT, DRAFT
+from pipeline.config.schema import DraftConfig, EngineSettings, PipelineConfig, ServeConfig, TargetConfig
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request
+from pipeline.errors import PipelineError
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss import weights as gpt_oss_weights
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target, save_draft, save_target
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.serve import server, stage
-from pipeline.serve.engine import Engine
-from pipeline.serve.scheduler import Request
-from pipeline.tracking import Run
+from pipeline.workspace.workspace import Workspace
+from tests.support.models import TARGET
+from tests.support.recorder import Recorder
 
 USER = {"role": "user", "content": "What is 17 + 25?"}
-
-
-class Notes(Run):
-    """A tracker that keeps what it is told."""
-
-    def __init__(self):
-        self.metrics = {}
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics |= metrics
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +42,41 @@ def config(tmp_path_factory, tokenizer):
     target_path, draft_path = root / "target", root / "draft"
     target_path.mkdir()
     sizes = GptOssConfig.from_hf({**TARGET, "vocab_size": 512})
-    checkpoints.save_target(target_path, sizes, gpt_oss_weights.random_weights(sizes, jax.random.key(0)), {})
+    save_target(target_path, TargetModel(sizes, gpt_oss_weights.random_weights(sizes, jax.random.key(0))), {})
     tokenizer.save_pretrained(target_path)
     config = PipelineConfig(
         output_dir=str(root),
         target=TargetConfig(name="random", path=str(target_path)),
-        draft=DraftConfig(block_size=5, num_tapped_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12),
-        serve=ServeConfig(slots=3, max_length=96, prefill_chunk=16, port=0),
+        draft=DraftConfig(
+            block_size=5,
+            num_hidden_layers=2,
+            num_tapped_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+        ),
+        engine=EngineSettings(max_length=96, prefill_chunk=16),
+        serve=ServeConfig(slots=3, port=0),
     )
-    target = lineage.target(config)
-    shape = lineage.draft_config(config, target)
-    checkpoints.save_draft(artifacts.open_scratch(draft_path, resume=False), shape,
-                           draft.random_weights(shape, jax.random.key(1)), {})  # fmt: skip
-    contract = lineage.draft_contract(config, target, {}).to_json()
-    artifacts.seal(draft_path, kind=lineage.DRAFT, settings={}, contract=contract)
     config.export.path = str(draft_path)
+    workspace = Workspace(config)
+    shape = workspace.draft_config
+    draft = DraftModel(shape, dflash_weights.random_weights(shape, jax.random.key(1)))
+    save_draft(artifact.open_scratch(draft_path, resume=False), draft, {})
+    artifact.seal(
+        draft_path,
+        kind=DRAFT,
+        key=workspace.key(DRAFT),
+        settings=workspace.settings(DRAFT),
+        parents={CHECKPOINT: Parent(key="0123456789ab", fingerprint="f" * 64)},
+        contract=workspace.contract(DRAFT).to_json(),
+    )
     return config
 
 
 def run_with_visitor(config, capsys, visit):
     """Run the stage in this thread while `visit(address)` runs in another, which ends it with SIGINT."""
-    notes, found = Notes(), []
+    notes, found = Recorder(), []
 
     def come_and_go():
         deadline = time.monotonic() + 120
@@ -80,7 +92,7 @@ def run_with_visitor(config, capsys, visit):
 
     visitor = threading.Thread(target=come_and_go)
     visitor.start()
-    with contextlib.suppress(KeyboardInterrupt):  # only when the stage ended too early, and pytest has told why
+    with contextlib.suppress(KeyboardInterrupt):  # only when the stage ended too early, and pytest has said why
         stage.run(config, notes)
     visitor.join()
     return notes, *found[0]
@@ -98,10 +110,11 @@ def test_a_draft_is_served_with_plain_greedys_tokens_until_a_signal(config, toke
             )
         return chat, texts, httpx.get(f"{address}/metrics").text
 
-    notes, (chat, texts, metrics), told = run_with_visitor(config, capsys, visit)
+    notes, (chat, texts, metrics), output = run_with_visitor(config, capsys, visit)
 
-    sizes, weights = checkpoints.load_target(lineage.target(config).path, WeightsForm())
-    plain = Engine(weights, sizes, stop_token_ids=stop_token_ids(tokenizer), slots=1, max_length=96, prefill_chunk=16)
+    target = read_target(Workspace(config).target.path, WeightFormat())
+    stops = tuple(stop_token_ids(tokenizer))
+    plain = Engine(target, None, EngineConfig(num_slots=1, max_length=96, prefill_chunk=16, stop_token_ids=stops))
     wanted = {
         one.request_id: list(one.token_ids)
         for one in plain.generate(
@@ -112,7 +125,7 @@ def test_a_draft_is_served_with_plain_greedys_tokens_until_a_signal(config, toke
     assert [choice.token_ids for choice in texts.choices] == [wanted["0"], wanted["1"]]
     assert chat.usage.completion_tokens == len(wanted["0"])
     assert chat.usage.prompt_tokens == len(prompt)
-    assert "curl http://127.0.0.1:" in told
+    assert "curl http://127.0.0.1:" in output
     rounds = float(re.search(r"^serve_rounds_total (\S+)$", metrics, re.MULTILINE)[1])
     assert rounds > 0
     assert notes.metrics["accept_length"] >= 1
@@ -121,9 +134,10 @@ def test_a_draft_is_served_with_plain_greedys_tokens_until_a_signal(config, toke
 
 
 def test_more_positions_than_the_target_has_are_refused(config):
-    large = PipelineConfig(target=config.target, export=config.export, serve=ServeConfig(max_length=257, port=0))
-    with pytest.raises(PipelineError, match=r"serve.max_length is 257; random has 256 positions"):
-        stage.run(large, Notes())
+    large = PipelineConfig(target=config.target, export=config.export, engine=EngineSettings(max_length=257))
+    large.serve.port = 0
+    with pytest.raises(PipelineError, match=r"engine.max_length is 257; random has 256 positions"):
+        stage.run(large, Recorder())
 
 
 def test_a_port_in_use_is_refused_before_anything_is_loaded(config):
@@ -132,11 +146,12 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded(config):
         port = listener.getsockname()[1]
         busy = PipelineConfig(target=TargetConfig(name="none", path="/nowhere"), serve=ServeConfig(port=port))
         with pytest.raises(PipelineError, match=f"serve.port is {port}, which is in use"):
-            stage.run(busy, Notes())
+            stage.run(busy, Recorder())
 
 
 def test_a_draft_that_was_never_exported_is_named(config, tmp_path):
-    absent = PipelineConfig(target=config.target, serve=ServeConfig(port=0, max_length=96))
+    absent = PipelineConfig(target=config.target, engine=EngineSettings(max_length=96))
+    absent.serve.port = 0
     absent.export.path = str(tmp_path / "none")
     with pytest.raises(PipelineError, match=r"no complete draft at .*stage=export"):
-        stage.run(absent, Notes())
+        stage.run(absent, Recorder())

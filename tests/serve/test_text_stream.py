@@ -1,11 +1,19 @@
 import random
 
 import pytest
-from channels import split_channels
-from chatml import chatml_tokenizer
 
 from pipeline.prompts.harmony import render_completion
-from pipeline.serve.text import ANALYSIS, FINAL, ChannelReader, Detokenizer, StopStrings, ToolChannel, chat_reader
+from pipeline.serve.text_stream import (
+    ANALYSIS,
+    FINAL,
+    ChannelReader,
+    Detokenizer,
+    StopStrings,
+    ToolChannel,
+    chat_reader,
+)
+from tests.support.channels import split_channels
+from tests.support.chatml import chatml_tokenizer
 
 WHOLE = "<|channel|>analysis<|message|>2 + 2 = 4.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
 TEXTS = ["naïve café", "東京 is big", "👩‍👩‍👧 family 🎉", "a\n\n  b\t", "1 + 1 = 2"]

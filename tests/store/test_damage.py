@@ -2,20 +2,22 @@
 
 from pathlib import Path
 
-import buckets
 import numpy as np
 import pytest
-import tiny_store
 
-from pipeline import artifacts, places
-from pipeline.artifacts import PipelineError
-from pipeline.teacher_cache import features, store
-from pipeline.teacher_cache.store import open_split
-from pipeline.train.batches import Batches, made_ahead
+from pipeline.artifacts import artifact, storage
+from pipeline.errors import PipelineError
+from pipeline.store import feature_codec, reader, writer
+from pipeline.store.layout import HEADER, ROWS, SHARD
+from pipeline.store.reader import open_split
+from pipeline.train.data.padded import PaddedBatches
+from pipeline.train.data.prefetch import prefetch
+from tests.support import buckets
+from tests.support import store as tiny_store
 
 SHARD_FILES = ("tokens/c/0", "tokens/zarr.json", "channels/c/0", "channels/zarr.json", "features/c/0/0")
-SHARD_FILES += ("features/zarr.json", "scales/c/0/0", "scales/zarr.json", store.ROWS, store.SHARD)
-FILES = [*(f"train/00000/{name}" for name in SHARD_FILES), store.HEADER, artifacts.MANIFEST]
+SHARD_FILES += ("features/zarr.json", "scales/c/0/0", "scales/zarr.json", ROWS, SHARD)
+FILES = [*(f"train/00000/{name}" for name in SHARD_FILES), HEADER, artifact.MANIFEST]
 
 
 @pytest.fixture
@@ -31,10 +33,10 @@ def _flip(file: Path, place: float) -> None:
 
 def _train(root: Path) -> None:
     """What stage=train does with a cache: open it, and make its batches ahead of their use."""
-    artifacts.read(root, tiny_store.KIND, make_with="the test")
+    artifact.read(root, tiny_store.KIND, make_with="the test")
     split = open_split(root, "train")
-    batches = Batches(split, num_sequences=2, num_anchors=3, seed=0)
-    made = made_ahead(batches.at, 0)
+    batches = PaddedBatches(split, num_sequences=2, num_anchors=3, seed=0)
+    made = prefetch(batches.at, 0)
     for _ in range(batches.steps_per_epoch):
         next(made)
     made.close()
@@ -64,17 +66,17 @@ def test_a_torn_file_stops_training_with_its_name(root: Path, name: str) -> None
 @pytest.mark.parametrize("name", FILES)
 def test_a_lost_file_stops_training_with_its_name(root: Path, name: str) -> None:
     (root / name).unlink()
-    with pytest.raises(PipelineError, match="no complete" if name == artifacts.MANIFEST else name.rpartition("/")[2]):
+    with pytest.raises(PipelineError, match="no complete" if name == artifact.MANIFEST else name.rpartition("/")[2]):
         _train(root)
 
 
 def test_every_byte_of_the_manifest_counts(root: Path) -> None:
-    whole = (root / artifacts.MANIFEST).read_bytes()
+    whole = (root / artifact.MANIFEST).read_bytes()
     for place in range(0, len(whole) - 1, 17):
-        _flip(root / artifacts.MANIFEST, place / (len(whole) - 1))
-        with pytest.raises(PipelineError, match=artifacts.MANIFEST):
-            artifacts.read(root, tiny_store.KIND, make_with="the test")
-        (root / artifacts.MANIFEST).write_bytes(whole)
+        _flip(root / artifact.MANIFEST, place / (len(whole) - 1))
+        with pytest.raises(PipelineError, match=artifact.MANIFEST):
+            artifact.read(root, tiny_store.KIND, make_with="the test")
+        (root / artifact.MANIFEST).write_bytes(whole)
 
 
 def test_a_shard_of_another_run_is_refused(root: Path, tmp_path: Path) -> None:
@@ -87,14 +89,15 @@ def test_a_shard_of_another_run_is_refused(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_contract_is_named_without_asking(root: Path) -> None:
-    _flip(root / artifacts.CONTRACT, 0.5)
+    _flip(root / artifact.CONTRACT, 0.5)
     with pytest.raises(PipelineError, match=r"contract.json: sha256 differs"):
-        artifacts.read(root, tiny_store.KIND, make_with="the test")
+        artifact.read(root, tiny_store.KIND, make_with="the test")
 
 
 def test_only_the_file_that_is_read_from_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a sequence of a large shard can be read without reading the shard."""
-    monkeypatch.setattr(store, "FILE_TOKENS", 512)
+    for module in (reader, writer):
+        monkeypatch.setattr(module, "FILE_TOKENS", 512)
     root = tiny_store.build(tmp_path / "cache").path  # sequences of 300, 5 and 411 tokens: the last lies in two files
     assert sorted((root / "train" / "00000" / "features" / "c").iterdir())[-1].name == "1"
     _flip(root / "train" / "00000" / "features" / "c" / "1" / "0", 0.5)
@@ -115,21 +118,22 @@ def test_features_that_are_not_finite_are_named_and_not_trained_on(tmp_path: Pat
         _train(root)
 
 
+@pytest.mark.buckets
 def test_a_bucket_that_is_gone_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While training reads: nobody is told to delete the cache."""
-    monkeypatch.setattr(places, "RETRIES", {"max_retries": 2, "initial_delay": "10ms", "max_delay": "10ms"})
-    places.context.cache_clear()
+    monkeypatch.setattr(storage, "RETRIES", {"max_retries": 2, "initial_delay": "10ms", "max_delay": "10ms"})
+    storage.tensorstore_context.cache_clear()
     with buckets.s3() as (url, environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        root = places.place_of(f"{url}/a/cache")
+        root = storage.parse_path(f"{url}/a/cache")
         tiny_store.build(root, staging=tmp_path / "staging")
         split = open_split(root, "train", verify=False)
         assert len(split.read([0])) == 1
     with pytest.raises(PipelineError, match=rf"{root}/train/00000 cannot be reached: .*check the network") as raised:
         split.read([1])
     assert "delete" not in str(raised.value)
-    places.context.cache_clear()
+    storage.tensorstore_context.cache_clear()
 
 
 def test_a_reader_that_is_told_not_to_compare_sees_it_by_the_chunks_own_sums(root: Path) -> None:
@@ -143,5 +147,5 @@ def test_what_was_read_is_what_was_written_but_for_the_steps_of_int8(root: Path)
         token_ids, channels, wanted = tiny_store.sequences("train", 0)[index]
         np.testing.assert_array_equal(sequence.token_ids, token_ids)
         np.testing.assert_array_equal(sequence.channels, channels)
-        again = features.decode(features.encode(wanted, "int8", tiny_store.NUM_TAPPED))
+        again = feature_codec.decode(feature_codec.encode(wanted, "int8", tiny_store.NUM_TAPPED))
         np.testing.assert_array_equal(sequence.features, again)

@@ -4,12 +4,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pipeline.artifacts import Artifact
-from pipeline.teacher_cache import features
-from pipeline.teacher_cache.store import open_split
+from pipeline.artifacts.artifact import Artifact
+from pipeline.store import feature_codec
+from pipeline.store.reader import open_split
 
 GPT_OSS = {"feature_size": 5 * 2880, "num_tapped": 5}
-SIZES = (0.27, 23.1, 26.9)  # RMS of layers, as measured for Qwen3-8B (../shared/reference/dflash.md 1.4)
+SIZES = (0.27, 23.1, 26.9)  # RMS of layers, as measured for Qwen3-8B (docs/dflash.md#tapped-layers)
 
 
 def layers_of_different_sizes(num_tokens: int, width: int) -> np.ndarray:
@@ -19,19 +19,19 @@ def layers_of_different_sizes(num_tokens: int, width: int) -> np.ndarray:
 
 
 def there_and_back(array: np.ndarray, num_tapped: int) -> np.ndarray:
-    return features.decode(features.encode(array, "int8", num_tapped))
+    return feature_codec.decode(feature_codec.encode(array, "int8", num_tapped))
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [("bfloat16", 28_800), ("int8", 14_420), ("none", 0)])
 def test_a_token_of_gpt_oss_with_five_taps_takes(stored: str, wanted: int) -> None:
-    assert features.token_bytes(stored, **GPT_OSS) == wanted
+    assert feature_codec.token_bytes(stored, **GPT_OSS) == wanted
 
 
 def test_int8_is_within_one_percent_in_every_layer() -> None:
     wanted = layers_of_different_sizes(100, 2880)
     found = there_and_back(wanted, len(SIZES))
     assert found.dtype == ml_dtypes.bfloat16
-    errors = features.relative_errors(found, wanted, len(SIZES))
+    errors = feature_codec.relative_errors(found, wanted, len(SIZES))
     assert errors.shape == (100, len(SIZES))
     assert errors.max() < 0.0125
     assert errors.mean() < 0.01
@@ -40,8 +40,8 @@ def test_int8_is_within_one_percent_in_every_layer() -> None:
 def test_one_scale_for_a_token_would_lose_the_small_layer() -> None:
     """Why there is one for each layer: the same numbers under a common scale."""
     wanted = layers_of_different_sizes(100, 2880)
-    common = features.decode(features.encode(wanted, "int8", 1))
-    errors = features.relative_errors(common, wanted, len(SIZES))
+    common = feature_codec.decode(feature_codec.encode(wanted, "int8", 1))
+    errors = feature_codec.relative_errors(common, wanted, len(SIZES))
     assert errors[:, 0].min() > 0.5
     assert errors[:, 2].max() < 0.0125
 
@@ -50,13 +50,13 @@ def test_int8_is_within_one_percent_on_what_a_target_gives(cache: Artifact) -> N
     split = open_split(cache.path, "train")
     for sequence in split.read(range(split.num_sequences)):
         found = there_and_back(sequence.features, split.layout.num_tapped)
-        assert features.relative_errors(found, sequence.features, split.layout.num_tapped).max() < 0.0125
+        assert feature_codec.relative_errors(found, sequence.features, split.layout.num_tapped).max() < 0.0125
 
 
 def test_what_is_decoded_is_what_the_scales_say() -> None:
     """Against arithmetic in float64, value by value."""
     wanted = layers_of_different_sizes(7, 24)
-    arrays = features.encode(wanted, "int8", len(SIZES))
+    arrays = feature_codec.encode(wanted, "int8", len(SIZES))
     assert arrays["features"].dtype == np.int8
     scales = np.repeat(arrays["scales"].astype(np.float64), 24, axis=1)
     np.testing.assert_allclose(
@@ -64,7 +64,7 @@ def test_what_is_decoded_is_what_the_scales_say() -> None:
     )
     assert np.abs(arrays["features"] - wanted.astype(np.float64) / scales).max() <= 0.5 + 1e-6
     exact = arrays["features"] * scales
-    np.testing.assert_allclose(features.decode(arrays).astype(np.float64), exact, rtol=2**-8)
+    np.testing.assert_allclose(feature_codec.decode(arrays).astype(np.float64), exact, rtol=2**-8)
 
 
 def test_features_of_nothing_but_zeros_stay_zeros() -> None:
@@ -77,5 +77,5 @@ def test_features_of_nothing_but_zeros_stay_zeros() -> None:
 def test_what_is_not_finite_is_seen_behind_the_encoding(stored: str, value: float) -> None:
     array = layers_of_different_sizes(5, 4)
     array[3, 7] = value
-    found = features.is_finite(features.encode(array, stored, len(SIZES)))
+    found = feature_codec.is_finite(feature_codec.encode(array, stored, len(SIZES)))
     assert found.tolist() == [True, True, True, False, True]

@@ -8,13 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.channels import Channel
-from pipeline.teacher_cache import store
-from pipeline.teacher_cache.store import Layout, Rows, open_split, read_report, shard_path, write_header, write_shard
+from pipeline.store import writer
+from pipeline.store.layout import CHUNK_TOKENS, HEADER, ROWS, SHARD, CacheLayout, ShardRows, shard_path
+from pipeline.store.reader import open_split
+from pipeline.store.writer import ShardContents, read_report, write_header, write_shard
 
 FEATURE_SIZE = 6
-LAYOUT = Layout(stored="bfloat16", feature_size=FEATURE_SIZE, num_tapped=2)
+LAYOUT = CacheLayout(stored="bfloat16", feature_size=FEATURE_SIZE, num_tapped=2)
 REPORT_KEYS = {"a", "bytes"}
 LENGTHS = {"train": ([300, 5, 411], [2, 700]), "heldout": ([9],)}
 
@@ -36,7 +38,7 @@ def _write(root: Path, split: str, shard: int, *, spoil: float | None = None) ->
     if spoil is not None:
         features[302, 4] = spoil
     count = len(sequences)
-    rows = Rows(
+    rows = ShardRows(
         prompt_ids=[f"{split}-{shard}-{index}" for index in range(count)],
         efforts=["low"] * count,
         finish_reasons=["stop"] * count,
@@ -46,7 +48,8 @@ def _write(root: Path, split: str, shard: int, *, spoil: float | None = None) ->
     tokens = np.concatenate([tokens for tokens, _ in sequences])
     channels = (tokens % len(Channel)).astype(np.uint8)
     path = shard_path(root, split, shard)
-    write_shard(path, rows, tokens, channels, features, layout=LAYOUT, fingerprint="f", report={"a": 1})
+    contents = ShardContents(rows=rows, token_ids=tokens, channels=channels, features=features)
+    write_shard(path, contents, layout=LAYOUT, fingerprint="f", report={"a": 1})
 
 
 @pytest.fixture
@@ -76,15 +79,15 @@ def test_sequences_come_back_exactly_in_any_order(root: Path, split: str) -> Non
 def test_the_same_shard_written_twice_has_the_same_bytes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("again")
     _write(other, "train", 0)
-    first, second = (shard_path(where, "train", 0) / store.SHARD for where in (root, other))
+    first, second = (shard_path(where, "train", 0) / SHARD for where in (root, other))
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_token_is_stored_once(root: Path) -> None:
     shard = shard_path(root, "train", 1)
     held = sum(file.stat().st_size for file in shard.rglob("*") if file.is_file() and "c" in file.parts)
-    chunks = -(-702 // store.CHUNK_TOKENS)
-    assert held <= chunks * store.CHUNK_TOKENS * LAYOUT.token_bytes + 200
+    chunks = -(-702 // CHUNK_TOKENS)
+    assert held <= chunks * CHUNK_TOKENS * LAYOUT.token_bytes + 200
 
 
 @pytest.mark.parametrize("verify", [True, False], ids=["by sha256", "by the chunk's crc32c alone"])
@@ -116,7 +119,7 @@ def test_a_torn_shard_is_absent(root: Path) -> None:
     path = shard_path(root, "train", 1)
     assert read_report(path, "f").keys() == REPORT_KEYS
     assert read_report(path, "another") is None
-    (path / store.SHARD).unlink()
+    (path / SHARD).unlink()
     assert read_report(path, "f") is None
     with pytest.raises(PipelineError, match="lacks the shards 00001"):
         open_split(root, "train")
@@ -126,7 +129,7 @@ def test_a_killed_write_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.Monk
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.artifacts, "write_json", killed)
+    monkeypatch.setattr(writer, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         _write(tmp_path, "train", 0)
     monkeypatch.undo()
@@ -136,15 +139,15 @@ def test_a_killed_write_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_changed_rows_are_named_when_the_split_is_opened(root: Path) -> None:
-    file = shard_path(root, "heldout", 0) / store.ROWS
+    file = shard_path(root, "heldout", 0) / ROWS
     file.write_text(file.read_text().replace("9", "8"))
     with pytest.raises(PipelineError, match=r"heldout/00000 is damaged \(rows.json: sha256 differs"):
         open_split(root, "heldout")
 
 
 def test_another_format_is_refused(root: Path) -> None:
-    header = json.loads((root / store.HEADER).read_text())
-    (root / store.HEADER).write_text(json.dumps(header | {"format": 99}))
+    header = json.loads((root / HEADER).read_text())
+    (root / HEADER).write_text(json.dumps(header | {"format": 99}))
     with pytest.raises(PipelineError, match="has format 99, this version reads 2"):
         open_split(root, "train")
 

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+
+import pytest
+
+from tests.support.ports import free_port
 
 BUCKET = "a-bucket"
 _numbers = itertools.count()
@@ -31,7 +34,7 @@ os.execv(program, [str(program), *sys.argv[1:]])
 @contextlib.contextmanager
 def s3() -> Iterator[tuple[str, dict[str, str]]]:
     """A bucket's URL, and the environment that leads there."""
-    port = _free_port()
+    port = free_port()
     with _serving(["-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], f"http://127.0.0.1:{port}/moto-api/"):
         endpoint = f"http://127.0.0.1:{port}"
         _request(f"{endpoint}/{BUCKET}", "PUT")
@@ -58,7 +61,7 @@ def gcs() -> Iterator[tuple[str, dict[str, str]]]:
 @functools.cache
 def _gcs_endpoint() -> str:
     """One server as long as this process lives: tensorstore asks its environment once where Google is."""
-    endpoint = f"http://127.0.0.1:{(port := _free_port())}"
+    endpoint = f"http://127.0.0.1:{(port := free_port())}"
     options = ["-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
     running = contextlib.ExitStack()
     running.enter_context(_serving(["-c", FAKE_GCS_SERVER, *options], f"{endpoint}/storage/v1/b"))
@@ -67,6 +70,7 @@ def _gcs_endpoint() -> str:
 
 
 EMULATORS = {"s3": s3, "gs": gcs}
+SERVICES = [pytest.param(name, id=name, marks=pytest.mark.buckets) for name in EMULATORS]
 
 
 @contextlib.contextmanager
@@ -100,9 +104,3 @@ def _request(url: str, method: str, body: bytes | None = None) -> None:
     asked = urllib.request.Request(url, body, {"Content-Type": "application/json"} if body else {}, method=method)
     with urllib.request.urlopen(asked, timeout=10):
         pass
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A small random target on disk, and the configuration that caches its text."""
+"""Fixtures: a small random target on disk, the configuration that caches its text, and the cache."""
 
 from pathlib import Path
 
@@ -7,16 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import Artifact
-from pipeline.config import DraftConfig, PipelineConfig, PromptsConfig, TargetConfig, TeacherCacheConfig
-from pipeline.model import checkpoints, gpt_oss_weights
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.rope import Rope
+from pipeline.artifacts import artifact
+from pipeline.artifacts.artifact import Artifact
+from pipeline.config.fields import TEACHER_CACHE
+from pipeline.config.schema import DraftConfig, PipelineConfig, PromptsConfig, TargetConfig, TeacherCacheConfig
+from pipeline.model.gpt_oss import weights as gpt_oss_weights
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.hf.directory import save_target
+from pipeline.model.layers.rope import Rope
 from pipeline.prompts import corpus
 from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.teacher_cache import stage
-from pipeline.tracking import Run
+from pipeline.workspace.workspace import Workspace
+from tests.support.recorder import Recorder
 
 VOCAB_SIZE = 300
 MODEL = GptOssConfig(
@@ -43,7 +47,7 @@ def target_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = jax.jit(lambda key: gpt_oss_weights.random_weights(MODEL, key))(jax.random.key(3))
     random = np.random.default_rng(4)
     weights = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.3 * random.normal(size=leaf.shape), leaf.dtype), weights)
-    checkpoints.save_target(directory, MODEL, weights, {"eos_token_id": 293, "pad_token_id": 291})
+    save_target(directory, TargetModel(MODEL, weights), {"eos_token_id": 293, "pad_token_id": 291})
     texts = [corpus.conversation(0, index, "low").prompt for index in range(200)]
     train_tokenizer(texts, VOCAB_SIZE).save_pretrained(directory)
     return directory
@@ -61,30 +65,14 @@ def configuration(target_directory: Path, output_dir: Path) -> PipelineConfig:
         output_dir=str(output_dir),
         target=TargetConfig(name="random", path=str(target_directory)),
         prompts=PromptsConfig(count=26, heldout_fraction=0.4),
-        teacher_cache=TeacherCacheConfig(max_prompt_tokens=160, max_new_tokens=24, batch_size=4, shard_sequences=7),
+        teacher_cache=TeacherCacheConfig(max_prompt_tokens=160, max_new_tokens=24, slots=4, shard_sequences=7),
         draft=DraftConfig(block_size=4, num_tapped_layers=2),
     )
 
 
-class Recorder(Run):
-    """A tracker that remembers."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-        self.documents: dict[str, object] = {}
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Remember the last value of each."""
-        self.metrics |= metrics
-
-    def log_json(self, name: str, value: object) -> None:
-        """Remember a document."""
-        self.documents[name] = value
-
-
 @pytest.fixture
 def tracker() -> Recorder:
-    """A tracker that remembers what it was told."""
+    """A tracker that remembers what was logged."""
     return Recorder()
 
 
@@ -93,5 +81,5 @@ def cache(target_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     """A cache that nothing has disturbed; read only."""
     undisturbed = configuration(target_directory, tmp_path_factory.mktemp("undisturbed"))
     stage.run(undisturbed, Recorder())
-    path = lineage.teacher_cache_address(undisturbed, lineage.target(undisturbed))
-    return artifacts.read(path, lineage.TEACHER_CACHE, make_with="the test", verify=True)
+    path = Workspace(undisturbed).address(TEACHER_CACHE)
+    return artifact.read(path, TEACHER_CACHE, make_with="the test", verify=True)

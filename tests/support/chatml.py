@@ -1,8 +1,9 @@
 """A tokenizer whose chat format is ChatML: bytes and control tokens, no more."""
 
-from tiny_gguf import CHATML
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.support.gguf import CHATML
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<gh_stars>")
 

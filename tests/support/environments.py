@@ -6,9 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from oracle_environment import STDERR_TAIL_CHARACTERS, TIMEOUT_SECONDS, oracle_variables
-
-TESTS = Path(__file__).resolve().parent
+from tests.support.oracles import STDERR_TAIL_CHARACTERS, TIMEOUT_SECONDS, oracle_variables
+from tests.support.paths import TESTS
 
 
 def python_of(name: str) -> Path:

@@ -1,14 +1,15 @@
-"""An engine that says what a script says, with the real one's interface, for tests of what is around it."""
+"""An engine whose answers a script gives, with the real one's interface, for tests of what is around it."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from pipeline.artifacts import PipelineError
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.serve.engine import Engine, Update
-from pipeline.serve.scheduler import Request
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.request import Request, StepUpdate
+from pipeline.errors import PipelineError
 
 VOCABULARY = 512
 
@@ -33,8 +34,10 @@ class FakeEngine(Engine):
         slots: int = 4,
         max_length: int = 200,
     ) -> None:
-        self.script, self.stop_ids, self.round_tokens = script, set(stop_ids), round_tokens
-        self.block_size, self.slots, self.max_length = block_size, slots, max_length
+        self.script, self.round_tokens, self.block_size = script, round_tokens, block_size
+        self.config = EngineConfig(
+            num_slots=slots, max_length=max_length, prefill_chunk=16, stop_token_ids=tuple(stop_ids)
+        )
         self.acceptance = acceptance.empty(block_size or 1)
         self.waiting: list[Request] = []
         self.running: dict[str, Running] = {}
@@ -59,26 +62,27 @@ class FakeEngine(Engine):
         pass
 
     def check(self, request: Request) -> None:
-        if not request.prompt_ids or len(request.prompt_ids) + request.max_new_tokens > self.max_length:
+        if not request.prompt_ids or len(request.prompt_ids) + request.max_new_tokens > self.config.max_length:
             raise PipelineError("prompt does not fit")
         if max(request.prompt_ids) >= VOCABULARY:
             raise PipelineError(f"prompt has token ids {[max(request.prompt_ids)]}; the target knows 0..511")
 
-    def add(self, request: Request) -> None:
-        self.check(request)
-        self.waiting.append(request)
+    def add_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.check(request)
+        self.waiting += requests
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
         self.running.pop(request_id, None)
         self.waiting = [one for one in self.waiting if one.request_id != request_id]
 
-    def step(self) -> list[Update]:
+    def step(self) -> list[StepUpdate]:
         time.sleep(self.step_seconds)
         if self.failure is not None:
             raise self.failure
         updates = []
-        while self.waiting and len(self.running) < self.slots:
+        while self.waiting and len(self.running) < self.config.num_slots:
             request = self.waiting.pop(0)
             self.running[request.request_id] = Running(request, list(self.script(request))[: request.max_new_tokens])
             updates.append(self._advance(request.request_id, 1, is_round=False))
@@ -87,15 +91,15 @@ class FakeEngine(Engine):
             updates.append(self._advance(request_id, self.round_tokens, is_round=self.block_size is not None))
         return updates
 
-    def _advance(self, request_id: str, count: int, *, is_round: bool) -> Update:
+    def _advance(self, request_id: str, count: int, *, is_round: bool) -> StepUpdate:
         one = self.running[request_id]
         new = tuple(one.tokens[one.at : one.at + count])
         one.at += len(new)
         reason = None
         if one.at == len(one.tokens):
-            reason = "stop" if new[-1] in self.stop_ids else "length"
+            reason = "stop" if new[-1] in self.config.stop_token_ids else "length"
             del self.running[request_id]
         if is_round:
             self.acceptance += Acceptance.of([len(new) - 1], self.block_size)
-        kept = len(new) - 1 if is_round else None
-        return Update(request_id=request_id, token_ids=new, finish_reason=reason, kept=kept)
+        num_accepted = len(new) - 1 if is_round else None
+        return StepUpdate(request_id=request_id, token_ids=new, finish_reason=reason, num_accepted=num_accepted)

@@ -1,26 +1,25 @@
 """A random target and a draft fitted to some of its text, both written by torch, and the prompts they are tried on.
 
-A random draft is almost always rejected; one that knows a part of the text keeps nothing, a few tokens or a
-whole block, so that commits and roll-backs of every size happen. The two are made once for all test files.
+A random draft is almost always rejected; of one that knows a part of the text nothing, a few tokens or a whole block
+are accepted, so that commits and roll-backs of every size happen. The two are made once for all test files.
 """
 
-import atexit
 import dataclasses
 import functools
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import tiny_models
-from oracle_environment import run_oracle
 
-from pipeline.model import checkpoints
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
-from pipeline.serve.engine import Draft
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_draft, read_target
+from tests.support import models as tiny_models
+from tests.support import once
+from tests.support.oracles import run_oracle
 
 BLOCK_SIZE, MASK_TOKEN_ID = 6, 96
 DRAFT = {
@@ -63,21 +62,24 @@ FIT_STEPS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """Where the two are, what they are in float32, and the prompts: of the first few the draft knows the answers."""
+    """The two on disk and in float32, and the prompts; the draft knows the answers to the first few."""
 
     target_path: Path
     draft_path: Path
-    config: GptOssConfig
-    weights: GptOssWeights
-    draft: Draft
+    target: TargetModel
+    draft: DraftModel
     prompts: list[list[int]]
 
 
 @functools.cache
 def fitted() -> Fitted:
     """Read only."""
-    root = Path(tempfile.mkdtemp(prefix="fitted-draft-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    root = once.directory("fitted", _make)
+    target, draft = read_target(root / "target", WeightFormat()), read_draft(root / "draft", jnp.float32)
+    return Fitted(root / "target", root / "draft", target, draft, prompts())
+
+
+def _make(root: Path) -> None:
     (root / "target.json").write_text(json.dumps(tiny_models.TARGET))
     (root / "draft.json").write_text(json.dumps(DRAFT))
     run_oracle("make_gpt_oss", config=root / "target.json", seed=1, out=root / "target")
@@ -92,9 +94,6 @@ def fitted() -> Fitted:
         steps=FIT_STEPS,
         out=root / "draft",
     )
-    config, weights = checkpoints.load_target(root / "target", WeightsForm())
-    sizes, draft_weights = checkpoints.load_draft(root / "draft", jnp.float32)
-    return Fitted(root / "target", root / "draft", config, weights, Draft(draft_weights, sizes), prompts())
 
 
 def prompts() -> list[list[int]]:

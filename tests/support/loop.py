@@ -4,20 +4,16 @@ Target, answers, features and draft are all made by the stages themselves, so th
 engine and loses it when one of its conventions is broken.
 """
 
-import atexit
 import dataclasses
-import functools
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from pipeline import artifacts
-from pipeline.config import (
+from pipeline.config.schema import (
     ArchitectureConfig,
     DraftConfig,
+    EngineSettings,
     ExportConfig,
     PipelineConfig,
     PretrainConfig,
@@ -27,7 +23,10 @@ from pipeline.config import (
     TeacherCacheConfig,
     TrainConfig,
 )
-from pipeline.tracking import SilentRun
+from pipeline.tracking.run import SilentRun
+from tests.support import once
+from tests.support.compiled import QUICKLY
+from tests.support.paths import ROOT
 
 LIMIT_SECONDS = 500  # on a machine that does other things too
 STEPS = 250
@@ -65,7 +64,7 @@ def configuration(root: Path) -> PipelineConfig:
             ),
         ),
         prompts=PromptsConfig(count=160, heldout_fraction=0.15),
-        teacher_cache=TeacherCacheConfig(max_prompt_tokens=160, max_new_tokens=40, batch_size=32, shard_sequences=200),
+        teacher_cache=TeacherCacheConfig(max_prompt_tokens=160, max_new_tokens=40, slots=32, shard_sequences=200),
         draft=DraftConfig(
             block_size=6,
             num_hidden_layers=1,
@@ -84,21 +83,26 @@ def configuration(root: Path) -> PipelineConfig:
             log_steps=50,
         ),
         export=ExportConfig(num_prompts=NUM_PROMPTS),
-        serve=ServeConfig(slots=NUM_PROMPTS, max_length=200, prefill_chunk=32),
+        engine=EngineSettings(max_length=200, prefill_chunk=32),
+        serve=ServeConfig(slots=NUM_PROMPTS),
     )
 
 
-@functools.cache
 def trained() -> PipelineConfig:
     """A configuration whose target, teacher cache and draft are made; read only."""
-    root = Path(tempfile.mkdtemp(prefix="tiny-loop-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return configuration(once.directory("loop", _make))
+
+
+def _make(root: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY
     made = subprocess.run(
-        [sys.executable, __file__, str(root)], env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
+        [sys.executable, "-m", "tests.support.loop", str(root)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
     )
     assert made.returncode == 0, made.stderr[-4000:]
-    return configuration(root)
 
 
 def copy(config: PipelineConfig) -> PipelineConfig:
@@ -113,12 +117,13 @@ def copy(config: PipelineConfig) -> PipelineConfig:
 
 
 def main() -> None:
-    """Make everything up to the trained draft: `tiny_loop.py ROOT`."""
+    """Make everything up to the trained draft: `python -m tests.support.loop ROOT`."""
+    from pipeline.artifacts import provenance
     from pipeline.target import stage as target
     from pipeline.teacher_cache import stage as teacher_cache
     from pipeline.train import stage as train
 
-    artifacts.git_commit = lambda: "0" * 40
+    provenance.git_commit = lambda: "0" * 40
     config = configuration(Path(sys.argv[1]))
     for stage in (target, teacher_cache, train):
         stage.run(config, SilentRun())

@@ -5,15 +5,16 @@ import threading
 
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
-from pipeline.serve.worker import Worker
+from pipeline.serve.engine_thread import EngineThread
 
 MODEL = "tiny"
+LIMIT_SECONDS = 30.0  # until a server has ended, on a machine that does other things too
 
 
 @contextlib.contextmanager
 def serving(engine, tokenizer, **options):
     """A server on a free port, and how many seconds it may take to end."""
-    worker = Worker(engine)
+    worker = EngineThread(engine)
     api = Api(worker, engine, tokenizer, model=MODEL, effort="low", **options)
     with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
         address = server.url(listener)
@@ -25,6 +26,6 @@ def serving(engine, tokenizer, **options):
             yield address
         finally:
             running.should_exit = True
-            thread.join(10)
-            assert worker.stop(5.0)
+            thread.join(LIMIT_SECONDS)
+            assert worker.stop(LIMIT_SECONDS)
             assert not thread.is_alive()

@@ -5,12 +5,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from pipeline import artifacts
-from pipeline.artifacts import Artifact
-from pipeline.places import Place
+from pipeline.artifacts import artifact
+from pipeline.artifacts.artifact import Artifact, Parent
+from pipeline.artifacts.storage import StoragePath
 from pipeline.prompts.channels import Channel
-from pipeline.teacher_cache import store
-from pipeline.teacher_cache.store import Layout
+from pipeline.store.layout import CacheLayout, ShardRows, listed_files, shard_path
+from pipeline.store.writer import ShardContents, write_header, write_shard
 
 KIND = "teacher_cache"
 FEATURE_SIZE, NUM_TAPPED = 6, 2
@@ -18,11 +18,11 @@ LENGTHS = {"train": ([300, 5, 411], [2, 700]), "heldout": ([9],)}
 NUM_SHARDS = {split: len(shards) for split, shards in LENGTHS.items()}
 
 
-def layout(stored: str) -> Layout:
+def layout(stored: str) -> CacheLayout:
     """With features of two layers, or with none."""
     if stored == "none":
-        return Layout(stored=stored, feature_size=0, num_tapped=0)
-    return Layout(stored=stored, feature_size=FEATURE_SIZE, num_tapped=NUM_TAPPED)
+        return CacheLayout(stored=stored, feature_size=0, num_tapped=0)
+    return CacheLayout(stored=stored, feature_size=FEATURE_SIZE, num_tapped=NUM_TAPPED)
 
 
 def sequences(split: str, shard: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -39,26 +39,34 @@ def sequences(split: str, shard: int) -> list[tuple[np.ndarray, np.ndarray, np.n
 
 
 def write(
-    root: Place, split: str, shard: int, stored: str = "bfloat16", *, staging: Path | None = None, spoil: float = 0.0
+    root: StoragePath,
+    split: str,
+    shard: int,
+    stored: str = "bfloat16",
+    *,
+    staging: Path | None = None,
+    spoil: float = 0.0,
 ) -> None:
     """Write a shard; `spoil` takes the place of a feature of the second sequence's third token."""
     token_ids, channels, features = (np.concatenate(parts) for parts in zip(*sequences(split, shard), strict=True))
     if spoil:
         features[302, 4] = spoil
     lengths = LENGTHS[split][shard]
-    rows = store.Rows(
+    rows = ShardRows(
         prompt_ids=[f"{split}-{shard}-{index}" for index in range(len(lengths))],
         efforts=["low"] * len(lengths),
         finish_reasons=["stop"] * len(lengths),
         num_tokens=list(lengths),
         prompt_tokens=[1] * len(lengths),
     )
-    store.write_shard(
-        store.shard_path(root, split, shard),
-        rows,
-        token_ids,
-        channels,
-        None if stored == "none" else features,
+    write_shard(
+        shard_path(root, split, shard),
+        ShardContents(
+            rows=rows,
+            token_ids=token_ids,
+            channels=channels,
+            features=None if stored == "none" else features,
+        ),
         layout=layout(stored),
         fingerprint="f",
         report={"a": 1},
@@ -66,12 +74,20 @@ def write(
     )
 
 
-def build(path: Place, stored: str = "bfloat16", *, staging: Path | None = None, spoil: float = 0.0) -> Artifact:
+def build(path: StoragePath, stored: str = "bfloat16", *, staging: Path | None = None, spoil: float = 0.0) -> Artifact:
     """Write all shards and seal; with `spoil`, in the first train shard."""
-    root = artifacts.scratch_of(path) if staging else artifacts.open_scratch(path, resume=False)
+    root = artifact.scratch_of(path) if staging else artifact.open_scratch(path, resume=False)
     for split, shards in LENGTHS.items():
         for shard in range(len(shards)):
             spoiled = spoil if (split, shard) == ("train", 0) else 0.0
             write(root, split, shard, stored, staging=staging, spoil=spoiled)
-    store.write_header(root, layout(stored), NUM_SHARDS)
-    return artifacts.seal(path, kind=KIND, settings={"a": 1}, contract={"b": 2}, listed=store.listed(NUM_SHARDS))
+    write_header(root, layout(stored), NUM_SHARDS)
+    return artifact.seal(
+        path,
+        kind=KIND,
+        key="0123456789ab",
+        settings={"a": 1},
+        parents={"target": Parent(key="ba9876543210", fingerprint="f" * 64)},
+        contract={"b": 2},
+        listed=listed_files(NUM_SHARDS),
+    )

@@ -1,40 +1,42 @@
 """A target, a teacher cache and a configuration small enough to train a draft on in a few steps."""
 
-import atexit
-import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from pipeline import artifacts, lineage
-from pipeline.config import (
-    DraftConfig,
-    FeatureSource,
-    FeatureStore,
-    LossWeights,
-    PipelineConfig,
-    TargetConfig,
-    TeacherCacheConfig,
-    TrainConfig,
-)
-from pipeline.model import checkpoints, draft, gpt_oss_weights
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.rope import Rope
+from pipeline.artifacts import artifact, provenance
+from pipeline.config.choices import FeatureSource, FeatureStore, LossWeights
+from pipeline.config.fields import TARGET as TARGET_KIND
+from pipeline.config.fields import TEACHER_CACHE
+from pipeline.config.schema import DraftConfig, PipelineConfig, TargetConfig, TeacherCacheConfig, TrainConfig
+from pipeline.model.dflash import config as draft_config
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss import weights as gpt_oss_weights
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.hf.directory import save_target
+from pipeline.model.layers.rope import Rope
 from pipeline.prompts.channels import Channel
-from pipeline.teacher_cache import store
-from pipeline.tracking import Run
+from pipeline.store.layout import CachedSequence, CacheLayout, ShardRows, shard_path
+from pipeline.store.writer import ShardContents, write_header, write_shard
+from pipeline.workspace import settings
+from pipeline.workspace.workspace import Workspace
+from tests.support import once
+from tests.support.compiled import QUICKLY
+from tests.support.paths import ROOT
+from tests.support.recorder import Recorder
 
-VOCAB_SIZE, MASK_TOKEN = 61, "<mask>"
+VOCAB_SIZE, MASK_TOKEN, END_TOKEN = 61, "<mask>", "<end>"
 TARGET = GptOssConfig(
     vocab_size=VOCAB_SIZE,
     hidden_size=20,
@@ -50,7 +52,7 @@ TARGET = GptOssConfig(
     rope=Rope(theta=10000.0),
     max_position_embeddings=256,
 )
-DRAFT = draft.DraftConfig(
+DRAFT = draft_config.DFlashConfig(
     vocab_size=37,
     hidden_size=20,
     intermediate_size=28,
@@ -68,24 +70,33 @@ NUM_TAPPED = 2
 GIT_COMMIT = "0" * 40
 LIMIT_SECONDS = 300  # of a training process on a machine that does other things too
 SHARD_SEQUENCES = 5
+LONGEST = 43  # tokens of a sequence: padded to 32 or to 64, and so with two compiled steps
+ONE_LENGTH = 32  # with one
 
 
-def weights_of(seed: int, config: draft.DraftConfig = DRAFT) -> draft.DraftWeights:
-    """Draft weights of which none is at rest: norms and biases too are drawn."""
-    leaves, structure = jax.tree.flatten(draft.random_weights(config, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
+def draft_of(seed: int, config: draft_config.DFlashConfig = DRAFT) -> DraftModel:
+    """A draft of which no weight is at rest: norms and biases too are drawn."""
+    random = np.random.default_rng(seed)
+
+    def drawn(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = random.normal(size=shape.shape)
+        if len(shape.shape) == 2:
+            return jnp.asarray(noise * (shape.shape[0] ** -0.5 + 0.2), shape.dtype)
+        return jnp.asarray(jax.tree_util.keystr(path).endswith("norm") + 0.2 * noise, shape.dtype)
+
+    return DraftModel(config, jax.tree_util.tree_map_with_path(drawn, dflash_weights.weight_shapes(config)))
 
 
 def make_target(directory: Path) -> Path:
-    """An HF directory: random weights, a tokenizer with a mask token, a template."""
+    """An HF directory: random weights, a tokenizer with a mask token and one that ends an answer, a template."""
     directory.mkdir(parents=True)
     weights = gpt_oss_weights.random_weights(TARGET, jax.random.key(3))
     token_ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    checkpoints.save_target(directory, TARGET, weights, token_ids)
-    words = {MASK_TOKEN: VOCAB_SIZE - 1, **{str(number): number for number in range(VOCAB_SIZE - 1)}}
-    Tokenizer(models.WordLevel(words, unk_token=MASK_TOKEN)).save(str(directory / "tokenizer.json"))
+    save_target(directory, TargetModel(TARGET, weights), token_ids)
+    words = {str(number): number for number in range(VOCAB_SIZE)}
+    words = {MASK_TOKEN: words.pop(str(VOCAB_SIZE - 1)), END_TOKEN: words.pop("1"), **words}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=MASK_TOKEN))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN).save_pretrained(directory)
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     return directory
 
@@ -94,7 +105,7 @@ def configuration(root: Path, **train: object) -> PipelineConfig:
     """Of the target in `root / "target"`; everything made goes to `root / "outputs"`."""
     defaults = {
         "steps": 12,
-        "batch_sequences": 4,
+        "batch_sequences": 8,  # which two hosts with four devices each share out
         "anchors_per_sequence": 6,
         "checkpoint_steps": 4,
         "eval_steps": 5,
@@ -126,11 +137,11 @@ def configuration(root: Path, **train: object) -> PipelineConfig:
     )
 
 
-def counting(random: np.random.Generator, table: np.ndarray) -> store.CachedSequence:
+def counting(random: np.random.Generator, table: np.ndarray, longest: int) -> CachedSequence:
     """A prompt of a few tokens, then a count upwards by a constant step; features tell a token and its step."""
-    step, first, length = random.integers(1, 4), random.integers(0, 50), random.integers(20, 44)
+    step, first, length = random.integers(1, 4), random.integers(0, 50), random.integers(20, longest + 1)
     token_ids = ((first + step * np.arange(length)) % 50 + 5).astype(np.int32)
-    return store.CachedSequence(
+    return CachedSequence(
         token_ids=token_ids,
         channels=np.full(length, Channel.final, np.uint8),
         prompt_tokens=int(random.integers(3, 9)),
@@ -138,11 +149,11 @@ def counting(random: np.random.Generator, table: np.ndarray) -> store.CachedSequ
     )
 
 
-def write_split(root: Path, split: str, sequences: list[store.CachedSequence]) -> int:
+def write_split(root: Path, split: str, sequences: list[CachedSequence]) -> int:
     """Write sequences as shards; the number of shards."""
     groups = [sequences[start : start + SHARD_SEQUENCES] for start in range(0, len(sequences), SHARD_SEQUENCES)]
     for index, group in enumerate(groups):
-        rows = store.Rows(
+        rows = ShardRows(
             prompt_ids=[f"{split}-{index}-{row}" for row in range(len(group))],
             efforts=["low"] * len(group),
             finish_reasons=["length"] * len(group),
@@ -152,53 +163,55 @@ def write_split(root: Path, split: str, sequences: list[store.CachedSequence]) -
         token_ids = np.concatenate([one.token_ids for one in group])
         channels = np.concatenate([one.channels for one in group])
         features = np.concatenate([one.features for one in group])
-        path = store.shard_path(root, split, index)
+        contents = ShardContents(
+            rows=rows, token_ids=token_ids, channels=channels, features=features if features.size else None
+        )
         layout = layout_of(features.shape[1])
-        given = features if features.size else None
-        store.write_shard(path, rows, token_ids, channels, given, layout=layout, fingerprint="", report={})
+        write_shard(shard_path(root, split, index), contents, layout=layout, fingerprint="", report={})
     return len(groups)
 
 
-def layout_of(feature_size: int) -> store.Layout:
+def layout_of(feature_size: int) -> CacheLayout:
     """Features as served; none for a `feature_size` of 0."""
     stored, num_tapped = ("bfloat16", NUM_TAPPED) if feature_size else ("none", 0)
-    return store.Layout(stored=stored, feature_size=feature_size, num_tapped=num_tapped)
+    return CacheLayout(stored=stored, feature_size=feature_size, num_tapped=num_tapped)
 
 
-def write_store(root: Path, feature_size: int, *, num_train: int = 18, num_heldout: int = 7) -> Path:
+def write_store(
+    root: Path, feature_size: int, *, num_train: int = 18, num_heldout: int = 7, longest: int = LONGEST
+) -> Path:
     """A store of counting sequences, without features when `feature_size` is 0."""
     random = np.random.default_rng(5)
     table = random.normal(size=(VOCAB_SIZE, feature_size))
     shards = {
-        split: write_split(root, split, [counting(random, table) for _ in range(count)])
+        split: write_split(root, split, [counting(random, table, longest) for _ in range(count)])
         for split, count in {"train": num_train, "heldout": num_heldout}.items()
     }
-    store.write_header(root, layout_of(feature_size), shards)
+    write_header(root, layout_of(feature_size), shards)
     return root
 
 
-def make_cache(config: PipelineConfig) -> None:
+def make_cache(config: PipelineConfig, longest: int = LONGEST) -> None:
     """The teacher cache of a configuration, filled with sequences that can be learned."""
-    target = lineage.target(config)
-    path = lineage.teacher_cache_address(config, target)
-    has_features = lineage.feature_store(config) is not FeatureStore.none
-    write_store(artifacts.open_scratch(path, resume=False), has_features * NUM_TAPPED * TARGET.hidden_size)
-    settings = lineage.teacher_cache_settings(config, target)
-    contract = lineage.cache_contract(config, target, {"git_commit": GIT_COMMIT})
-    artifacts.seal(path, kind=lineage.TEACHER_CACHE, settings=settings, contract=contract.to_json())
+    workspace = Workspace(config)
+    has_features = settings.feature_store(config) is not FeatureStore.none
+    scratch = artifact.open_scratch(workspace.address(TEACHER_CACHE), resume=False)
+    write_store(scratch, has_features * NUM_TAPPED * TARGET.hidden_size, longest=longest)
+    contract = workspace.contract(TEACHER_CACHE, {"git_commit": GIT_COMMIT})
+    workspace.seal(TEACHER_CACHE, contract, {TARGET_KIND: workspace.target})
 
 
-@functools.cache
 def trained() -> PipelineConfig:
     """A configuration whose draft stage=train has made, undisturbed, in a process of its own; read only."""
-    root = Path(tempfile.mkdtemp(prefix="tiny-training-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    config = prepare(root)
+    return configuration(once.directory("training", _make))
+
+
+def _make(root: Path) -> None:
+    prepare(root)
     with start(root) as process:
         output, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, errors
     (root / "tracked.json").write_text(output)
-    return config
 
 
 def root_of(config: PipelineConfig) -> Path:
@@ -208,55 +221,28 @@ def root_of(config: PipelineConfig) -> Path:
 
 def start(root: Path, *, stop_at: int = 0, **train: object) -> subprocess.Popen[str]:
     """Begin stage=train on what `prepare` put under `root`."""
-    command = [sys.executable, __file__, str(root), str(stop_at), json.dumps(train)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "tests.support.training", str(root), str(stop_at), json.dumps(train)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def prepare(root: Path, **train: object) -> PipelineConfig:
+def prepare(root: Path, *, longest: int = LONGEST, **train: object) -> PipelineConfig:
     """Everything that stage=train needs, under `root`."""
     config = configuration(root, **train)
     make_target(root / "target")
-    make_cache(config)
+    make_cache(config, longest)
     return config
 
 
-class Recorder(Run):
-    """A tracker that remembers; with `stop_at` it stops for good at that step, waiting to be killed."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at = stop_at
-        self.metrics: dict[tuple[str, int | None], float] = {}
-        self.documents: dict[str, object] = {}
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.metrics |= {(name, step): value for name, value in metrics.items()}
-        if step is not None and step == self.stop_at:
-            print("stopped", flush=True)
-            time.sleep(3600)
-
-    def log_json(self, name: str, value: object) -> None:
-        self.documents[name] = value
-
-    def log_artifact(self, path: Path) -> None:
-        self.documents[path.name] = path.read_text()
-
-    def log_params(self, params: object) -> None:
-        self.documents["params"] = params
-
-    def set_tag(self, key: str, value: str) -> None:
-        self.documents[key] = value
-
-
 def main() -> None:
-    """Run stage=train: `tiny_training.py ROOT STOP_AT TRAIN_JSON`; prints what was tracked as JSON."""
+    """Run stage=train: `python -m tests.support.training ROOT STOP_AT TRAIN_JSON`; prints what was tracked as JSON."""
     from pipeline.train import stage
 
-    artifacts.git_commit = lambda: GIT_COMMIT  # somebody may commit between two runs of one test
+    provenance.git_commit = lambda: GIT_COMMIT  # somebody may commit between two runs of one test
     root, stop_at, train = sys.argv[1:]
     tracker = Recorder(int(stop_at) or None)
     stage.run(configuration(Path(root), **json.loads(train)), tracker)
-    print(json.dumps([[name, step, value] for (name, step), value in tracker.metrics.items()]))
+    print(json.dumps([[name, step, value] for (name, step), value in tracker.by_step.items()]))
 
 
 if __name__ == "__main__":

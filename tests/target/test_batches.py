@@ -24,7 +24,7 @@ def examples():
 
 
 def take(examples, start, stop, seed=0):
-    return list(itertools.islice(batches.schedule(examples, LENGTHS, BATCH_TOKENS, seed), start, stop))
+    return list(itertools.islice(batches.batch_schedule(examples, LENGTHS, BATCH_TOKENS, seed), start, stop))
 
 
 def same(one, other):

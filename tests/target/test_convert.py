@@ -6,39 +6,42 @@ import signal
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_gguf
 from gguf import GGMLQuantizationType as Kind
-from oracle_environment import run_oracle
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import PipelineError
-from pipeline.config import PipelineConfig, PretrainedConfig, TargetConfig
-from pipeline.model import checkpoints, gpt_oss
-from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.artifacts import artifact, files
+from pipeline.artifacts.hashing import file_sha256
+from pipeline.config.fields import TARGET
+from pipeline.config.schema import PipelineConfig, PretrainedConfig, TargetConfig
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_config, read_target
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.target import llama, stage
 from pipeline.target.gguf_file import GgufFile
-from pipeline.tracking import SilentRun
+from pipeline.tracking.run import SilentRun
+from pipeline.workspace.workspace import Workspace
+from tests.support import gguf as tiny_gguf
+from tests.support.oracles import run_oracle
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4
 MEMBER = "tiny_llama/tiny.gguf"
 STOPPING_PROCESS = """
 import pickle, sys, time
-from pipeline.model import checkpoints
 from pipeline.target import stage
+from pipeline.tracking.run import SilentRun
 def stopping(directory, *rest):
     (directory / "model.safetensors").write_bytes(b"half")
     print("stopped", flush=True)
     time.sleep(3600)
-checkpoints.save_target = stopping
-stage.run(pickle.load(open(sys.argv[1], "rb")), None)
+stage.save_target = stopping
+stage.run(pickle.load(open(sys.argv[1], "rb")), SilentRun())
 """
 
 
@@ -50,7 +53,7 @@ def gguf(tmp_path_factory):
 
 def configuration(root, made_from, **changes):
     """Of a target made from a file, which is given by its path unless `gguf` says otherwise."""
-    pretrained = PretrainedConfig(wheel="tiny-llama==1.0", file=MEMBER, sha256=artifacts.file_sha256(made_from))
+    pretrained = PretrainedConfig(wheel="tiny-llama==1.0", file=MEMBER, sha256=file_sha256(made_from))
     target = TargetConfig(name="converted", pretrained=pretrained, gguf=str(made_from))
     for key, value in changes.items():
         setattr(target if key == "gguf" else pretrained, key, value)
@@ -58,10 +61,9 @@ def configuration(root, made_from, **changes):
 
 
 def logits_of(directory, token_ids):
-    config, weights = checkpoints.load_target(directory, WeightsForm())
-    forward = jax.jit(gpt_oss.forward, static_argnames="config")
-    hidden = forward(weights, config, token_ids, jnp.zeros(len(token_ids), jnp.int32), None).hidden
-    return np.asarray(gpt_oss.logits(weights, hidden))
+    target = read_target(directory, WeightFormat())
+    hidden = jax.jit(gpt_oss.forward)(target, token_ids, jnp.zeros(len(token_ids), jnp.int32), None).hidden
+    return np.asarray(gpt_oss.logits(target.weights, hidden))
 
 
 @pytest.mark.conformance
@@ -76,7 +78,7 @@ def test_the_target_computes_what_transformers_llama_computes(tmp_path, tied, ke
     np.savez(tmp_path / "in.npz", input_ids=token_ids)
     run_oracle("llama_forward", gguf=file, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
     wanted = np.load(tmp_path / "out.npz")["logits"]
-    found = logits_of(lineage.target(config).path, token_ids)
+    found = logits_of(Workspace(config).target.path, token_ids)
     assert wanted.std() > 1  # weights so small that errors hide would prove nothing
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
@@ -84,7 +86,7 @@ def test_the_target_computes_what_transformers_llama_computes(tmp_path, tied, ke
 def test_transformers_opens_the_target_as_gpt_oss_and_computes_the_same(gguf, tmp_path):
     config = configuration(tmp_path / "outputs", gguf)
     stage.run(config, SilentRun())
-    made = lineage.target(config).path
+    made = Workspace(config).target.path
     token_ids = np.random.default_rng(1).integers(0, tiny_gguf.VOCABULARY, (2, 33)).astype(np.int32)
     np.savez(tmp_path / "in.npz", input_ids=token_ids)
     run_oracle("gpt_oss_forward", model=made, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
@@ -95,22 +97,22 @@ def test_transformers_opens_the_target_as_gpt_oss_and_computes_the_same(gguf, tm
 def test_the_target_is_an_ordinary_artifact_of_full_attention_layers_in_float32(gguf, tmp_path):
     config = configuration(tmp_path, gguf)
     stage.run(config, SilentRun())
-    made = artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
+    made = artifact.read(Workspace(config).address(TARGET), TARGET, make_with="the test", verify=True)
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= made.files.keys()
     assert not [name for name in made.files if name.endswith(".gguf")]
-    written = checkpoints.read_config(made.path)
+    written = read_config(made.path)
     assert written["layer_types"] == ["full_attention"] * tiny_gguf.LAYERS
     assert (written["dtype"], written["swiglu_limit"], written["rms_norm_eps"]) == ("float32", 1000.0, 1e-5)
     assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (1, 2, 2)
     assert load_tokenizer(made.path).eos_token == "<|im_end|>"
     stage.run(config, SilentRun())  # finds it complete
-    assert artifacts.read(made.path, lineage.TARGET, make_with="the test").fingerprint == made.fingerprint
+    assert artifact.read(made.path, TARGET, make_with="the test").fingerprint == made.fingerprint
 
 
 def test_the_address_follows_the_files_sha256_and_neither_its_path_nor_its_wheel(gguf, tmp_path):
-    address = lineage.target_address(configuration(tmp_path, gguf))
-    assert lineage.target_address(configuration(tmp_path, gguf, gguf=None, wheel="other==2.0")) == address
-    assert lineage.target_address(configuration(tmp_path, gguf, sha256="0" * 64)) != address
+    address = Workspace(configuration(tmp_path, gguf)).address(TARGET)
+    assert Workspace(configuration(tmp_path, gguf, gguf=None, wheel="other==2.0")).address(TARGET) == address
+    assert Workspace(configuration(tmp_path, gguf, sha256="0" * 64)).address(TARGET) != address
 
 
 def wheel_of(directory, content):
@@ -144,7 +146,7 @@ def test_a_file_out_of_a_wheel_makes_the_same_target_as_the_file_itself(gguf, tm
     for config in (by_wheel, by_file):
         stage.run(config, SilentRun())
     one, other = (
-        artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
+        artifact.read(Workspace(config).address(TARGET), TARGET, make_with="the test", verify=True)
         for config in (by_wheel, by_file)
     )
     assert one.fingerprint == other.fingerprint
@@ -155,11 +157,11 @@ def test_without_the_package_one_error_says_where_to_get_it(gguf, tmp_path, inde
     index.mkdir()
     with pytest.raises(PipelineError) as error:
         stage.run(configuration(tmp_path, gguf, gguf=None), SilentRun())
-    told = str(error.value)
-    assert told.startswith("pip cannot download tiny-llama==1.0: ERROR: Could not find a version")
-    assert "check the network and pip's index (pip config list), or take the wheel" in told
-    assert f"set target.gguf to its {MEMBER}" in told
-    assert not artifacts.exists(lineage.target_address(configuration(tmp_path, gguf)))
+    message = str(error.value)
+    assert message.startswith("pip cannot download tiny-llama==1.0: ERROR: Could not find a version")
+    assert "check the network and pip's index (pip config list), or take the wheel" in message
+    assert f"set target.gguf to its {MEMBER}" in message
+    assert not artifact.exists(Workspace(configuration(tmp_path, gguf)).address(TARGET))
 
 
 def test_a_wheel_without_the_file_is_refused(gguf, tmp_path, index):
@@ -197,28 +199,28 @@ def test_killed_and_begun_again_it_makes_the_same_bytes_without_downloading_agai
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        told = process.stdout.readline()
+        message = process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         errors = process.stderr.read()
-    assert told == "stopped\n", errors
-    path = lineage.target_address(config)
-    assert not artifacts.exists(path)
-    torn = artifacts.scratch_of(path) / "download-abc"  # as a kill while pip works leaves it
+    assert message == "stopped\n", errors
+    path = Workspace(config).address(TARGET)
+    assert not artifact.exists(path)
+    torn = artifact.scratch_of(path) / "download-abc"  # as a kill while pip works leaves it
     torn.mkdir()
     (torn / "some.whl").write_text("half")
     next(index.iterdir()).unlink()
     stage.run(config, SilentRun())
     made, wanted = (
-        artifacts.read(lineage.target_address(one), lineage.TARGET, make_with="the test", verify=True)
+        artifact.read(Workspace(one).address(TARGET), TARGET, make_with="the test", verify=True)
         for one in (config, undisturbed)
     )
     assert made.fingerprint == wanted.fingerprint
     assert made.files.keys() == wanted.files.keys()
-    assert not artifacts.scratch_of(path).exists()
+    assert not artifact.scratch_of(path).exists()
 
 
-def test_a_full_disk_is_told_before_anything_is_converted(gguf, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "free_bytes", lambda path: 100_000)
+def test_a_full_disk_is_reported_before_anything_is_converted(gguf, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "free_bytes", lambda path: 100_000)
     with pytest.raises(PipelineError, match=r"the target needs 1 MiB at .*, 0 MiB are free; free some space"):
         stage.run(configuration(tmp_path, gguf), SilentRun())
 
@@ -239,12 +241,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("options", "told"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_converted_is_refused(tmp_path, options, told):
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_converted_is_refused(tmp_path, options, message):
     file = tiny_gguf.write(tmp_path / "tiny.gguf", **options)
     with pytest.raises(PipelineError) as error:
         stage.run(configuration(tmp_path / "outputs", file), SilentRun())
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000], ids=["empty", "cut in the header", "cut in the metadata"])

@@ -8,51 +8,36 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_models
 
-from pipeline import artifacts, lineage
-from pipeline.config import ArchitectureConfig, PipelineConfig, PretrainConfig, TargetConfig
-from pipeline.model import checkpoints, gpt_oss, gpt_oss_weights
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm
-from pipeline.target import pretrain, stage
-from pipeline.target.batches import Batch
-from pipeline.tracking import Run
+from pipeline.artifacts import artifact
+from pipeline.config.fields import TARGET
+from pipeline.config.schema import ArchitectureConfig, PipelineConfig, PretrainConfig, TargetConfig
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss import weights as gpt_oss_weights
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target
+from pipeline.target import pretrain, stage, training
+from pipeline.target.batches import TokenBatch
+from pipeline.workspace import specs
+from pipeline.workspace.workspace import Workspace
+from tests.support import models as tiny_models
+from tests.support.paths import ROOT
+from tests.support.recorder import Recorder
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = GptOssConfig.from_hf(tiny_models.LEGACY_TARGET)
 STAGE_PROCESS = """
-import pickle, sys, time
+import pickle, sys
 from pipeline.target import stage
-class Stopping:
-    def log_metrics(self, metrics, step=None):
-        if step == int(sys.argv[2]):
-            print("stopped", flush=True)
-            time.sleep(3600)
-stage.run(pickle.load(open(sys.argv[1], "rb")), Stopping())
+from tests.support.recorder import Recorder
+stage.run(pickle.load(open(sys.argv[1], "rb")), Recorder(int(sys.argv[2])))
 """
-
-
-class Recorder(Run):
-    """A tracker that remembers."""
-
-    def __init__(self):
-        self.metrics, self.documents, self.tags = {}, {}, {}
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics |= {(name, step): value for name, value in metrics.items()}
-
-    def log_json(self, name, value):
-        self.documents[name] = value
-
-    def set_tag(self, key, value):
-        self.tags[key] = value
 
 
 def batch_of(seed):
@@ -63,30 +48,29 @@ def batch_of(seed):
         length, prompt = int(random.integers(9, 21)), int(random.integers(1, 6))
         token_ids[row, :length] = (random.integers(0, 90) + np.arange(length)) % 90
         generated[row, prompt:length] = True
-    return Batch(token_ids, generated)
+    return TokenBatch(token_ids, generated)
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_generated_tokens():
-    weights = gpt_oss_weights.random_weights(CONFIG, jax.random.key(0))
+    target = TargetModel(CONFIG, gpt_oss_weights.random_weights(CONFIG, jax.random.key(0)))
     batch = batch_of(0)
     start = jnp.zeros(len(batch.token_ids), jnp.int32)
-    forward = jax.jit(gpt_oss.forward, static_argnames="config")
-    hidden = forward(weights, CONFIG, batch.token_ids, start, None).hidden
-    logits = np.asarray(gpt_oss.logits(weights, hidden), np.float64)
+    hidden = jax.jit(gpt_oss.forward)(target, batch.token_ids, start, None).hidden
+    logits = np.asarray(gpt_oss.logits(target.weights, hidden), np.float64)
     losses, right = [], []
     for row, at in np.argwhere(batch.generated):
         scores, label = logits[row, at - 1], batch.token_ids[row, at]
         losses.append(np.log(np.exp(scores).sum()) - scores[label])
         right.append(scores.argmax() == label)
     loss, accuracy = jax.jit(pretrain.next_token_loss, static_argnums=1)(
-        weights, CONFIG, batch.token_ids, batch.generated
+        target.weights, CONFIG, batch.token_ids, batch.generated
     )
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
     assert float(accuracy) == pytest.approx(np.mean(right), abs=1e-6)
 
 
 def test_twenty_steps_lower_the_loss():
-    optimizer = pretrain.optimizer_of(1e-2, 20)
+    optimizer = pretrain.pretrain_optimizer(1e-2, 20)
     state, step = pretrain.start(CONFIG, optimizer, jax.random.key(0)), pretrain.step_of(CONFIG, optimizer)
     losses = []
     for index in range(20):
@@ -133,32 +117,32 @@ def undisturbed(tmp_path_factory):
 
 def test_the_stage_makes_a_target_that_can_be_run(undisturbed):
     config, tracker = undisturbed
-    made = artifacts.read(lineage.target_address(config), lineage.TARGET, make_with="the test", verify=True)
-    model, weights = checkpoints.load_target(made.path, WeightsForm())
-    assert model == lineage.architecture(config.target.architecture)
-    assert model.sliding == (True, False)
-    assert weights.embedding.shape == (320, 36)
+    made = artifact.read(Workspace(config).address(TARGET), TARGET, make_with="the test", verify=True)
+    target = read_target(made.path, WeightFormat())
+    assert target.config == specs.architecture(config.target.architecture)
+    assert target.config.sliding == (True, False)
+    assert target.weights.embedding.shape == (320, 36)
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= made.files.keys()
-    assert not any(name.startswith(stage.CHECKPOINTS) for name in made.files)
-    assert tracker.metrics["target/loss", 12] < tracker.metrics["target/loss", 10] * 1.2
-    assert 0 <= tracker.metrics["target/heldout_accuracy", None] <= 1
+    assert not any(name.startswith(training.CHECKPOINTS) for name in made.files)
+    assert tracker.by_step["target/loss", 12] < tracker.by_step["target/loss", 10] * 1.2
+    assert 0 <= tracker.by_step["target/heldout_accuracy", None] <= 1
     assert tracker.documents["contract.json"]["target"]["weight_precision"] == "float32"
     assert tracker.tags["artifact"] == str(made.path)
 
 
 def test_a_target_that_stands_is_left_alone(undisturbed):
     config, tracker = undisturbed[0], Recorder()
-    before = (lineage.target_address(config) / artifacts.MANIFEST).stat().st_mtime_ns
+    before = (Workspace(config).address(TARGET) / artifact.MANIFEST).stat().st_mtime_ns
     stage.run(config, tracker)
-    assert (lineage.target_address(config) / artifacts.MANIFEST).stat().st_mtime_ns == before
-    assert tracker.metrics == {}
+    assert (Workspace(config).address(TARGET) / artifact.MANIFEST).stat().st_mtime_ns == before
+    assert tracker.by_step == {}
 
 
 def test_killed_and_begun_again_it_makes_the_same_bytes(undisturbed, tmp_path, caplog):
     config = configuration(tmp_path / "outputs")
     pickled = tmp_path / "config.pickle"
     pickled.write_bytes(pickle.dumps(config))
-    path = lineage.target_address(config)
+    path = Workspace(config).address(TARGET)
     with subprocess.Popen(
         [sys.executable, "-c", STAGE_PROCESS, str(pickled), "10"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -166,12 +150,12 @@ def test_killed_and_begun_again_it_makes_the_same_bytes(undisturbed, tmp_path, c
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        told = process.stdout.readline()
+        printed = process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         errors = process.stderr.read()
-    assert told == "stopped\n", errors
-    assert not artifacts.exists(path)
-    begun = artifacts.scratch_of(path) / stage.CHECKPOINTS
+    assert printed == "stopped\n", errors
+    assert not artifact.exists(path)
+    begun = artifact.scratch_of(path) / training.CHECKPOINTS
     torn = begun / "9.orbax-checkpoint-tmp-1"  # as a kill within the next save would leave it
     shutil.copytree(begun / "8", torn)
     (torn / "_CHECKPOINT_METADATA").unlink()
@@ -180,8 +164,8 @@ def test_killed_and_begun_again_it_makes_the_same_bytes(undisturbed, tmp_path, c
         stage.run(config, Recorder())
     assert "target: going on from step 8" in caplog.messages
     made, wanted = (
-        json.loads((lineage.target_address(one) / artifacts.MANIFEST).read_text()) for one in (config, undisturbed[0])
+        json.loads((Workspace(one).address(TARGET) / artifact.MANIFEST).read_text()) for one in (config, undisturbed[0])
     )
     assert made["fingerprint"] == wanted["fingerprint"]
     assert made["files"] == wanted["files"]
-    assert not artifacts.scratch_of(path).exists()
+    assert not artifact.scratch_of(path).exists()

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-import tiny_gguf
-from oracle_environment import run_oracle
 from transformers import AutoTokenizer
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.everyday.requests import request
 from pipeline.target.gguf_file import GgufFile
 from pipeline.target.smollm import tokenizer_of
+from tests.support import gguf as tiny_gguf
+from tests.support.oracles import run_oracle
 
 TEXTS = (
     "In 2023 I paid 1234.50 euros, and  7 more.",

@@ -13,46 +13,50 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import buckets
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pipeline import artifacts, lineage, places
-from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import FeatureSource, FeatureStore, PipelineConfig
-from pipeline.places import BucketPath, Place
+from pipeline.artifacts import artifact, storage
+from pipeline.artifacts.artifact import Artifact
+from pipeline.artifacts.storage import BucketPath, StoragePath
+from pipeline.config.choices import FeatureSource, FeatureStore
+from pipeline.config.fields import TEACHER_CACHE
+from pipeline.config.schema import PipelineConfig
+from pipeline.errors import PipelineError
 from pipeline.prompts.channels import Channel
-from pipeline.teacher_cache import forecast, shards, stage, store
-from pipeline.teacher_cache.store import open_split
+from pipeline.store import writer
+from pipeline.store.layout import HEADER, SHARD
+from pipeline.store.reader import open_split
+from pipeline.teacher_cache import completion, forecast, job, shards, stage
 from pipeline.teacher_cache.writers import Writer
-from pipeline.tracking import Run
-from pipeline.train.batches import Batches
+from pipeline.tracking.run import Run
+from pipeline.train.data.padded import PaddedBatches
+from pipeline.workspace.workspace import Workspace
+from tests.support import buckets
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 300
 STAGE_PROCESS = """
 import pickle, sys
 from pipeline.teacher_cache import stage
-class Silent:
-    def log_metrics(self, metrics, step=None): pass
-    def log_json(self, name, value): pass
-stage.run(pickle.load(open(sys.argv[1], "rb")), Silent())
+from pipeline.tracking.run import SilentRun
+stage.run(pickle.load(open(sys.argv[1], "rb")), SilentRun())
 """
-MADE_LAST = (stage.SUMMARY, stage.PROMPTS, store.HEADER, artifacts.CONTRACT, artifacts.MANIFEST)
+MADE_LAST = (stage.SUMMARY, stage.PROMPTS, HEADER, artifact.CONTRACT, artifact.MANIFEST)
 
 
-def _address(config: PipelineConfig) -> Place:
-    return lineage.teacher_cache_address(config, lineage.target(config))
+def _address(config: PipelineConfig) -> StoragePath:
+    return Workspace(config).address(TEACHER_CACHE)
 
 
 def _made_by(config: PipelineConfig) -> Artifact:
-    return artifacts.read(_address(config), lineage.TEACHER_CACHE, make_with="the test", verify=True)
+    return artifact.read(_address(config), TEACHER_CACHE, make_with="the test", verify=True)
 
 
-def _begin_from(cache: Artifact, root: Place, *without: str) -> None:
+def _begin_from(cache: Artifact, root: StoragePath, *without: str) -> None:
     """Leave at `root` what an interrupted run would: an undisturbed one's shards, but for some."""
-    for name in places.files(cache.path):
+    for name in storage.list_files(cache.path):
         if name in MADE_LAST or name.startswith(without):
             continue
         if isinstance(root, Path):
@@ -60,7 +64,7 @@ def _begin_from(cache: Artifact, root: Place, *without: str) -> None:
         (root / name).write_bytes((cache.path / name).read_bytes())
 
 
-@pytest.fixture(scope="module", params=buckets.EMULATORS)
+@pytest.fixture(scope="module", params=buckets.SERVICES)
 def bucket(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, str]]]:
     with buckets.EMULATORS[request.param]() as found:
         yield found
@@ -90,20 +94,20 @@ def test_a_bucket_holds_what_a_directory_holds(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "_copy", torn)
+        patched.setattr(writer, "_copy", torn)
         with pytest.raises(KeyboardInterrupt):
             stage.run(in_bucket, tracker)
-    assert not artifacts.exists(root)
+    assert not artifact.exists(root)
     stage.run(in_bucket, tracker)
     made = _made_by(in_bucket)
     assert made.path == root
     assert made.fingerprint == cache.fingerprint
-    assert places.files(root) == places.files(cache.path)
-    assert not list((Path(in_bucket.output_dir) / lineage.TEACHER_CACHE).iterdir())
-    found, wanted = (open_split(place, "train") for place in (root, cache.path))
-    here, there = (Batches(split, num_sequences=4, num_anchors=3, seed=0).at(1) for split in (found, wanted))
-    for name in wanted_names(here):
-        np.testing.assert_array_equal(here[name], there[name], err_msg=name)
+    assert storage.list_files(root) == storage.list_files(cache.path)
+    assert not list((Path(in_bucket.output_dir) / TEACHER_CACHE).iterdir())
+    found, wanted = (open_split(path, "train") for path in (root, cache.path))
+    first, second = (PaddedBatches(split, num_sequences=4, num_anchors=3, seed=0).at(1) for split in (found, wanted))
+    for name in wanted_names(first):
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
     stage.run(in_bucket, tracker)  # it stands
     assert _made_by(in_bucket) == made
 
@@ -115,7 +119,7 @@ def wanted_names(batch: dict[str, np.ndarray]) -> set[str]:
 
 def test_a_changed_object_of_a_bucket_is_named_and_not_read(cache: Artifact, in_bucket: PipelineConfig) -> None:
     root = _address(in_bucket)
-    for name in places.files(cache.path):
+    for name in storage.list_files(cache.path):
         (root / name).write_bytes((cache.path / name).read_bytes())
     damaged = root / "train" / "00000" / "features" / "c" / "0" / "0"
     data = bytearray(damaged.read_bytes())
@@ -124,9 +128,9 @@ def test_a_changed_object_of_a_bucket_is_named_and_not_read(cache: Artifact, in_
     split = open_split(root, "train")
     with pytest.raises(PipelineError, match=rf"{root}/train/00000 is damaged \(features/c/0/0: sha256 differs"):
         split.read([0])
-    places.remove(root / "heldout" / "00000" / store.SHARD)
+    storage.remove(root / "heldout" / "00000" / SHARD)
     with pytest.raises(PipelineError, match=r"heldout/00000/shard.json: missing"):
-        artifacts.read(root, lineage.TEACHER_CACHE, make_with="the test")
+        artifact.read(root, TEACHER_CACHE, make_with="the test")
 
 
 def test_what_a_bucket_gives_back_changed_is_no_shard(
@@ -136,13 +140,13 @@ def test_what_a_bucket_gives_back_changed_is_no_shard(
     _begin_from(cache, root, "train/00001")
     write = BucketPath.write_bytes
 
-    def changing(place: BucketPath, data: bytes) -> None:
-        write(place, data[:-1] + bytes([data[-1] ^ 1]) if str(place).endswith("features/c/0/0") else data)
+    def changing(path: BucketPath, data: bytes) -> None:
+        write(path, data[:-1] + bytes([data[-1] ^ 1]) if str(path).endswith("features/c/0/0") else data)
 
     monkeypatch.setattr(BucketPath, "write_bytes", changing)
     with pytest.raises(PipelineError, match=r"train/00001 did not take what was written to it \(features/c/0/0: sha2"):
         stage.run(in_bucket, tracker)
-    assert not (root / "train" / "00001" / store.SHARD).is_file()
+    assert not (root / "train" / "00001" / SHARD).is_file()
 
 
 def _writers(config: PipelineConfig, count: int) -> list[PipelineConfig]:
@@ -156,17 +160,17 @@ def _writers(config: PipelineConfig, count: int) -> list[PipelineConfig]:
 def test_writers_make_disjoint_shards_and_the_last_one_completes_the_cache(
     cache: Artifact, config: PipelineConfig, tracker: Run, caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:
-    scratch = artifacts.scratch_of(_address(config))
+    scratch = artifact.scratch_of(_address(config))
     _begin_from(cache, scratch, "train/00000", "train/00001")
     (scratch / "train" / "00001.partial").mkdir(parents=True)  # which the other one is writing now
-    make, made = shards.make, []
-    monkeypatch.setattr(shards, "make", lambda one, *rest: made.append(one.path) or make(one, *rest))
+    make, made = shards.make_shard, []
+    monkeypatch.setattr(shards, "make_shard", lambda one, *rest: made.append(one.path) or make(one, *rest))
     first, second = _writers(config, 2)
     with caplog.at_level(logging.INFO, "pipeline"):
         stage.run(first, tracker)
     assert "this writer's 3 shards are complete; 1 of 5 are still missing, of the writers 1" in caplog.text
     assert made == [scratch / "train" / "00000"]
-    assert not artifacts.exists(_address(config))
+    assert not artifact.exists(_address(config))
     assert (scratch / "train" / "00001.partial").is_dir()
     stage.run(second, tracker)
     assert made == [scratch / "train" / "00000", scratch / "train" / "00001"]
@@ -178,9 +182,9 @@ def test_writers_make_disjoint_shards_and_the_last_one_completes_the_cache(
 def test_two_writers_that_end_at_the_same_time_complete_the_cache_once(
     cache: Artifact, config: PipelineConfig, tracker: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _begin_from(cache, artifacts.scratch_of(_address(config)))
+    _begin_from(cache, artifact.scratch_of(_address(config)))
     together, checks = threading.Barrier(2, timeout=120), []
-    make_shards, check = stage._make_shards, stage._check
+    make_shards, check = stage._make_shards, completion._check
 
     def made_together(*arguments: object) -> object:
         made = make_shards(*arguments)
@@ -188,7 +192,7 @@ def test_two_writers_that_end_at_the_same_time_complete_the_cache_once(
         return made
 
     monkeypatch.setattr(stage, "_make_shards", made_together)
-    monkeypatch.setattr(stage, "_check", lambda *arguments: checks.append(1) or check(*arguments))
+    monkeypatch.setattr(completion, "_check", lambda *arguments: checks.append(1) or check(*arguments))
     with ThreadPoolExecutor(2) as both:
         list(both.map(lambda one: stage.run(one, tracker), _writers(config, 2)))
     assert len(checks) == 1
@@ -206,7 +210,7 @@ def test_writers_that_complete_a_bucket_at_the_same_time_leave_one_cache(
     with ThreadPoolExecutor(2) as both:
         list(both.map(lambda one: stage.run(one, tracker), _writers(in_bucket, 2)))
     assert _made_by(in_bucket).fingerprint == cache.fingerprint
-    assert places.files(root) == places.files(cache.path)
+    assert storage.list_files(root) == storage.list_files(cache.path)
 
 
 @pytest.mark.slow
@@ -220,14 +224,14 @@ def test_two_processes_of_which_one_is_killed_make_the_cache_of_one(
         pickled.write_bytes(pickle.dumps(one))
         command = [sys.executable, "-c", STAGE_PROCESS, str(pickled)]
         processes.append(subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}))
-    first = artifacts.scratch_of(_address(config)) / "train" / "00001" / store.SHARD
+    first = artifact.scratch_of(_address(config)) / "train" / "00001" / SHARD
     deadline = time.monotonic() + LIMIT_SECONDS
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     processes[1].kill()
     assert processes[1].wait(LIMIT_SECONDS) != 0
     assert processes[0].wait(LIMIT_SECONDS) == 0
-    assert not artifacts.exists(_address(config))
+    assert not artifact.exists(_address(config))
     stage.run(_writers(config, 2)[1], tracker)
     assert _made_by(config).fingerprint == cache.fingerprint
 
@@ -259,8 +263,8 @@ def test_a_cache_for_live_training_holds_the_same_tokens_and_no_features(
     config.teacher_cache.verify = 0.2
     stage.run(config, tracker)
     made = _made_by(config)
-    assert made.settings["teacher_cache"]["features"] == "none"
-    assert not [name for name in places.files(made.path) if "features" in name or "scales" in name]
+    assert made.settings["teacher_cache.features"] == "none"
+    assert not [name for name in storage.list_files(made.path) if "features" in name or "scales" in name]
     assert tracker.metrics["teacher_cache/gold_accept_length"] == 4.0
     split, whole = open_split(made.path, "train"), open_split(cache.path, "train")
     assert tracker.metrics["teacher_cache/verified_sequences"] == np.ceil(0.2 * split.num_sequences)
@@ -282,8 +286,8 @@ def test_channels_begin_with_the_prompt_and_are_counted(cache: Artifact, tracker
             sequence.channels == Channel.prompt, np.arange(len(sequence.channels)) < sequence.prompt_tokens
         )
         counts += np.bincount(sequence.channels, minlength=len(Channel))
-    told = tracker.documents[stage.SUMMARY]["splits"]["train"]["num_tokens_by_channel"]
-    assert told == {channel.name: counts[channel] for channel in Channel}
+    counted = tracker.documents[stage.SUMMARY]["splits"]["train"]["num_tokens_by_channel"]
+    assert counted == {channel.name: counts[channel] for channel in Channel}
 
 
 def test_a_cache_that_stands_is_read_again_by_the_target(
@@ -302,13 +306,14 @@ def test_another_target_than_the_one_that_was_cached_is_found_out(
     cache: Artifact, config: PipelineConfig, tracker: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.teacher_cache.path, config.teacher_cache.verify = str(cache.path), 0.3
-    read_target = stage.read_target
+    load_target = job.load_target
 
     def another(*arguments: object) -> object:
-        model, weights = read_target(*arguments)
-        return model, dataclasses.replace(weights, embedding=weights.embedding[::-1])
+        target = load_target(*arguments)
+        weights = dataclasses.replace(target.weights, embedding=target.weights.embedding[::-1])
+        return dataclasses.replace(target, weights=weights)
 
-    monkeypatch.setattr(stage, "read_target", another)
+    monkeypatch.setattr(job, "load_target", another)
     with pytest.raises(PipelineError, match=r"train/0000\d, row \d: the features of \d+ of \d+ tokens") as raised:
         stage.run(config, tracker)
     assert "tokens are not those that the target chooses" in str(raised.value)

@@ -9,14 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from serve.fake_engine import FakeEngine
-from serve.serving import serving
-from teacher_cache.fake_endpoint import Fake, Reply, endpoint
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.corpus import conversation
 from pipeline.prompts.harmony import render_completion
@@ -24,12 +20,16 @@ from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
 from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.prompts.tools import Tool, ToolCall
-from pipeline.teacher_cache.endpoint import Correspondence, Endpoint
-from pipeline.teacher_cache.generate import Answered, Failed, Rendered
-from pipeline.teacher_cache.origin import Origin
-from pipeline.teacher_cache.replies import Api, Asking, Reader
+from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt
+from pipeline.teacher_cache.endpoint import Endpoint, EndpointClient
+from pipeline.teacher_cache.endpoint_replies import EndpointApi, Reader, RequestTemplate
+from pipeline.teacher_cache.origin import AnswerOrigin
+from pipeline.teacher_cache.render import RenderedPrompt
+from tests.support.fake_endpoint import Fake, Reply, endpoint
+from tests.support.fake_engine import FakeEngine
+from tests.support.paths import ROOT
+from tests.support.serving import serving
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-very-secret-0123456789"
 NUM_ROWS = 24
 
@@ -43,7 +43,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def rows():
     return [
-        Rendered(prompt_of([Message("user", f"Count to {index}.")], "low"), (1, 2, index), None)
+        RenderedPrompt(prompt_of([Message("user", f"Count to {index}.")], "low"), (1, 2, index), None)
         for index in range(NUM_ROWS)
     ]
 
@@ -64,9 +64,11 @@ def asked_about(body, *numbers):
 
 def correspondence(tokenizer, fake, journal, longest=80, **values):
     options = {"url": fake.url, "key": KEY, "concurrency": 4, "timeout_seconds": 20.0, "retries": 2}
-    origin = Origin(endpoint="tiny at 127.0.0.1")
-    asking = Asking(api=Api.chat, model="tiny", origin=origin, max_new_tokens=longest, has_efforts=True)
-    return Correspondence(Endpoint(**(options | values)), asking, Reader(tokenizer, longest), journal)
+    origin = AnswerOrigin(endpoint="tiny at 127.0.0.1")
+    asking = RequestTemplate(
+        api=EndpointApi.chat, model="tiny", origin=origin, max_new_tokens=longest, has_efforts=True
+    )
+    return EndpointClient(Endpoint(**(options | values)), asking, Reader(tokenizer, longest), journal)
 
 
 def outcomes(found, rows):
@@ -78,7 +80,7 @@ def outcomes(found, rows):
 
 def require_answered(tokenizer, row, outcome):
     wanted = render_completion(tokenizer, "Easy.", f"I count: {row.prompt.messages[-1].content}")
-    assert outcome == Answered(row.prompt, (*row.token_ids, *wanted), len(row.token_ids), "stop")
+    assert outcome == AnsweredPrompt(row.prompt, (*row.token_ids, *wanted), len(row.token_ids), "stop")
 
 
 def test_every_row_gets_its_own_answer_in_order_several_at_once(tokenizer, rows, tmp_path):
@@ -102,7 +104,7 @@ def test_what_was_answered_is_not_asked_again_unless_the_question_changes(tokeni
         again, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
         assert first == again
         assert len(fake.bodies) == NUM_ROWS
-        other = [Rendered(prompt_of(rows[0].prompt.messages, "high"), rows[0].token_ids, None)]
+        other = [RenderedPrompt(prompt_of(rows[0].prompt.messages, "high"), rows[0].token_ids, None)]
         outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), other)
         assert len(fake.bodies) == NUM_ROWS + 1
 
@@ -124,7 +126,7 @@ def test_passing_trouble_is_passed_over(tokenizer, rows, tmp_path, trouble):
         started = time.monotonic()
         found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal", timeout_seconds=1.5), rows[:5])
         seconds = time.monotonic() - started
-    assert all(isinstance(one, Answered) for one in found)
+    assert all(isinstance(one, AnsweredPrompt) for one in found)
     assert len(fake.bodies) == 6
     assert seconds > 0.15
 
@@ -153,7 +155,7 @@ def test_a_prompt_that_fails_is_told_and_the_others_are_answered(
     journal = tmp_path / "journal"
     with endpoint(script) as fake, caplog.at_level(logging.DEBUG):
         found, finished = outcomes(correspondence(tokenizer, fake, journal, timeout_seconds=1.5, retries=1), rows)
-    failed = [one for one in found if isinstance(one, Failed)]
+    failed = [one for one in found if isinstance(one, FailedPrompt)]
     assert [one.prompt for one in failed] == [rows[7].prompt]
     assert re.search(reason, failed[0].reason)
     assert len(found) == NUM_ROWS == len(finished) + 1
@@ -234,8 +236,8 @@ def test_a_prompt_that_fails_again_is_asked_again_and_does_not_end_the_run(token
     with endpoint(script) as fake:
         for _ in range(2):
             found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
-            assert found[7] == Failed(rows[7].prompt, "HTTP 400: no")
-            assert sum(isinstance(one, Failed) for one in found) == 1
+            assert found[7] == FailedPrompt(rows[7].prompt, "HTTP 400: no")
+            assert sum(isinstance(one, FailedPrompt) for one in found) == 1
         assert len(fake.bodies) == NUM_ROWS + 1
         broken.clear()
         found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
@@ -263,7 +265,7 @@ def test_the_text_of_our_own_servers_chat_becomes_the_tokens_that_its_engine_gav
     answer = render_completion(tokenizer, "Easy: one, two.", "1 2 🎉")
     call = render_completion(tokenizer, "Look.", tool_calls=[ToolCall("lookup", '{"q": [1, "é"]}')])
     with_tools = prompt_of([Message("user", "Look it up.")], "low", [Tool("lookup", "Finds")])
-    asked = [*rows[:3], Rendered(with_tools, (5, 6), None)]
+    asked = [*rows[:3], RenderedPrompt(with_tools, (5, 6), None)]
 
     def script(request):
         given = call if "# Tools" in tokenizer.decode(request.prompt_ids) else answer
@@ -276,7 +278,7 @@ def test_the_text_of_our_own_servers_chat_becomes_the_tokens_that_its_engine_gav
             found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal", longest=longest), asked)
         for row, outcome in zip(asked[:3], found, strict=False):
             wanted = tuple(answer[:longest])
-            assert outcome == Answered(row.prompt, row.token_ids + wanted, len(row.token_ids), reason)
+            assert outcome == AnsweredPrompt(row.prompt, row.token_ids + wanted, len(row.token_ids), reason)
         made = found[3].token_ids[2:]
         assert made == tuple(call[: len(made)])  # what was cut off right behind the analysis lacks the end of that
         assert len(made) == len(call) if reason == "stop" else len(made) in (8, 9)

@@ -1,23 +1,23 @@
 """Requests as endpoints know them, and replies as the tokens that the model wrote."""
 
 import pytest
-from chatml import chatml_tokenizer
 
-from pipeline.model.sampling import Sampling
+from pipeline.model.layers.sampling import Sampling
 from pipeline.prompts.corpus import conversation
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
 from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.prompts.tools import Tool, ToolCall
-from pipeline.teacher_cache.generate import Rendered
-from pipeline.teacher_cache.origin import Origin
-from pipeline.teacher_cache.replies import Api, Asking, BadReply, Reader, kept_of
+from pipeline.teacher_cache.endpoint_replies import BadReply, EndpointApi, Reader, RequestTemplate, reply_fields
+from pipeline.teacher_cache.origin import AnswerOrigin
+from pipeline.teacher_cache.render import RenderedPrompt
+from tests.support.chatml import chatml_tokenizer
 
 MAX_NEW_TOKENS = 60
-GREEDY = Origin(endpoint="model at host")
-SAMPLED = Origin(endpoint="model at host", sampling=Sampling(0.7, 0.9), seed=3)
-ROW = Rendered(prompt_of([Message("user", "What is 2 + 2?")], "high"), (5, 6, 7), None)
+GREEDY = AnswerOrigin(endpoint="model at host")
+SAMPLED = AnswerOrigin(endpoint="model at host", sampling=Sampling(0.7, 0.9), seed=3)
+ROW = RenderedPrompt(prompt_of([Message("user", "What is 2 + 2?")], "high"), (5, 6, 7), None)
 
 
 @pytest.fixture(scope="module")
@@ -32,37 +32,39 @@ def reader(tokenizer):
 
 
 def asking(api, origin=GREEDY, **values):
-    return Asking(**{"api": api, "model": "m", "origin": origin, "max_new_tokens": 9, "has_efforts": True} | values)
+    return RequestTemplate(
+        **{"api": api, "model": "m", "origin": origin, "max_new_tokens": 9, "has_efforts": True} | values
+    )
 
 
 def chat(finish_reason="stop", **message):
     return {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": finish_reason}]}
 
 
-def tokens_of(reader, reply, api=Api.chat):
-    return reader.tokens(kept_of(reply, api))
+def tokens_of(reader, reply, api=EndpointApi.chat):
+    return reader.tokens(reply_fields(reply, api))
 
 
 def test_a_chat_request_has_messages_effort_and_nothing_random():
-    assert asking(Api.chat).body(ROW) == {
+    assert asking(EndpointApi.chat).body(ROW) == {
         "model": "m",
         "max_tokens": 9,
         "temperature": 0,
         "messages": [{"role": "user", "content": "What is 2 + 2?"}],
         "reasoning_effort": "high",
     }
-    assert "reasoning_effort" not in asking(Api.chat, has_efforts=False).body(ROW)
+    assert "reasoning_effort" not in asking(EndpointApi.chat, has_efforts=False).body(ROW)
 
 
 def test_a_completion_request_has_the_tokens_as_rendered_and_wants_tokens():
-    body = asking(Api.completions, extra={"top_k": 20}).body(ROW)
+    body = asking(EndpointApi.completions, extra={"top_k": 20}).body(ROW)
     wanted = {"prompt": [5, 6, 7], "return_token_ids": True, "top_k": 20}
     assert body == {"model": "m", "max_tokens": 9, "temperature": 0, **wanted}
 
 
 def test_a_sampled_request_has_a_seed_of_its_own_that_a_rerun_repeats():
-    other = Rendered(prompt_of([Message("user", "Hi")], "high"), (5,), None)
-    body, again, others = (asking(Api.chat, SAMPLED).body(row) for row in (ROW, ROW, other))
+    other = RenderedPrompt(prompt_of([Message("user", "Hi")], "high"), (5,), None)
+    body, again, others = (asking(EndpointApi.chat, SAMPLED).body(row) for row in (ROW, ROW, other))
     assert (body["temperature"], body["top_p"]) == (0.7, 0.9)
     assert body == again
     assert 0 <= body["seed"] < 2**31
@@ -76,7 +78,7 @@ def test_tools_and_calls_go_in_the_shape_of_the_api():
         "low",
         [Tool("lookup", "Finds", '{"type": "object", "properties": {}}')],
     )
-    body = asking(Api.chat).body(Rendered(prompt, (1,), None))
+    body = asking(EndpointApi.chat).body(RenderedPrompt(prompt, (1,), None))
     assert [tool["function"]["name"] for tool in body["tools"]] == ["lookup"]
     _, called, result = body["messages"]
     assert called["reasoning_content"] == "I look."
@@ -124,7 +126,7 @@ def test_tokens_that_an_endpoint_tells_are_taken_as_they_are(reader, tokenizer):
     reply["choices"][0]["token_ids"] = [9, 8, 7]
     assert tokens_of(reader, reply) == ((9, 8, 7), "length")
     completion = {"choices": [{"text": "", "token_ids": [1, 2], "finish_reason": "length"}]}
-    assert tokens_of(reader, completion, Api.completions) == ((1, 2), "length")
+    assert tokens_of(reader, completion, EndpointApi.completions) == ((1, 2), "length")
 
 
 def test_a_plain_chat_format_has_content_and_the_token_that_ends_it():
@@ -165,9 +167,9 @@ def test_a_reply_without_an_answer_says_what_it_lacks(reader, reply, message):
 @pytest.mark.parametrize("token_ids", ["x", [1, "2"], [512], [-1]])
 def test_told_tokens_must_be_the_targets(reader, token_ids):
     with pytest.raises(BadReply, match=r"token_ids is .* wanted ids from 0 to 511"):
-        tokens_of(reader, {"choices": [{"token_ids": token_ids, "finish_reason": "stop"}]}, Api.completions)
+        tokens_of(reader, {"choices": [{"token_ids": token_ids, "finish_reason": "stop"}]}, EndpointApi.completions)
 
 
 def test_a_completion_without_tokens_tells_what_to_use():
     with pytest.raises(BadReply, match="has no token_ids; this endpoint needs teacher_cache.openai.api=chat"):
-        kept_of({"choices": [{"text": "x", "finish_reason": "stop"}]}, Api.completions)
+        reply_fields({"choices": [{"text": "x", "finish_reason": "stop"}]}, EndpointApi.completions)

@@ -8,38 +8,47 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serve.serving import MODEL, serving
-from teacher_cache.conftest import MODEL as SIZES
-from teacher_cache.conftest import Recorder, configuration
-from teacher_cache.fake_endpoint import Reply, endpoint
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import Generator, OpenAIApi, OpenAIConfig, PipelineConfig
-from pipeline.model import checkpoints
-from pipeline.model.gpt_oss_weights import WeightsForm
-from pipeline.model.sampling import Sampling
+from pipeline.artifacts import artifact
+from pipeline.artifacts.artifact import Artifact
+from pipeline.config.choices import Generator, OpenAIApi
+from pipeline.config.fields import TEACHER_CACHE
+from pipeline.config.schema import OpenAIConfig, PipelineConfig
+from pipeline.engine import capture
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target
+from pipeline.model.layers.sampling import Sampling
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.tokenizer import load_tokenizer
-from pipeline.serve.engine import Engine
-from pipeline.teacher_cache import capture, stage, store
-from pipeline.teacher_cache.check import check
-from pipeline.teacher_cache.origin import Origin
+from pipeline.store.layout import HEADER, SPLITS
+from pipeline.store.reader import open_split
+from pipeline.teacher_cache import stage
+from pipeline.teacher_cache.check import check_cache
+from pipeline.teacher_cache.origin import AnswerOrigin
+from pipeline.workspace.workspace import Workspace
+from tests.support.cached import MODEL as SIZES
+from tests.support.cached import configuration
+from tests.support.fake_endpoint import Reply, endpoint
+from tests.support.recorder import Recorder
+from tests.support.serving import MODEL, serving
 
 KEY = "sk-very-secret-0123456789"
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
 def made_by(config: PipelineConfig) -> Artifact:
-    path = lineage.teacher_cache_address(config, lineage.target(config))
-    return artifacts.read(path, lineage.TEACHER_CACHE, make_with="the test", verify=True)
+    path = Workspace(config).address(TEACHER_CACHE)
+    return artifact.read(path, TEACHER_CACHE, make_with="the test", verify=True)
 
 
 def texts_of(cache: Artifact) -> dict[str, tuple[int, list[int]]]:
     """Every prompt's length and tokens."""
     found = {}
-    for split in store.SPLITS:
-        reader = store.open_split(cache.path, split)
+    for split in SPLITS:
+        reader = open_split(cache.path, split)
         rows = reader.read(range(reader.num_sequences))
         found |= {
             name: (row.prompt_tokens, row.token_ids.tolist()) for name, row in zip(reader.prompt_ids, rows, strict=True)
@@ -48,7 +57,7 @@ def texts_of(cache: Artifact) -> dict[str, tuple[int, list[int]]]:
 
 
 def features_of(cache: Artifact) -> np.ndarray:
-    reader = store.open_split(cache.path, "heldout")
+    reader = open_split(cache.path, "heldout")
     rows = reader.read(range(reader.num_sequences))
     return np.concatenate([row.features.astype(np.float32) for row in rows])
 
@@ -80,7 +89,7 @@ def test_sampled_answers_are_others_and_depend_on_the_seed_alone(
     texts, greedy = texts_of(drawn), texts_of(cache)
     assert texts.keys() == greedy.keys()
     assert sum(texts[name] != greedy[name] for name in texts) > 0.8 * len(texts)
-    config.teacher_cache = dataclasses.replace(config.teacher_cache, **SAMPLING, batch_size=3, shard_sequences=26)
+    config.teacher_cache = dataclasses.replace(config.teacher_cache, **SAMPLING, slots=3, shard_sequences=26)
     config.prompts.heldout_fraction = 0.3  # other splits, other shards, other company in the slots
     stage.run(config, tracker)
     assert texts_of(made_by(config)) == texts
@@ -91,9 +100,9 @@ def test_a_resumed_sampled_cache_has_the_same_bytes(
 ) -> None:
     _, drawn = sampled
     config.teacher_cache = dataclasses.replace(config.teacher_cache, **SAMPLING)
-    scratch = artifacts.scratch_of(lineage.teacher_cache_address(config, lineage.target(config)))
+    scratch = artifact.scratch_of(Workspace(config).address(TEACHER_CACHE))
     shutil.copytree(drawn.path, scratch)
-    for file in (stage.SUMMARY, stage.PROMPTS, store.HEADER, artifacts.CONTRACT, artifacts.MANIFEST):
+    for file in (stage.SUMMARY, stage.PROMPTS, HEADER, artifact.CONTRACT, artifact.MANIFEST):
         (scratch / file).unlink()
     shutil.rmtree(scratch / "train" / "00001")
     stage.run(config, tracker)
@@ -105,34 +114,33 @@ def test_a_sampled_text_that_its_noise_does_not_choose_is_caught(
     sampled: tuple[PipelineConfig, Artifact], target_directory: Path, change: str
 ) -> None:
     config, drawn = sampled
-    sizes, weights = checkpoints.load_target(target_directory, WeightsForm())
-    split = store.open_split(drawn.path, "heldout")
+    target = read_target(target_directory, WeightFormat())
+    split = open_split(drawn.path, "heldout")
     rows = split.read(range(split.num_sequences))
-    how = Origin(sampling=Sampling(**SAMPLING), seed=config.seed + (change == "noise of another seed"))
+    origin = AnswerOrigin(sampling=Sampling(**SAMPLING), seed=config.seed + (change == "noise of another seed"))
     if change == "greedy":
-        how = Origin()
+        origin = AnswerOrigin()
     if change == "a token":
         longest = max(rows, key=lambda row: len(row.token_ids) - row.prompt_tokens)
         assert len(longest.token_ids) - longest.prompt_tokens > 12
         longest.token_ids[longest.prompt_tokens + 2] = (longest.token_ids[longest.prompt_tokens + 2] + 1) % 200
         split.read = lambda indices: [rows[index] for index in indices]
 
-    def retake(texts: list[list[int]], names: list[str]) -> object:
+    def recapture(texts: list[list[int]], names: list[str]) -> object:
         tapped = tuple(drawn.contract["features"]["tapped_layers"])
-        return capture.capture(weights, sizes, tapped, texts, drawn=how.sampling, keys=how.keys(names))
+        return capture.capture(target, tapped, texts, drawn=origin.sampling, keys=origin.keys(names))
 
     prompts = [row.token_ids[: row.prompt_tokens].tolist() for row in rows]
     with pytest.raises(PipelineError, match="labels of training has accept_length|features of"):
-        check(
+        check_cache(
             split,
             prompts,
-            retake,
-            block_size=4,
-            vocab_size=sizes.vocab_size,
+            recapture,
+            draft=Workspace(config).draft_config,
             tie_gap=1e-3,
             is_exact=True,
             seed=0,
-            origin=how,
+            origin=origin,
         )
 
 
@@ -155,9 +163,10 @@ def test_our_own_server_gives_the_engines_cache(
     api: OpenAIApi,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sizes, weights = checkpoints.load_target(target_directory, WeightsForm())
+    target = read_target(target_directory, WeightFormat())
     tokenizer = load_tokenizer(target_directory)
-    engine = Engine(weights, sizes, stop_token_ids=stop_token_ids(tokenizer), slots=4, max_length=184, prefill_chunk=64)
+    stops = tuple(stop_token_ids(tokenizer))
+    engine = Engine(target, None, EngineConfig(num_slots=4, max_length=184, prefill_chunk=64, stop_token_ids=stops))
     extra = {"return_token_ids": True} if api is OpenAIApi.chat else {}
     with serving(engine, tokenizer) as address:
         stage.run(asking(config, f"{address}/v1", monkeypatch, api=api, extra=extra), tracker)
@@ -168,12 +177,9 @@ def test_our_own_server_gives_the_engines_cache(
     assert summary_of(made)["splits"]["train"]["divergence"] == 0
     assert tracker.metrics["teacher_cache/gold_accept_length"] == 4.0
     assert "other tokens" not in caplog.text
-    assert made.settings["teacher_cache"]["openai"] == {
-        "host": address.removeprefix("http://"),
-        "model": MODEL,
-        "api": api.value,
-        "extra": extra,
-    }
+    asked = {name.removeprefix("teacher_cache.openai."): value for name, value in made.settings.items()}
+    wanted = {"url": address.removeprefix("http://"), "model": MODEL, "api": api.value, "extra": extra}
+    assert {name: asked.get(name) for name in wanted} == wanted
     assert not list(Path(config.output_dir).rglob("*.jsonl"))[1:]  # prompts.jsonl alone: the journal is gone
 
 
@@ -186,8 +192,8 @@ def by_heart(texts: dict[str, tuple[int, list[int]]], wrong: int = 0, failing: i
         if tuple(body["prompt"]) in bad:
             return Reply({"error": {"message": f"no room (key {KEY})"}}, 400)
         answer = list(known[tuple(body["prompt"])])
-        for place in range(min(wrong, len(answer))):
-            answer[place] = (answer[place] + 7) % 200
+        for index in range(min(wrong, len(answer))):
+            answer[index] = (answer[index] + 7) % 200
         return Reply({"choices": [{"text": "", "token_ids": answer, "finish_reason": "length"}]})
 
     return script
@@ -256,11 +262,12 @@ def test_sampled_answers_of_an_endpoint_are_taken_when_they_surprise_as_much_as_
 def test_the_address_tells_host_and_model_apart_and_nothing_else(
     config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = lineage.target(config)
-    found = [lineage.teacher_cache_address(config, target)]
+    found = [Workspace(config).address(TEACHER_CACHE)]
     for values in ({"model": "a"}, {"model": "b"}, {"model": "a", "concurrency": 9, "api_key_env": "OTHER"}):
-        found.append(lineage.teacher_cache_address(asking(config, "http://here:1/v1", monkeypatch, **values), target))
-    found.append(lineage.teacher_cache_address(asking(config, "http://there:1/v1", monkeypatch, model="a"), target))
+        asked = asking(config, "http://here:1/v1", monkeypatch, **values)
+        found.append(Workspace(asked).address(TEACHER_CACHE))
+    asked = asking(config, "http://there:1/v1", monkeypatch, model="a")
+    found.append(Workspace(asked).address(TEACHER_CACHE))
     assert found[1] == found[3]
     assert len(set(found)) == 4
 

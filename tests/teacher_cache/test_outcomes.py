@@ -4,37 +4,36 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import PipelineError
-from pipeline.model import checkpoints
-from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.engine.config import EngineConfig
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
-from pipeline.teacher_cache.generate import Answered, Failed, Rendered, answer
+from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt, answer_prompts
+from pipeline.teacher_cache.render import RenderedPrompt
 
 
 def test_a_prompt_that_the_engine_refuses_has_failed_and_the_others_are_answered(target_directory: Path) -> None:
-    config, weights = checkpoints.load_target(target_directory, WeightsForm())
-    tokens = [(5, 6), (7, config.vocab_size), (8,), (9,) * 41, (10, 11)]
-    rows = [Rendered(prompt_of([Message("user", str(ids))], "low"), ids, None) for ids in tokens]
+    target = read_target(target_directory, WeightFormat())
+    tokens = [(5, 6), (7, target.config.vocab_size), (8,), (9,) * 41, (10, 11)]
+    rows = [RenderedPrompt(prompt_of([Message("user", str(ids))], "low"), ids, None) for ids in tokens]
     finished = []
 
-    def outcomes(some: list[Rendered]) -> list[Answered | Failed]:
-        return answer(
-            weights,
-            config,
+    def outcomes(some: list[RenderedPrompt]) -> list[AnsweredPrompt | FailedPrompt]:
+        return answer_prompts(
+            target,
             some,
-            stop_token_ids=(293,),
-            slots=4,
-            max_prompt_tokens=40,
+            EngineConfig(num_slots=4, max_length=46, prefill_chunk=40, stop_token_ids=(293,)),
             max_new_tokens=6,
             on_finished=lambda one: finished.append(one.request_id),
         )
 
     found = outcomes(rows)
-    assert [type(one) for one in found] == [Answered, Failed, Answered, Failed, Answered]
+    assert [type(one) for one in found] == [AnsweredPrompt, FailedPrompt, AnsweredPrompt, FailedPrompt, AnsweredPrompt]
     assert [one.prompt for one in found] == [row.prompt for row in rows]
     assert all(one.token_ids[: one.prompt_tokens] == ids for one, ids in zip(found, tokens, strict=True)
-               if isinstance(one, Answered))  # fmt: skip
+               if isinstance(one, AnsweredPrompt))  # fmt: skip
     assert "the target knows 0..299" in found[1].reason
     assert "prompt has 41 tokens and 6 more are wanted" in found[3].reason
     assert len(finished) == 3

@@ -4,24 +4,24 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import PipelineError
-from pipeline.teacher_cache.journal import Journal
+from pipeline.errors import PipelineError
+from pipeline.teacher_cache.reply_log import ReplyLog
 
 
 def test_entries_are_found_again_and_the_later_of_two_counts(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "journal.jsonl"
-    with Journal(path) as journal:
+    with ReplyLog(path) as journal:
         journal.append({"key": "a", "text": "é\u2028\n"})
         journal.append({"key": "b", "failed": "no"})
-    with Journal(path) as journal:
+    with ReplyLog(path) as journal:
         journal.append({"key": "b", "text": "yes"})
-    with Journal(path) as journal:
+    with ReplyLog(path) as journal:
         assert journal.entries == {"a": {"key": "a", "text": "é\u2028\n"}, "b": {"key": "b", "text": "yes"}}
     assert len(path.read_bytes().splitlines()) == 3
 
 
 def test_a_line_is_on_the_disk_when_it_is_appended(tmp_path: Path) -> None:
-    with Journal(tmp_path / "journal") as journal:
+    with ReplyLog(tmp_path / "journal") as journal:
         journal.append({"key": "a"})
         assert (tmp_path / "journal").read_bytes() == b'{"key":"a"}\n'
 
@@ -32,7 +32,7 @@ def test_a_line_is_on_the_disk_when_it_is_appended(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_cut_off_and_its_place_written_again(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "journal"
     path.write_bytes(b'{"key":"a"}\n' + torn)
-    with Journal(path) as journal:
+    with ReplyLog(path) as journal:
         assert list(journal.entries) == ["a"]
         journal.append({"key": "c"})
     assert path.read_bytes() == b'{"key":"a"}\n{"key":"c"}\n'
@@ -43,4 +43,4 @@ def test_a_damaged_line_before_the_last_is_named(tmp_path: Path, line: bytes) ->
     path = tmp_path / "journal"
     path.write_bytes(b'{"key":"a"}\n' + line + b'\n{"key":"b"}\n')
     with pytest.raises(PipelineError, match=r"journal, line 2 is damaged; delete that line"):
-        Journal(path)
+        ReplyLog(path)

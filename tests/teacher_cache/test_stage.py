@@ -15,33 +15,37 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import Artifact, PipelineError
-from pipeline.config import Effort, PipelineConfig, Precision, PromptSource
-from pipeline.teacher_cache import shards, stage, store
-from pipeline.teacher_cache.capture import Disagreement
-from pipeline.tracking import Run
+from pipeline.artifacts import artifact
+from pipeline.artifacts.artifact import Artifact
+from pipeline.config.choices import Effort, Precision, PromptSource
+from pipeline.config.fields import TEACHER_CACHE
+from pipeline.config.schema import PipelineConfig
+from pipeline.engine.capture import Disagreement
+from pipeline.errors import PipelineError
+from pipeline.store.layout import HEADER, SHARD, SPLITS
+from pipeline.store.reader import open_split
+from pipeline.teacher_cache import shards, stage
+from pipeline.tracking.run import Run
+from pipeline.workspace.workspace import Workspace
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_SHARDS = 5
 STAGE_PROCESS = """
 import pickle, sys
 from pipeline.teacher_cache import stage
-class Silent:
-    def log_metrics(self, metrics, step=None): pass
-    def log_json(self, name, value): pass
-stage.run(pickle.load(open(sys.argv[1], "rb")), Silent())
+from pipeline.tracking.run import SilentRun
+stage.run(pickle.load(open(sys.argv[1], "rb")), SilentRun())
 """
 START_SECONDS = 120
 
 
 def _made_by(config: PipelineConfig) -> Artifact:
-    path = lineage.teacher_cache_address(config, lineage.target(config))
-    return artifacts.read(path, lineage.TEACHER_CACHE, make_with="the test", verify=True)
+    path = Workspace(config).address(TEACHER_CACHE)
+    return artifact.read(path, TEACHER_CACHE, make_with="the test", verify=True)
 
 
 def _scratch(config: PipelineConfig) -> Path:
-    return artifacts.scratch_of(lineage.teacher_cache_address(config, lineage.target(config)))
+    return artifact.scratch_of(Workspace(config).address(TEACHER_CACHE))
 
 
 def test_every_prompt_is_accounted_for(cache: Artifact) -> None:
@@ -49,8 +53,8 @@ def test_every_prompt_is_accounted_for(cache: Artifact) -> None:
     lines = [json.loads(line) for line in (cache.path / stage.PROMPTS).read_text().splitlines()]
     assert len(lines) == 26 == summary["num_sequences"] + summary["num_skipped"]
     assert len({line["prompt_id"] for line in lines}) == 26
-    for split in store.SPLITS:
-        reader = store.open_split(cache.path, split)
+    for split in SPLITS:
+        reader = open_split(cache.path, split)
         used = [line for line in lines if line["split"] == split and line["skipped"] is None]
         assert reader.prompt_ids == [line["prompt_id"] for line in used]
         assert reader.prompt_tokens.tolist() == [line["num_tokens"] for line in used]
@@ -67,9 +71,9 @@ def test_the_contract_names_efforts_and_tapped_layers(cache: Artifact) -> None:
 
 def test_a_complete_cache_is_left_alone(cache: Artifact, config: PipelineConfig, tracker: Run) -> None:
     config.teacher_cache.path = str(cache.path)
-    before = (cache.path / artifacts.MANIFEST).stat().st_mtime_ns
+    before = (cache.path / artifact.MANIFEST).stat().st_mtime_ns
     stage.run(config, tracker)
-    assert (cache.path / artifacts.MANIFEST).stat().st_mtime_ns == before
+    assert (cache.path / artifact.MANIFEST).stat().st_mtime_ns == before
     assert tracker.metrics["teacher_cache/num_sequences"] == 26
 
 
@@ -91,7 +95,7 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_bytes(
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(_scratch(config) / "train" / "00000" / store.SHARD, process)
+        _wait_for(_scratch(config) / "train" / "00000" / SHARD, process)
     finally:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -130,7 +134,7 @@ def test_a_run_ended_before_any_rename_resumes_to_the_same_bytes(
 ) -> None:
     """All shards but two are there already, so that a case costs little."""
     shutil.copytree(cache.path, _scratch(config))
-    for made in (stage.SUMMARY, stage.PROMPTS, store.HEADER, artifacts.CONTRACT, artifacts.MANIFEST):
+    for made in (stage.SUMMARY, stage.PROMPTS, HEADER, artifact.CONTRACT, artifact.MANIFEST):
         (_scratch(config) / made).unlink()
     for last in ("train/00001", "heldout/00000"):
         shutil.rmtree(_scratch(config) / last)
@@ -138,7 +142,7 @@ def test_a_run_ended_before_any_rename_resumes_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         stage.run(config, tracker)
     monkeypatch.undo()
-    assert not lineage.teacher_cache_address(config, lineage.target(config)).exists()
+    assert not Workspace(config).address(TEACHER_CACHE).exists()
     stage.run(config, tracker)
     assert _made_by(config).fingerprint == cache.fingerprint
 
@@ -174,11 +178,11 @@ def test_what_cannot_be_kept_is_made_again(
         (scratch / "train" / "00099.partial" / "tokens" / "c").write_text("x")
         (scratch / "summary.json.tmp").write_text("x")
     else:
-        header = json.loads((shard / store.SHARD).read_text())
-        (shard / store.SHARD).write_text(json.dumps(header | {"fingerprint": "other"}))
+        header = json.loads((shard / SHARD).read_text())
+        (shard / SHARD).write_text(json.dumps(header | {"fingerprint": "other"}))
     made = []
-    make = shards.make
-    monkeypatch.setattr(shards, "make", lambda one, *rest: made.append(one.path) or make(one, *rest))
+    make = shards.make_shard
+    monkeypatch.setattr(shards, "make_shard", lambda one, *rest: made.append(one.path) or make(one, *rest))
     stage.run(config, tracker)
     assert made == [shard]
     assert _made_by(config).fingerprint == cache.fingerprint
@@ -231,7 +235,7 @@ def test_rows_bring_efforts_and_tools_others_get_an_effort_of_the_mix_and_the_co
     assert (line["messages"], line["tools"], line["skipped"]) == (rows[0]["messages"], [tool], None)
     made = _made_by(config)
     assert made.contract["text"]["reasoning_efforts"] == ["high", "low"]
-    assert set(store.open_split(made.path, "train").efforts) == {"high", "low"}
+    assert set(open_split(made.path, "train").efforts) == {"high", "low"}
 
 
 def test_a_disk_too_small_is_refused_before_any_work(
@@ -249,7 +253,7 @@ def test_a_disk_that_fills_up_is_one_error(
     def full(*_: object, **__: object) -> None:
         raise ValueError('Error writing "x": No space left on device')  # as tensorstore says it
 
-    monkeypatch.setattr(store, "write_shard", full)
+    monkeypatch.setattr(shards, "write_shard", full)
     with pytest.raises(PipelineError, match=r"No space left on device while writing .* run the same command"):
         stage.run(config, tracker)
 
@@ -264,8 +268,8 @@ def test_more_positions_than_the_target_has_is_refused(config: PipelineConfig, t
 def test_a_float32_target_may_not_contradict_its_own_text(
     config: PipelineConfig, tracker: Run, monkeypatch: pytest.MonkeyPatch, gap: float, fails: bool
 ) -> None:
-    told = iter([[Disagreement(7, 1, 2, gap)]])
-    monkeypatch.setattr(shards, "disagreements", lambda *_: next(told, []))
+    found = iter([[Disagreement(7, 1, 2, gap)]])
+    monkeypatch.setattr(shards, "disagreements", lambda *_: next(found, []))
     if fails:
         with pytest.raises(PipelineError, match=r"position 7, generated 1, read 2, logit gap 0\.01"):
             stage.run(config, tracker)

@@ -9,8 +9,9 @@ import mlflow
 import pytest
 import yaml
 
-from pipeline.artifacts import PipelineError
-from pipeline.tracking import open_run, ui_command
+from pipeline.errors import PipelineError
+from pipeline.tracking.run import open_run
+from pipeline.tracking.store import ui_command
 
 TOKEN = "hf_aSecretThatNobodyMayRead"
 CONFIG = {"stage": "bench", "train": {"steps": 3, "loss_decay": None}, "draft": {"tapped_layers": [1, 3]}}

@@ -5,50 +5,54 @@ import subprocess
 import sys
 from pathlib import Path
 
-import buckets
 import pytest
-import tiny_training
 
-from pipeline import artifacts, lineage, places
-from pipeline.artifacts import Artifact
+from pipeline.artifacts import artifact, storage
+from pipeline.artifacts.artifact import Artifact
+from pipeline.config.fields import CHECKPOINT, TEACHER_CACHE
+from pipeline.workspace.workspace import Workspace
+from tests.support import buckets
+from tests.support import training as tiny_training
+from tests.support.compiled import QUICKLY
+from tests.support.paths import ROOT
 
 TRAIN = """
 import sys
 from pathlib import Path
-import tiny_training
-from pipeline import artifacts
+from tests.support import training as tiny_training
+from tests.support.recorder import Recorder
+from pipeline.artifacts import provenance
 from pipeline.train import stage
 if __name__ == "__main__":
-    artifacts.git_commit = lambda: tiny_training.GIT_COMMIT
+    provenance.git_commit = lambda: tiny_training.GIT_COMMIT
     config = tiny_training.configuration(Path(sys.argv[1]))
     config.teacher_cache.path = sys.argv[2]
-    stage.run(config, tiny_training.Recorder())
+    stage.run(config, Recorder())
 """
 
 
 def _checkpoint(config: object) -> Artifact:
-    path = lineage.checkpoint_address(config, lineage.target(config))
-    return artifacts.read(path, lineage.CHECKPOINT, make_with="the test", verify=True)
+    path = Workspace(config).address(CHECKPOINT)
+    return artifact.read(path, CHECKPOINT, make_with="the test", verify=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("service", buckets.EMULATORS)
+@pytest.mark.parametrize("service", buckets.SERVICES)
 def test_the_draft_is_the_same_to_the_byte(service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = tiny_training.trained()
-    cache = lineage.teacher_cache(trained, lineage.target(trained))
+    cache = Workspace(trained).open(TEACHER_CACHE)
     config = tiny_training.configuration(tmp_path)
     (tmp_path / "target").symlink_to(tiny_training.root_of(trained) / "target")
     with buckets.EMULATORS[service]() as (url, environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        place = places.place_of(f"{url}/a/cache")
-        for name in places.files(cache.path):
-            (place / name).write_bytes((cache.path / name).read_bytes())
-        config.teacher_cache.path = str(place)
-        where = os.pathsep.join(str(Path(tiny_training.__file__).parents[part]) for part in (0, 1))
+        prefix = storage.parse_path(f"{url}/a/cache")
+        for name in storage.list_files(cache.path):
+            (prefix / name).write_bytes((cache.path / name).read_bytes())
+        config.teacher_cache.path = str(prefix)
         done = subprocess.run(
-            [sys.executable, "-c", TRAIN, str(tmp_path), str(place)],
-            env=os.environ | {"PYTHONPATH": where},
+            [sys.executable, "-c", TRAIN, str(tmp_path), str(prefix)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY,
             capture_output=True,
             text=True,
             timeout=tiny_training.LIMIT_SECONDS,

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pipeline.train.optimizer import average_in, optimizer_of, schedule_of
-from pipeline.train.recipe import Recipe
+from pipeline.train.recipe import Objective, Recipe
 
 RECIPE = Recipe(
     steps=50,
@@ -21,7 +21,7 @@ RECIPE = Recipe(
     beta2=0.95,
     weight_decay=0.3,
     clip_grad=1.5,
-    loss_decay=4.0,
+    objective=Objective((0.0, 1.0)),
     checkpoint_steps=10,
     eval_steps=10,
     seed=0,
@@ -82,7 +82,7 @@ def test_steps_are_those_of_adamw_with_no_decay_on_vectors():
         np.testing.assert_allclose(found[name], wanted, rtol=1e-5)
 
 
-def test_the_learning_rate_warms_up_and_ends_where_it_was_told():
+def test_the_learning_rate_warms_up_and_ends_where_the_recipe_says():
     rates = [float(schedule_of(RECIPE)(step)) for step in range(RECIPE.steps + 1)]
     np.testing.assert_allclose(rates, [rate_at(step, RECIPE) for step in range(RECIPE.steps + 1)], rtol=1e-5)
     assert (rates[0], max(rates)) == (0.0, pytest.approx(0.1))

@@ -5,36 +5,40 @@ import shutil
 import signal
 
 import pytest
-import tiny_training
-from tiny_training import Recorder
 
-from pipeline import artifacts, lineage
-from pipeline.artifacts import PipelineError
-from pipeline.train import runs, stage
-from pipeline.train.score import Score
+from pipeline.artifacts import artifact
+from pipeline.artifacts.files import write_json
+from pipeline.config.fields import CHECKPOINT, TARGET, TEACHER_CACHE
+from pipeline.errors import PipelineError
+from pipeline.train import stage
+from pipeline.train.easydel import run_directories
+from pipeline.train.evaluation.score import Score
+from pipeline.workspace.workspace import Workspace
+from tests.support import training as tiny_training
+from tests.support.recorder import Recorder
 
 
 def checkpoint_of(config):
-    return lineage.checkpoint(config, lineage.target(config))
+    return Workspace(config).open(CHECKPOINT)
 
 
 def scratch_of(config):
-    return artifacts.scratch_of(lineage.checkpoint_address(config, lineage.target(config)))
+    return artifact.scratch_of(Workspace(config).address(CHECKPOINT))
 
 
 def test_killed_at_any_step_and_begun_again_it_makes_the_same_bytes(tmp_path):
     undisturbed = tiny_training.trained()
     config = tiny_training.prepare(tmp_path)
     with tiny_training.start(tmp_path, stop_at=5) as process:  # saved, and not evaluated yet
-        told = process.stdout.readline()
+        printed = process.stdout.readline()
         process.send_signal(signal.SIGKILL)
-    assert told == "stopped\n", process.stderr
+    assert printed == "stopped\n", process.stderr
     scratch = scratch_of(config)
-    assert runs.latest(scratch) == 5
+    assert run_directories.latest(scratch) == 5
     assert not (scratch / "evaluations.json").exists()
-    half_written = runs.path_of(scratch, 8)  # as a kill within the next save would leave it
-    shutil.copytree(runs.path_of(scratch, 5), half_written)
-    (half_written / runs.COMPLETE).unlink()
+    half_written = run_directories.path_of(scratch, 8)  # as a kill within the next save would leave it
+    shutil.copytree(run_directories.path_of(scratch, 5), half_written)
+    (half_written / run_directories.COMPLETE).unlink()
     shutil.rmtree(half_written / "model" / "fuse")
     (scratch / "evaluation.json.tmp").write_text("{")
 
@@ -58,8 +62,8 @@ def test_the_artifact_holds_the_best_run_directory_and_what_is_said_of_it():
     assert [one["step"] for one in evaluations] == [5, 10, 12]
     best = max(evaluations, key=lambda one: one["heldout"]["accept_length"])
     step = f"run-{best['step']}"
-    told = {"data.json", "draft_config.json", "evaluation.json", "evaluations.json", "heldout.jsonl", "contract.json"}
-    assert names == {step} | told
+    others = {"data.json", "draft_config.json", "evaluation.json", "evaluations.json", "heldout.jsonl", "contract.json"}
+    assert names == {step} | others
     run_files = {name.split("/")[1] for name in made.files if name.startswith(f"{step}/")}
     assert {"model", "tx", "config.json", "metadata.json", "tensorstore_index.json"} <= run_files
     evaluation = json.loads((made.path / "evaluation.json").read_text())
@@ -71,7 +75,7 @@ def test_the_artifact_holds_the_best_run_directory_and_what_is_said_of_it():
         assert found.total.num_rounds == found.by_effort["low"].num_rounds > 0
 
 
-def test_metrics_are_told_with_their_steps():
+def test_metrics_are_logged_with_their_steps():
     config = tiny_training.trained()
     tracked = json.loads((tiny_training.root_of(config) / "tracked.json").read_text())
     steps = {name: [step for other, step, _ in tracked if other == name] for name, _, _ in tracked}
@@ -96,7 +100,7 @@ def test_a_trained_draft_is_not_trained_again():
     before = checkpoint_of(config)
     stage.run(config, tracker)  # in this process: EasyDeL is not even imported
     evaluation = json.loads((before.path / "evaluation.json").read_text())
-    assert tracker.metrics["eval/accept_length", evaluation["step"]] == evaluation["heldout"]["accept_length"]
+    assert tracker.by_step["eval/accept_length", evaluation["step"]] == evaluation["heldout"]["accept_length"]
     assert checkpoint_of(config) == before
 
 
@@ -104,13 +108,12 @@ def test_an_unfinished_training_with_other_settings_is_refused(tmp_path):
     config = tiny_training.prepare(tmp_path)
     config.train.path = str(tmp_path / "mine")
     other = tiny_training.configuration(tmp_path, steps=13)
-    target = lineage.target(config)
-    cache = lineage.teacher_cache(config, target)
-    settings = lineage.checkpoint_settings(other, target, cache.fingerprint)
-    parents = {"target": target.fingerprint, "teacher_cache": cache.fingerprint}
-    contract = lineage.draft_contract(other, target, artifacts.provenance("train", settings, parents))
-    begun = artifacts.open_scratch(tmp_path / "mine", resume=True) / artifacts.CONTRACT
-    artifacts.write_json(begun, contract.to_json())
+    workspace = Workspace(other)
+    cache = workspace.open(TEACHER_CACHE)
+    parents = {TARGET: workspace.target.fingerprint, TEACHER_CACHE: cache.fingerprint}
+    contract = workspace.contract(CHECKPOINT, workspace.provenance(CHECKPOINT, parents))
+    begun = artifact.open_scratch(tmp_path / "mine", resume=True) / artifact.CONTRACT
+    write_json(begun, contract.to_json())
     with pytest.raises(PipelineError, match=r"mine\.partial holds the unfinished training of a draft with other"):
         stage.run(config, Recorder())
 
@@ -122,11 +125,11 @@ def test_without_a_teacher_cache_it_says_which_stage_makes_one(tmp_path):
 
 
 def test_run_directories_that_were_not_completed_do_not_count(tmp_path):
-    assert runs.latest(tmp_path) == 0
+    assert run_directories.latest(tmp_path) == 0
     for step in (5, 10, 15):
-        runs.path_of(tmp_path, step).mkdir()
+        run_directories.path_of(tmp_path, step).mkdir()
     for step in (5, 10):
-        artifacts.write_json(runs.path_of(tmp_path, step) / runs.COMPLETE, {"step": step})
-    assert runs.latest(tmp_path) == 10
-    runs.keep_only(tmp_path, runs.path_of(tmp_path, 10))
+        write_json(run_directories.path_of(tmp_path, step) / run_directories.COMPLETE, {"step": step})
+    assert run_directories.latest(tmp_path) == 10
+    run_directories.keep_only(tmp_path, run_directories.path_of(tmp_path, 10))
     assert [entry.name for entry in tmp_path.iterdir()] == ["run-10"]

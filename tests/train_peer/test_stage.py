@@ -9,16 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny_training
-from oracle_environment import TESTS, oracle_python
 
-from pipeline.artifacts import PipelineError
-from pipeline.config import PipelineConfig, TrainPeerConfig
-from pipeline.teacher_cache.store import open_split
-from pipeline.tracking import SilentRun
-from pipeline.train import peer, peer_stage
-from pipeline.train.batches import Batches
-from pipeline.train.peer import Against, Data
+from pipeline.config.schema import PipelineConfig, TrainPeerConfig
+from pipeline.errors import PipelineError
+from pipeline.store.reader import open_split
+from pipeline.tracking.run import SilentRun
+from pipeline.train.data.padded import PaddedBatches
+from pipeline.train_peer import protocol, stage
+from pipeline.train_peer.protocol import PeerData, TrainingComparison
+from tests.support import training as tiny_training
+from tests.support.compiled import QUICKLY
+from tests.support.oracles import oracle_python
+from tests.support.paths import ROOT, TESTS
 
 IDLE = """
 import json, shutil, sys
@@ -31,11 +33,11 @@ json.dump({"step_seconds": seconds, "losses": [], "attention": given["attention"
 
 def test_every_sequence_is_written_once_and_batches_name_them(tmp_path):
     store = tiny_training.write_store(tmp_path / "store", 12, num_train=7)
-    batches = Batches(open_split(store, "train"), num_sequences=3, num_anchors=4, seed=0)
+    batches = PaddedBatches(open_split(store, "train"), num_sequences=3, num_anchors=4, seed=0)
     made = [batches.at(step) for step in range(5)]  # more than an epoch
     keys = jax.random.split(jax.random.key(0), 2)
     embedding, head = jax.random.normal(keys[0], (9, 6)), jax.random.normal(keys[1], (6, 9))
-    data = Data.write(tmp_path / "data.npz", iter(made), embedding, head)
+    data = PeerData.write(tmp_path / "data.npz", iter(made), embedding, head)
     arrays = np.load(data.file)
     assert len(arrays["offsets"]) == 7 + 1
     np.testing.assert_array_equal(arrays["head"], np.asarray(head).T)
@@ -54,8 +56,8 @@ def test_every_sequence_is_written_once_and_batches_name_them(tmp_path):
 
 
 def test_the_ratio_is_the_median_over_steps_with_the_same_batch_behind_the_first_ones():
-    warm = (9.0,) * peer.WARM_UP_STEPS
-    found = Against(
+    warm = (9.0,) * protocol.WARM_UP_STEPS
+    found = TrainingComparison(
         ours=((*warm, 1.0, 2.0, 4.0), (*warm, 1.0, 1.0, 1.0)),
         theirs=((*warm, 2.0, 6.0, 16.0), (*warm, 5.0, 5.0, 7.0)),
         num_tokens=(0, 0, 0, 12, 12, 12),
@@ -67,14 +69,14 @@ def test_the_ratio_is_the_median_over_steps_with_the_same_batch_behind_the_first
 
 def test_the_stage_needs_a_command():
     with pytest.raises(PipelineError, match=r"train_peer\.command is empty"):
-        peer_stage.run(PipelineConfig(train_peer=TrainPeerConfig(command=[])), SilentRun())
+        stage.run(PipelineConfig(train_peer=TrainPeerConfig(command=[])), SilentRun())
 
 
 def run_stage(root: Path, command: list[str], quality_steps: int) -> tuple[dict[str, float], str]:
     """What the stage measured and printed, in a process of its own, for EasyDeL changes the one it is imported in."""
-    tiny_training.prepare(root)
+    tiny_training.prepare(root, longest=tiny_training.ONE_LENGTH)
     wanted = {"command": command, "steps": 5, "repeats": 1, "quality_steps": quality_steps}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY
     process = subprocess.run(
         [sys.executable, "-c", STAGE, str(root), json.dumps(wanted)], env=environment, capture_output=True, text=True
     )
@@ -86,18 +88,18 @@ def run_stage(root: Path, command: list[str], quality_steps: int) -> tuple[dict[
 STAGE = """
 import dataclasses, json, sys
 from pathlib import Path
-import tiny_training
-from pipeline.config import TrainPeerConfig
-from pipeline.tracking import SilentRun
-from pipeline.train import peer_stage
-config = tiny_training.configuration(Path(sys.argv[1]), steps=4)
+from tests.support import training as tiny_training
+from pipeline.config.schema import TrainPeerConfig
+from pipeline.tracking.run import SilentRun
+from pipeline.train_peer import stage
+config = tiny_training.configuration(Path(sys.argv[1]), steps=4, batch_sequences=4)
 config = dataclasses.replace(config, train_peer=TrainPeerConfig(**json.loads(sys.argv[2])))
-print(json.dumps(peer_stage.run(config, SilentRun())))
+print(json.dumps(stage.run(config, SilentRun())))
 """
 
 
 def test_a_trainer_that_learns_nothing_in_long_steps_is_slower_and_worse(tmp_path):
-    measured, printed = run_stage(tmp_path, [sys.executable, "-c", IDLE], quality_steps=600)
+    measured, printed = run_stage(tmp_path, [sys.executable, "-c", IDLE], quality_steps=400)
     assert measured["train_peer/ratio"] > 1000
     assert measured["train_peer/ours_tokens_per_second"] > measured["train_peer/theirs_tokens_per_second"] > 0
     accept_lengths = {name: measured[f"train_peer/{name}_accept_length"] for name in ("ours", "theirs_as_published")}

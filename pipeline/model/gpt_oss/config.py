@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from pipeline.artifacts import PipelineError
-from pipeline.model.rope import Rope
+from pipeline.errors import PipelineError
+from pipeline.model.layers.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,25 +5,24 @@ experts or more holds them as one wide network (`WideWeights`) and runs them all
 that they hit, many are grouped by expert.
 """
 
-import dataclasses
-from typing import NamedTuple, no_type_check
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pipeline.model import experts_tpu, mxfp4
-from pipeline.model.execution import PALLAS, PLAIN, Execution, Kernels
-from pipeline.model.linear import Kernel, einsum, product
-from pipeline.model.mxfp4 import Packed
-from pipeline.model.sharding import ALONE, EXPERT, MODEL, TENSOR, Shards
+from pipeline.model.gpt_oss import experts_pallas
+from pipeline.model.layers import mxfp4
+from pipeline.model.layers.linear import Matrix, einsum, product
+from pipeline.model.layers.mxfp4 import Packed
+from pipeline.model.layers.pytree import pytree_dataclass
+from pipeline.model.parallel.execution import DEFAULT_EXECUTION, PALLAS_BACKENDS, Execution, KernelBackend
+from pipeline.model.parallel.shards import EXPERT, MODEL, TENSOR, UNSHARDED, Shards
 
 SWIGLU_ALPHA = 1.702
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass()
 class ExpertsWeights:
     """Router and experts of one layer, apart from each other.
 
@@ -31,7 +30,7 @@ class ExpertsWeights:
     summed, so that a scale belongs to a column. D and F may be padded with zeros, which yield nothing.
     """
 
-    router: Kernel
+    router: Matrix
     router_bias: Float[Array, " E"]
     gate: Float[Array, "E F D"] | Packed
     gate_bias: Float[Array, "E F"]
@@ -41,24 +40,22 @@ class ExpertsWeights:
     down_bias: Float[Array, "E D"]
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WideWeights:
+@pytree_dataclass()
+class FusedExpertWeights:
     """Router and experts of one layer, the experts' rows end to end."""
 
-    router: Kernel
+    router: Matrix
     router_bias: Float[Array, " E"]
-    gate: Kernel  # D -> E F
+    gate: Matrix  # D -> E F
     gate_bias: Float[Array, " EF"]
-    up: Kernel  # D -> E F
+    up: Matrix  # D -> E F
     up_bias: Float[Array, " EF"]
-    down: Kernel  # E F -> D
+    down: Matrix  # E F -> D
     down_bias: Float[Array, "E D"]
 
 
 def route(
-    inputs: Float[Array, "M D"], weights: ExpertsWeights | WideWeights, experts_per_token: int
+    inputs: Float[Array, "M D"], weights: ExpertsWeights | FusedExpertWeights, experts_per_token: int
 ) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
     """The best experts of each token and their shares: softmax over the chosen logits only, float32."""
     logits = product(inputs, weights.router) + weights.router_bias  # rounded to bfloat16, they would tie more often
@@ -77,41 +74,41 @@ def clamped_swiglu(
 
 def mixture(
     inputs: Float[Array, "M D"],
-    weights: ExpertsWeights | WideWeights,
+    weights: ExpertsWeights | FusedExpertWeights,
     experts_per_token: int,
     limit: float,
-    run: Execution = PLAIN,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "M D"]:
     """Each token through its experts, summed by their shares."""
     shares, indices = route(inputs, weights, experts_per_token)
-    if isinstance(weights, WideWeights):
-        outputs = wide(inputs, weights, shares, indices, limit, run.shards)
-    elif inputs.shape[0] <= run.few_tokens:
-        outputs = few(inputs, weights, shares, indices, limit, run)
+    if isinstance(weights, FusedExpertWeights):
+        outputs = fused_experts(inputs, weights, shares, indices, limit, execution.shards)
+    elif inputs.shape[0] <= execution.max_per_expert_tokens:
+        outputs = per_expert(inputs, weights, shares, indices, limit, execution)
     else:
-        outputs = grouped(inputs, weights, shares, indices, limit, run)
-    return run.shards.sum(outputs).astype(inputs.dtype)
+        outputs = grouped_gemm(inputs, weights, shares, indices, limit, execution)
+    return execution.shards.sum(outputs).astype(inputs.dtype)
 
 
-def wide(
+def fused_experts(
     inputs: Float[Array, "M D"],
-    weights: WideWeights,
+    weights: FusedExpertWeights,
     shares: Float[Array, "M k"],
     indices: Int[Array, "M k"],
     limit: float,
-    shards: Shards = ALONE,
+    shards: Shards = UNSHARDED,
 ) -> Float[Array, "M D"]:
     """Every token through every expert, those not chosen with share zero. Returns this shard's part of the sum."""
     num_experts, local = weights.router_bias.shape[0], weights.gate_bias.shape[0]
     share = share_of_experts(shares, indices, 0, num_experts)
     each = jnp.repeat(share, local * shards.model // num_experts, axis=1)  # of every row of every expert
-    if shards.split:
-        each = jax.lax.dynamic_slice_in_dim(each, shards.first(MODEL, local), local, axis=1)
+    if shards.is_split:
+        each = jax.lax.dynamic_slice_in_dim(each, shards.over().offset(local), local, axis=1)
     hidden = clamped_swiglu(
         product(inputs, weights.gate) + weights.gate_bias, product(inputs, weights.up) + weights.up_bias, limit
     )
     outputs = product((hidden * each).astype(inputs.dtype), weights.down)
-    return outputs + shards.once(MODEL, einsum("me,ed->md", share.astype(inputs.dtype), weights.down_bias))
+    return outputs + shards.on_first_shard(MODEL, einsum("me,ed->md", share.astype(inputs.dtype), weights.down_bias))
 
 
 def share_of_experts(
@@ -139,27 +136,27 @@ def hits(indices: Int[Array, "M k"], first: Int[Array, ""] | int, num_experts: i
     return Hits(experts=jnp.where(taken, order, order[jnp.maximum(count - 1, 0)]), count=count)
 
 
-def few(
+def per_expert(
     inputs: Float[Array, "M D"],
     weights: ExpertsWeights,
     shares: Float[Array, "M k"],
     indices: Int[Array, "M k"],
     limit: float,
-    run: Execution = PLAIN,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "M D"]:
     """Few tokens: all of them through each expert that is hit, which is read once; no other expert is read.
 
     Returns this shard's part of the sum, in float32.
     """
     num_experts = weights.down_bias.shape[0]
-    first = run.shards.first(EXPERT, num_experts)
+    first = execution.shards.over(EXPERT).offset(num_experts)
     found, share = hits(indices, first, num_experts), share_of_experts(shares, indices, first, num_experts)
-    down_bias = run.shards.once(TENSOR, weights.down_bias)
+    down_bias = execution.shards.on_first_shard(TENSOR, weights.down_bias)
     packed = isinstance(weights.gate, Packed)
-    if run.kernels in PALLAS:
-        kernel = experts_tpu.packed_experts if packed else experts_tpu.experts
+    if execution.backend in PALLAS_BACKENDS:
+        kernel = experts_pallas.packed_experts if packed else experts_pallas.experts
         matrices = (weights.gate, weights.gate_bias, weights.up, weights.up_bias, weights.down, down_bias)
-        interpret = run.kernels is Kernels.pallas_interpreted
+        interpret = execution.backend is KernelBackend.pallas_interpreted
         return kernel(inputs, *found, share, *matrices, limit=limit, interpret=interpret)
     into = "md,df->mf" if packed else "md,fd->mf"
 
@@ -179,13 +176,13 @@ def few(
     return jax.lax.fori_loop(0, found.count, add, jnp.zeros(inputs.shape, jnp.float32))
 
 
-def grouped(
+def grouped_gemm(
     inputs: Float[Array, "M D"],
     weights: ExpertsWeights,
     shares: Float[Array, "M k"],
     indices: Int[Array, "M k"],
     limit: float,
-    run: Execution = PLAIN,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "M D"]:
     """Many tokens: sort them by expert and multiply group by group.
 
@@ -193,7 +190,7 @@ def grouped(
     """
     num_tokens, per_token = indices.shape
     num_local, num_experts = weights.down_bias.shape[0], weights.router_bias.shape[0]
-    flat = (indices.reshape(-1) - run.shards.first(EXPERT, num_local)) % num_experts
+    flat = (indices.reshape(-1) - execution.shards.over(EXPERT).offset(num_local)) % num_experts
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)[:num_local]
     expert = flat[order]
@@ -203,28 +200,29 @@ def grouped(
     rows = inputs[order // per_token]
     transposed = not isinstance(weights.gate, Packed)
     hidden = clamped_swiglu(
-        ragged_product(rows, gate, sizes, run.kernels, transposed=transposed) + weights.gate_bias[expert],
-        ragged_product(rows, up, sizes, run.kernels, transposed=transposed) + weights.up_bias[expert],
+        grouped_product(rows, gate, sizes, execution.backend, transposed=transposed) + weights.gate_bias[expert],
+        grouped_product(rows, up, sizes, execution.backend, transposed=transposed) + weights.up_bias[expert],
         limit,
     ).astype(inputs.dtype)
-    outputs = ragged_product(hidden, down, sizes, run.kernels) + run.shards.once(TENSOR, weights.down_bias)[expert]
+    down_bias = execution.shards.on_first_shard(TENSOR, weights.down_bias)
+    outputs = grouped_product(hidden, down, sizes, execution.backend) + down_bias[expert]
     outputs = jnp.where(is_local, outputs, 0)
     restored = outputs[jnp.argsort(order, stable=True)].reshape(num_tokens, per_token, -1)
     return einsum("mkd,mk->md", restored, shares)
 
 
-def ragged_product(
-    rows: Float[Array, "M in"],
-    matrices: Float[Array, "E in out"] | Float[Array, "E out in"],
+def grouped_product(
+    rows: Float[Array, "M K"],
+    matrices: Float[Array, "E K N"] | Float[Array, "E N K"],
     sizes: Int[Array, " E"],
-    kernels: Kernels,
+    backend: KernelBackend,
     *,
     transposed: bool = False,
-) -> Float[Array, "M out"]:
+) -> Float[Array, "M N"]:
     """The first sizes[0] rows times the first matrix, and so on, in float32; rows past all groups give anything."""
-    if kernels in PALLAS:
-        interpret = kernels is Kernels.pallas_interpreted
-        return experts_tpu.ragged_product(rows, matrices, sizes, transposed=transposed, interpret=interpret)
+    if backend in PALLAS_BACKENDS:
+        interpret = backend is KernelBackend.pallas_interpreted
+        return experts_pallas.ragged_product(rows, matrices, sizes, transposed=transposed, interpret=interpret)
     contracted = ((1,), (2 if transposed else 1,))
     numbers = jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), [0], [0])
     exact = rows.dtype == jnp.float32

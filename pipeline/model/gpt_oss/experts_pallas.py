@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jaxtyping import Array, Float, Int
 
-from pipeline.model import mxfp4
-from pipeline.model.mxfp4 import Packed
+from pipeline.model.layers import mxfp4
+from pipeline.model.layers.mxfp4 import Packed
 
 HIT_EXPERTS = "hit_experts"  # the kernel's name in a compiled program
 TILE_BYTES = 12 * 2**20  # of an expert's three matrices held at once; the next ones are copied meanwhile
@@ -103,13 +103,13 @@ def packed_experts(
 
 
 def ragged_product(
-    rows: Float[Array, "M in"],
-    matrices: Float[Array, "E in out"] | Float[Array, "E out in"],
+    rows: Float[Array, "M K"],
+    matrices: Float[Array, "E K N"] | Float[Array, "E N K"],
     sizes: Int[Array, " E"],
     *,
     transposed: bool = False,
     interpret: bool = False,
-) -> Float[Array, "M out"]:
+) -> Float[Array, "M N"]:
     """The first sizes[0] rows times the first matrix, and so on, in float32; rows past all groups give anything."""
     num_rows, summed = rows.shape
     columns = matrices.shape[1 if transposed else 2]

@@ -1,28 +1,26 @@
 """GPT-OSS: one forward function for prefill, decode, verify, capture and training."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import no_type_check
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pipeline.model import attention, kv_cache
-from pipeline.model.execution import PLAIN, Execution
-from pipeline.model.experts import mixture
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import GptOssWeights, LayerWeights
-from pipeline.model.kv_cache import KVCache, LayerCache
-from pipeline.model.linear import linear, linear_over_shards, product, rms_norm
-from pipeline.model.rope import angles, rotate
-from pipeline.model.sharding import MODEL, Shards
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.experts import mixture
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import GptOssWeights, LayerWeights
+from pipeline.model.layers import attention, kv_cache
+from pipeline.model.layers.kv_cache import KVCache, LayerCache
+from pipeline.model.layers.linear import linear, linear_over_shards, product, rms_norm
+from pipeline.model.layers.pytree import pytree_dataclass
+from pipeline.model.layers.rope import angles, rotate
+from pipeline.model.parallel.execution import DEFAULT_EXECUTION, Execution
+from pipeline.model.parallel.shards import Shards
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass()
 class Output:
     """What one pass gives: final hidden states, tapped features side by side, and the cache written on."""
 
@@ -42,8 +40,7 @@ def empty_cache(config: GptOssConfig, num_rows: int, num_positions: int, dtype: 
 
 
 def forward(
-    weights: GptOssWeights,
-    config: GptOssConfig,
+    target: TargetModel,
     token_ids: Int[Array, "B T"],
     start: Int[Array, " B"],
     cache: KVCache | None,
@@ -51,7 +48,7 @@ def forward(
     *,
     rows: Int[Array, " B"] | None = None,
     num_tokens: Int[Array, " B"] | None = None,
-    run: Execution = PLAIN,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Output:
     """Run T tokens of each row, the first one at position `start`, over what the cache holds before them.
 
@@ -60,18 +57,19 @@ def forward(
     not written. Features are the outputs of `tapped_layers` before the final norm (`hidden_states[i + 1]` in
     transformers), concatenated in the order given. Of a row padded on the right, `num_tokens` count.
     """
+    config, weights = target.config, target.weights
     positions = start[:, None] + jnp.arange(token_ids.shape[1])
-    cos_sin = angles(config.rope, config.head_dim, positions)
-    hidden = embed(weights, token_ids, run.shards)
+    call = _Call(start, rows, num_tokens, angles(config.rope, config.head_dim, positions))
+    hidden = embed(weights, token_ids, execution.shards)
     outputs, layers = [], []
     for index, layer in enumerate(weights.layers):
         window = config.sliding_window if config.sliding[index] else None
         cached = None if cache is None else cache.layers[index]
-        attended, written = _attention(hidden, layer, config, cos_sin, window, start, rows, num_tokens, cached, run)
+        attended, written = _attention(hidden, layer, config, window, call, cached, execution)
         hidden = hidden + attended
         normed = rms_norm(hidden, layer.experts_norm, config.rms_norm_eps)
         flat = normed.reshape(-1, config.hidden_size)
-        mixed = mixture(flat, layer.experts, config.num_experts_per_tok, config.swiglu_limit, run)
+        mixed = mixture(flat, layer.experts, config.num_experts_per_tok, config.swiglu_limit, execution)
         hidden = hidden + mixed.reshape(hidden.shape)
         outputs.append(hidden)
         layers.append(written)
@@ -83,13 +81,9 @@ def forward(
 
 def embed(weights: GptOssWeights, token_ids: Int[Array, "*batch"], shards: Shards) -> Float[Array, "*batch D"]:
     """The tokens' rows of the embedding, which may be split over the vocabulary."""
-    if not shards.split:
+    if not shards.is_split:
         return weights.embedding[token_ids]
-    num_local = weights.embedding.shape[0]
-    local = token_ids - shards.first(MODEL, num_local)
-    here = (local >= 0) & (local < num_local)
-    found = weights.embedding[jnp.where(here, local, 0)]
-    return shards.sum(jnp.where(here[..., None], found, 0))
+    return shards.sum(shards.over().rows(weights.embedding, token_ids))
 
 
 def logits(weights: GptOssWeights, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
@@ -102,24 +96,31 @@ def next_tokens(weights: GptOssWeights, hidden: Float[Array, "*batch D"], shards
     return shards.argmax(logits(weights, hidden))
 
 
+class _Call(NamedTuple):
+    """Where the tokens of one call to `forward` lie, and their rotary angles."""
+
+    start: Int[Array, " B"]
+    rows: Int[Array, " B"] | None
+    num_tokens: Int[Array, " B"] | None
+    cos_sin: tuple[Array, Array]
+
+
 def _attention(
     hidden: Float[Array, "B T D"],
     layer: LayerWeights,
     config: GptOssConfig,
-    cos_sin: tuple[Array, Array],
     window: int | None,
-    start: Int[Array, " B"],
-    rows: Int[Array, " B"] | None,
-    num_tokens: Int[Array, " B"] | None,
+    call: _Call,
     cached: LayerCache | None,
-    run: Execution,
+    execution: Execution,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    start, rows, num_tokens, cos_sin = call
     split = (*hidden.shape[:2], -1, config.head_dim)  # on a shard: its heads
     normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
     queries = rotate(linear(normed, layer.query, layer.query_bias).reshape(split), *cos_sin)
     keys = rotate(linear(normed, layer.key, layer.key_bias).reshape(split), *cos_sin)
     values = linear(normed, layer.value, layer.value_bias).reshape(split)
-    parts = [attention.over_own(queries, keys, values, window, run=run)]
+    parts = [attention.over_own(queries, keys, values, window, execution=execution)]
     if cached is not None:
         if window is None:
             before = after = kv_cache.write(cached, keys, values, start, rows)
@@ -131,4 +132,4 @@ def _attention(
         parts.append(attention.over_cache(queries, before, start, rows, window))
         cached = after
     attended = attention.union(parts, layer.sinks).astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
-    return linear_over_shards(attended, layer.output, layer.output_bias, run.shards), cached
+    return linear_over_shards(attended, layer.output, layer.output_bias, execution.shards), cached

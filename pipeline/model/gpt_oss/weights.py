@@ -1,25 +1,25 @@
 """The weights of a GPT-OSS model, in the forms in which programs hold them."""
 
 import dataclasses
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pipeline.model.experts import ExpertsWeights, WideWeights
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.linear import Kernel, lies_transposed, random_kernel
-from pipeline.model.mxfp4 import BLOCK, Packed, padded
-from pipeline.model.sharding import ALONE, Shards
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.experts import ExpertsWeights, FusedExpertWeights
+from pipeline.model.layers.linear import Matrix, is_stored_transposed, random_matrix
+from pipeline.model.layers.mxfp4 import BLOCK, Packed, padded
+from pipeline.model.layers.pytree import pytree_dataclass
+from pipeline.model.parallel.shards import UNSHARDED, Shards
 
 PACKED_ROWS = 128  # rows of a packed expert come in such multiples: so many lanes has a TPU
 RANDOM_CODE_DEVIATION = 2.93  # of uniformly drawn E2M1 codes
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightsForm:
+class WeightFormat:
     """How weights are held: their precision, experts packed as MXFP4 or not, and for how many shards.
 
     bfloat16 kernels are `Transposed`. Packed experts are padded so that every shard has whole blocks.
@@ -27,12 +27,12 @@ class WeightsForm:
 
     dtype: str = "float32"
     packed: bool = False
-    shards: Shards = ALONE
+    shards: Shards = UNSHARDED
 
     @property
     def transposed(self) -> bool:
         """Whether kernels lie [out, in], as in the files."""
-        return lies_transposed(self.dtype)
+        return is_stored_transposed(self.dtype)
 
     def packed_rows(self, intermediate_size: int) -> int:
         """F of a packed expert, padding included."""
@@ -40,49 +40,45 @@ class WeightsForm:
         return -(-intermediate_size // unit) * unit
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass()
 class LayerWeights:
     """One decoder layer."""
 
     input_norm: Float[Array, " D"]
-    query: Kernel
+    query: Matrix
     query_bias: Float[Array, " NH"]
-    key: Kernel
+    key: Matrix
     key_bias: Float[Array, " GH"]
-    value: Kernel
+    value: Matrix
     value_bias: Float[Array, " GH"]
-    output: Kernel
+    output: Matrix
     output_bias: Float[Array, " D"]
     sinks: Float[Array, " N"]
     experts_norm: Float[Array, " D"]
-    experts: ExpertsWeights | WideWeights
+    experts: ExpertsWeights | FusedExpertWeights
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass()
 class GptOssWeights:
     """The whole model. `head` is apart from `embedding`: GPT-OSS does not tie them."""
 
     embedding: Float[Array, "V D"]
     layers: tuple[LayerWeights, ...]
     norm: Float[Array, " D"]
-    head: Kernel
+    head: Matrix
 
 
-def is_wide(config: GptOssConfig, form: WeightsForm) -> bool:
+def is_fused(config: GptOssConfig, weight_format: WeightFormat) -> bool:
     """Whether experts are held as one wide network: a token uses a quarter of them or more, and none is packed.
 
     Running all of them costs less there than telling them apart.
     """
-    return not form.packed and config.num_local_experts <= 4 * config.num_experts_per_tok
+    return not weight_format.packed and config.num_local_experts <= 4 * config.num_experts_per_tok
 
 
-def random_weights(config: GptOssConfig, key: Array, form: WeightsForm = WeightsForm()) -> GptOssWeights:
+def random_weights(config: GptOssConfig, key: Array, weight_format: WeightFormat = WeightFormat()) -> GptOssWeights:
     """Weights to start training from: normal, 1/sqrt(fan in), norms one, biases and sinks zero."""
-    d, dtype = config.hidden_size, form.dtype
+    d, dtype = config.hidden_size, weight_format.dtype
     nh, gh = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     depth_scale = (2 * config.num_hidden_layers) ** -0.5  # keeps the residual stream's size flat with depth
 
@@ -90,17 +86,17 @@ def random_weights(config: GptOssConfig, key: Array, form: WeightsForm = Weights
         keys = jax.random.split(key, 5)
         return LayerWeights(
             input_norm=jnp.ones(d, dtype),
-            query=random_kernel(keys[0], d, nh, form.dtype),
+            query=random_matrix(keys[0], d, nh, weight_format.dtype),
             query_bias=jnp.zeros(nh, dtype),
-            key=random_kernel(keys[1], d, gh, form.dtype),
+            key=random_matrix(keys[1], d, gh, weight_format.dtype),
             key_bias=jnp.zeros(gh, dtype),
-            value=random_kernel(keys[2], d, gh, form.dtype),
+            value=random_matrix(keys[2], d, gh, weight_format.dtype),
             value_bias=jnp.zeros(gh, dtype),
-            output=random_kernel(keys[3], nh, d, form.dtype, depth_scale),
+            output=random_matrix(keys[3], nh, d, weight_format.dtype, depth_scale),
             output_bias=jnp.zeros(d, dtype),
             sinks=jnp.zeros(config.num_attention_heads, dtype),
             experts_norm=jnp.ones(d, dtype),
-            experts=_experts(keys[4], config, form, depth_scale),
+            experts=_experts(keys[4], config, weight_format, depth_scale),
         )
 
     keys = jax.random.split(key, config.num_hidden_layers + 2)
@@ -108,24 +104,26 @@ def random_weights(config: GptOssConfig, key: Array, form: WeightsForm = Weights
         embedding=_normal(keys[0], (config.vocab_size, d), d, dtype),
         layers=tuple(layer(one) for one in keys[2:]),
         norm=jnp.ones(d, dtype),
-        head=random_kernel(keys[1], d, config.vocab_size, form.dtype),
+        head=random_matrix(keys[1], d, config.vocab_size, weight_format.dtype),
     )
 
 
-def weight_shapes(config: GptOssConfig, form: WeightsForm = WeightsForm()) -> GptOssWeights:
+def weight_shapes(config: GptOssConfig, weight_format: WeightFormat = WeightFormat()) -> GptOssWeights:
     """The shapes of weights of this form; nothing is allocated."""
-    return jax.eval_shape(lambda: random_weights(config, jax.random.key(0), form))
+    return jax.eval_shape(lambda: random_weights(config, jax.random.key(0), weight_format))
 
 
 def _normal(key: Array, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike, scale: float = 1.0) -> Array:
     return (scale * fan_in**-0.5 * jax.random.normal(key, shape)).astype(dtype)
 
 
-def _experts(key: Array, config: GptOssConfig, form: WeightsForm, depth_scale: float) -> ExpertsWeights | WideWeights:
+def _experts(
+    key: Array, config: GptOssConfig, weight_format: WeightFormat, depth_scale: float
+) -> ExpertsWeights | FusedExpertWeights:
     d, f, e = config.hidden_size, config.intermediate_size, config.num_local_experts
-    keys, dtype = jax.random.split(key, 4), form.dtype
+    keys, dtype = jax.random.split(key, 4), weight_format.dtype
     common = {
-        "router": random_kernel(keys[0], d, e, dtype),
+        "router": random_matrix(keys[0], d, e, dtype),
         "router_bias": jnp.zeros(e, dtype),
         "down_bias": jnp.zeros((e, d), dtype),
     }
@@ -133,16 +131,16 @@ def _experts(key: Array, config: GptOssConfig, form: WeightsForm, depth_scale: f
     def biases(*shape: int) -> dict[str, Array]:  # one array each: donated buffers must differ
         return {name: jnp.zeros(shape, dtype) for name in ("gate_bias", "up_bias")}
 
-    if form.packed:
-        rows = form.packed_rows(f)
+    if weight_format.packed:
+        rows = weight_format.packed_rows(f)
         gate, up = (_packed(one, (e, padded(d), rows), d) for one in keys[1:3])
         down = _packed(keys[3], (e, rows, d), f, depth_scale)
         return ExpertsWeights(**common, **biases(e, rows), gate=gate, up=up, down=down)
-    if is_wide(config, form):
-        gate, up = (random_kernel(one, d, e * f, dtype) for one in keys[1:3])
+    if is_fused(config, weight_format):
+        gate, up = (random_matrix(one, d, e * f, dtype) for one in keys[1:3])
         # what a token sums up are the rows of single experts, not of all
-        down = random_kernel(keys[3], e * f, d, dtype, depth_scale * e**0.5)
-        return WideWeights(**common, **biases(e * f), gate=gate, up=up, down=down)
+        down = random_matrix(keys[3], e * f, d, dtype, depth_scale * e**0.5)
+        return FusedExpertWeights(**common, **biases(e * f), gate=gate, up=up, down=down)
     gate, up = (_normal(one, (e, f, d), d, dtype) for one in keys[1:3])
     down = _normal(keys[3], (e, f, d), f, dtype, depth_scale)
     return ExpertsWeights(**common, **biases(e, f), gate=gate, up=up, down=down)

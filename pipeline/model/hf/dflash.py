@@ -1,6 +1,6 @@
 """The draft in z-lab's HF layout: its `config.json` and where its weights are.
 
-Source: ../shared/reference/dflash.md sections 2.1 and 2.5.
+Source: docs/dflash.md#tensors and docs/dflash.md#config-file.
 """
 
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts import PipelineError
-from pipeline.model.draft import DraftConfig
-from pipeline.model.rope import Rope
-from pipeline.model.source import Source, as_it_is, transposed
-from pipeline.model.tensor_files import Expected
+from pipeline.errors import PipelineError
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.hf.safetensors_files import Expected
+from pipeline.model.hf.tensor_source import Source, transposed, unchanged
+from pipeline.model.layers.rope import Rope
 
 _NAMES = {
     "fuse": "fc.weight",
@@ -47,8 +47,8 @@ _PLAIN = {"hidden_act": "silu", "is_causal": False, **_PLAIN_INNER}
 _KERNELS = {"fuse", "query", "key", "value", "output", "gate", "up", "down"}
 
 
-def config_to_hf(config: DraftConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[str, Any]:
-    """The draft's `config.json`: all keys any runtime reads, both spellings of RoPE (dflash.md section 2.5)."""
+def config_to_hf(config: DFlashConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[str, Any]:
+    """The draft's `config.json`: all keys any runtime reads, both spellings of RoPE (docs/dflash.md#config-file)."""
     rope = config.rope.to_hf()
     legacy = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
@@ -92,8 +92,8 @@ def config_to_hf(config: DraftConfig, dtype: str, token_ids: Mapping[str, int]) 
     }
 
 
-def config_from_hf(config: dict[str, Any]) -> DraftConfig:
-    """Read a draft's `config.json`, ours or a published one (dflash.md sections 2.2 and 2.3).
+def config_from_hf(config: dict[str, Any]) -> DFlashConfig:
+    """Read a draft's `config.json`, ours or a published one (docs/dflash.md#published-drafts).
 
     The three values of `dflash_config` may be at top level instead; RoPE may be in either spelling. Raises
     PipelineError naming every key that is missing, contradicts another one, or asks for a network that is not ours.
@@ -114,7 +114,7 @@ def config_from_hf(config: dict[str, Any]) -> DraftConfig:
     if wrong:
         raise PipelineError("config.json is not a draft that can be run:\n  " + "\n  ".join(wrong))
     found["tapped_layers"] = tuple(found["tapped_layers"])
-    return DraftConfig(
+    return DFlashConfig(
         **found,
         rope=rope,
         attention_bias=bool(config.get("attention_bias", False)),
@@ -194,10 +194,10 @@ def tensor_name(path: str) -> str:
 def source_of(path: str, *, lies_transposed: bool) -> Source:
     """Where the weight at `path` is in the file."""
     swapped = _is_kernel(path) and not lies_transposed
-    return transposed(tensor_name(path)) if swapped else as_it_is(tensor_name(path))
+    return transposed(tensor_name(path)) if swapped else unchanged(tensor_name(path))
 
 
-def expected_tensors(shapes: Mapping[str, tuple[int, ...]], *, lies_transposed: bool) -> dict[str, Expected]:
+def expected_draft_tensors(shapes: Mapping[str, tuple[int, ...]], *, lies_transposed: bool) -> dict[str, Expected]:
     """Every tensor that the file of a draft holds, of the shapes of our weights by path."""
     found = {}
     for path, shape in shapes.items():

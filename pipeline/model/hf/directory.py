@@ -13,19 +13,27 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pipeline.artifacts import PipelineError, fingerprint_of, remembered_sha256, write_json
-from pipeline.model import draft, gpt_oss_weights, hf_draft, hf_target, tensor_files
-from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
-from pipeline.model.gpt_oss_weights import GptOssWeights, WeightsForm
-from pipeline.model.linear import Kernel, lies_transposed
-from pipeline.model.mxfp4 import LARGEST_SCALE
-from pipeline.model.source import Source
-from pipeline.model.tensor_files import Index, TensorFiles
+from pipeline.artifacts.files import write_json
+from pipeline.artifacts.hashing import fingerprint_of, remembered_sha256
+from pipeline.errors import PipelineError
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss import weights as gpt_oss_weights
+from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.model.hf import gpt_oss as hf_gpt_oss
+from pipeline.model.hf import safetensors_files
+from pipeline.model.hf.safetensors_files import Index, TensorFiles
+from pipeline.model.hf.tensor_source import Source
+from pipeline.model.layers.linear import Matrix, is_stored_transposed
+from pipeline.model.layers.mxfp4 import LARGEST_SCALE
 from pipeline.progress import Progress
 
 Weights = TypeVar("Weights")
-Place = Sharding | Format
+ArraySharding = Sharding | Format
 CHECKED_ELEMENTS = 2**22  # at a time: NumPy tells finite bfloat16 numbers by way of float32
 _TRANSPOSED = ".array"  # how the path of a Transposed kernel's array goes on
 SHOWN_BYTES = 2**28  # from here on reading takes long enough to show how far it is
@@ -47,63 +55,61 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise PipelineError(f"{file} is not JSON: {error}") from error
 
 
-def load_target(
-    directory: Path, form: WeightsForm, places: GptOssWeights | None = None
-) -> tuple[GptOssConfig, GptOssWeights]:
-    """Read a GPT-OSS model, float or MXFP4, in one file or many, into weights of this form.
+def read_target(directory: Path, weight_format: WeightFormat, shardings: TargetModel | None = None) -> TargetModel:
+    """Reads a GPT-OSS model, float or MXFP4, in one file or many, into weights of this format.
 
-    `places` says of each array on which devices its parts are (a tree like the weights' of shardings or formats);
-    None: all on the first device. Each device's parts are read for it alone.
+    `shardings` has the sharding of each array; None: all on the first device. Each device's parts are read for it
+    alone.
     """
     found = read_config(directory)
     config, packed_files = GptOssConfig.from_hf(found), is_packed(found)
-    shapes = gpt_oss_weights.weight_shapes(config, form)
+    shapes = gpt_oss_weights.weight_shapes(config, weight_format)
     files = TensorFiles(directory)
-    wrong = files.differences(hf_target.expected_tensors(config, packed=packed_files))
+    wrong = files.differences(hf_gpt_oss.expected_target_tensors(config, packed=packed_files))
 
     def source_of(path: str) -> Source:
-        return hf_target.source_of(path, config, form, packed_files=packed_files)
+        return hf_gpt_oss.source_of(path, config, weight_format, packed_files=packed_files)
 
-    return config, _load(files, wrong, shapes, source_of, places)
+    given = None if shardings is None else shardings.weights
+    return TargetModel(config, _load(files, wrong, shapes, source_of, given))
 
 
-def load_ends(directory: Path, dtype: DTypeLike) -> tuple[Float[Array, "V D"], Kernel]:
+def read_embedding_and_head(directory: Path, dtype: DTypeLike) -> tuple[Float[Array, "V D"], Matrix]:
     """The embedding and the head of a GPT-OSS model alone, which a draft borrows."""
     found = read_config(directory)
-    config, form = GptOssConfig.from_hf(found), WeightsForm(dtype=jnp.dtype(dtype).name)
+    config, weight_format = GptOssConfig.from_hf(found), WeightFormat(dtype=jnp.dtype(dtype).name)
     files = TensorFiles(directory)
-    wrong = files.differences(hf_target.expected_tensors(config, packed=is_packed(found)))
-    shapes = gpt_oss_weights.weight_shapes(config, form)
+    wrong = files.differences(hf_gpt_oss.expected_target_tensors(config, packed=is_packed(found)))
+    shapes = gpt_oss_weights.weight_shapes(config, weight_format)
     ends = {"embedding": shapes.embedding, "head": shapes.head}
 
     def source_of(path: str) -> Source:
-        return hf_target.source_of(path, config, form, packed_files=is_packed(found))
+        return hf_gpt_oss.source_of(path, config, weight_format, packed_files=is_packed(found))
 
     read = _load(files, wrong, ends, source_of, None)
     return read["embedding"], read["head"]
 
 
-def save_target(directory: Path, config: GptOssConfig, weights: GptOssWeights, token_ids: dict[str, int]) -> None:
-    """Write unpacked weights that transformers opens unmodified; `token_ids` holds bos, eos and pad."""
-    tensor_files.write(directory, hf_target.to_files(_on_host(weights), config))
-    write_json(directory / "config.json", {**config.to_hf(), **token_ids, "dtype": weights.embedding.dtype.name})
+def save_target(directory: Path, target: TargetModel, token_ids: dict[str, int]) -> None:
+    """Writes unpacked weights that transformers opens unmodified; `token_ids` holds bos, eos and pad."""
+    safetensors_files.write(directory, hf_gpt_oss.to_files(_on_host(target.weights), target.config))
+    dtype = target.weights.embedding.dtype.name
+    write_json(directory / "config.json", {**target.config.to_hf(), **token_ids, "dtype": dtype})
 
 
-def read_draft_config(directory: Path) -> DraftConfig:
+def read_draft_config(directory: Path) -> DFlashConfig:
     """The draft's `config.json`."""
-    return hf_draft.config_from_hf(read_config(directory))
+    return hf_dflash.config_from_hf(read_config(directory))
 
 
-def load_draft(
-    directory: Path, dtype: DTypeLike, places: DraftWeights | None = None
-) -> tuple[DraftConfig, DraftWeights]:
-    """Read a draft in z-lab's HF layout; `places` as for the target."""
+def read_draft(directory: Path, dtype: DTypeLike, shardings: DraftModel | None = None) -> DraftModel:
+    """Reads a draft in z-lab's HF layout; `shardings` as for the target."""
     config = read_draft_config(directory)
-    shapes = draft.weight_shapes(config, dtype)
-    is_transposed = lies_transposed(dtype)
+    shapes = dflash_weights.weight_shapes(config, dtype)
+    is_transposed = is_stored_transposed(dtype)
     files = TensorFiles(directory)
     by_path = {path: leaf.shape for path, leaf in weight_paths(shapes)}
-    expected = hf_draft.expected_tensors(by_path, lies_transposed=is_transposed)
+    expected = hf_dflash.expected_draft_tensors(by_path, lies_transposed=is_transposed)
     if {f"model.{name}" for name in expected} == files.names:
         raise PipelineError(
             f"{directory}: every tensor's name begins with 'model.', which vLLM cannot open and sglang-jax does not "
@@ -112,21 +118,22 @@ def load_draft(
     wrong = files.differences(expected)
 
     def source_of(path: str) -> Source:
-        return hf_draft.source_of(path, lies_transposed=is_transposed)
+        return hf_dflash.source_of(path, lies_transposed=is_transposed)
 
-    return config, _load(files, wrong, shapes, source_of, places)
+    given = None if shardings is None else shardings.weights
+    return DraftModel(config, _load(files, wrong, shapes, source_of, given))
 
 
-def save_draft(directory: Path, config: DraftConfig, weights: DraftWeights, token_ids: dict[str, int]) -> None:
-    """Write a draft in z-lab's HF layout, in the precision of `weights`."""
-    dtype = weights.norm.dtype.name
-    tensor_files.write(directory, hf_draft.to_files(_on_host(weights)))
-    write_json(directory / "config.json", hf_draft.config_to_hf(config, dtype, token_ids))
+def save_draft(directory: Path, draft: DraftModel, token_ids: dict[str, int]) -> None:
+    """Writes a draft in z-lab's HF layout, in the precision of its weights."""
+    dtype = draft.weights.norm.dtype.name
+    safetensors_files.write(directory, hf_dflash.to_files(_on_host(draft.weights)))
+    write_json(directory / "config.json", hf_dflash.config_to_hf(draft.config, dtype, token_ids))
 
 
 def weights_fingerprint(directory: Path, memory: Path | None = None) -> str:
     """sha256 over the names and bytes of a directory's safetensors files; `memory` as in `remembered_sha256`."""
-    files = tensor_files.weight_files(directory)
+    files = safetensors_files.weight_files(directory)
     return fingerprint_of({file.name: remembered_sha256(file, memory) for file in files})
 
 
@@ -154,14 +161,14 @@ def _load(
     wrong: dict[str, str],
     shapes: Weights,
     source_of: Callable[[str], Source],
-    places: Weights | None,
+    shardings: Weights | None,
 ) -> Weights:
-    """Read every array of a weights tree, one after the other.
+    """Reads every array of a weights tree, one after the other.
 
     Raises one PipelineError naming every tensor that is missing, unexpected, misshapen or not finite.
     """
     wanted = weight_paths(shapes)
-    placed = [None] * len(wanted) if places is None else jax.tree.leaves(places, is_leaf=_is_place)
+    placed = [None] * len(wanted) if shardings is None else jax.tree.leaves(shardings, is_leaf=_is_sharding)
     reader = _Reader(files, wrong)
     arrays: dict[str, Array] = {}
     order = sorted(range(len(wanted)), key=lambda number: source_of(wanted[number][0]).names)
@@ -185,7 +192,7 @@ class _Reader:
         self._wrong = wrong
         self._last: tuple[Any, list[np.ndarray]] | None = None  # gate and up come from the same tensor
 
-    def array(self, shape: jax.ShapeDtypeStruct, source: Source, place: Place) -> Array | None:
+    def array(self, shape: jax.ShapeDtypeStruct, source: Source, sharding: ArraySharding) -> Array | None:
         """The array, each device's part read for it alone; None when a tensor it needs is wrong."""
         if any(name in self._wrong for name in source.names):
             return None
@@ -200,7 +207,7 @@ class _Reader:
                 made[key] = np.ascontiguousarray(found.astype(shape.dtype, copy=False))
             return made[key]
 
-        array = jax.make_array_from_callback(shape.shape, place, part)
+        array = jax.make_array_from_callback(shape.shape, sharding, part)
         return None if any(name in self._wrong for name in source.names) else array
 
     def _read(self, source: Source, index: Index) -> np.ndarray:
@@ -224,7 +231,7 @@ def _is_finite(tensor: np.ndarray, name: str) -> bool:
     return all(np.isfinite(part.astype(np.float32)).all() for part in parts)
 
 
-def _is_place(value: Any) -> bool:
+def _is_sharding(value: Any) -> bool:
     return isinstance(value, (Sharding, Format))
 
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.artifacts import PipelineError
-from pipeline.model import mxfp4
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm, is_wide
-from pipeline.model.mxfp4 import BLOCK
-from pipeline.model.source import Source, as_it_is, transposed
-from pipeline.model.tensor_files import BYTES, Expected, Index
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.weights import WeightFormat, is_fused
+from pipeline.model.hf.safetensors_files import BYTES, Expected, Index
+from pipeline.model.hf.tensor_source import Source, transposed, unchanged
+from pipeline.model.layers import mxfp4
+from pipeline.model.layers.mxfp4 import BLOCK
 
 PAIR = {"gate": 0, "up": 1}  # the place of a column among its neighbours
 _TOP = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
@@ -41,7 +41,7 @@ _KERNELS = {"head", "query", "key", "value", "output", "experts.router"}
 _GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
-def expected_tensors(config: GptOssConfig, *, packed: bool) -> dict[str, Expected]:
+def expected_target_tensors(config: GptOssConfig, *, packed: bool) -> dict[str, Expected]:
     """Every tensor that the files of this model hold."""
     d, f, e = config.hidden_size, config.intermediate_size, config.num_local_experts
     n, nh, gh = (
@@ -85,38 +85,38 @@ def expected_tensors(config: GptOssConfig, *, packed: bool) -> dict[str, Expecte
 
 def num_parameters(config: GptOssConfig) -> int:
     """How many numbers the model has, however its experts are written."""
-    return sum(math.prod(one.shape) for one in expected_tensors(config, packed=False).values())
+    return sum(math.prod(one.shape) for one in expected_target_tensors(config, packed=False).values())
 
 
-def source_of(path: str, config: GptOssConfig, form: WeightsForm, *, packed_files: bool) -> Source:
+def source_of(path: str, config: GptOssConfig, weight_format: WeightFormat, *, packed_files: bool) -> Source:
     """Where the weight at `path`, such as `layers.0.experts.gate`, is in the files."""
     if not path.startswith("layers."):
-        return _plain(path, _TOP[path], form)
+        return _plain(path, _TOP[path], weight_format)
     _, number, field = path.split(".", 2)
     prefix = f"model.layers.{number}."
     if field in _LAYER:
-        return _plain(field, prefix + _LAYER[field], form)
+        return _plain(field, prefix + _LAYER[field], weight_format)
     matrix = field.removeprefix("experts.").split(".")[0]
     if matrix.endswith("_bias"):
-        return _bias(matrix.removesuffix("_bias"), prefix, config, form)
-    if form.packed:
+        return _bias(matrix.removesuffix("_bias"), prefix, config, weight_format)
+    if weight_format.packed:
         if not packed_files:
             raise PipelineError(
                 "the files hold no MXFP4 experts, which target.weights=mxfp4 wants; set target.weights=bf16"
             )
         return _packed(matrix, field.rpartition(".")[2], prefix, config)
     if packed_files:
-        return _expanded(matrix, prefix, config, form)
-    return _floats(matrix, prefix, config, form)
+        return _expanded(matrix, prefix, config, weight_format)
+    return _floats(matrix, prefix, config, weight_format)
 
 
-def _plain(field: str, name: str, form: WeightsForm) -> Source:
-    return transposed(name) if field in _KERNELS and not form.transposed else as_it_is(name)
+def _plain(field: str, name: str, weight_format: WeightFormat) -> Source:
+    return transposed(name) if field in _KERNELS and not weight_format.transposed else unchanged(name)
 
 
-def _bias(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm) -> Source:
+def _bias(matrix: str, prefix: str, config: GptOssConfig, weight_format: WeightFormat) -> Source:
     name, place = f"{prefix}{_GATE_UP}_bias", PAIR[matrix]
-    if is_wide(config, form):
+    if is_fused(config, weight_format):
         return Source((name,), None, lambda biases, _: biases[:, place::2].reshape(-1))
     return Source(
         (name,),
@@ -125,19 +125,19 @@ def _bias(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm) -> 
     )
 
 
-def _floats(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm) -> Source:
+def _floats(matrix: str, prefix: str, config: GptOssConfig, weight_format: WeightFormat) -> Source:
     """Experts as floats, of files with floats: gate and up [E, D, 2F], down [E, F, D]."""
     if matrix == "down":
         name = prefix + _DOWN
-        if not is_wide(config, form):
-            return as_it_is(name)
-        return Source((name,), None, lambda down, _: _laid(down.reshape(-1, down.shape[-1]), form))
+        if not is_fused(config, weight_format):
+            return unchanged(name)
+        return Source((name,), None, lambda down, _: _laid(down.reshape(-1, down.shape[-1]), weight_format))
     name, place = prefix + _GATE_UP, PAIR[matrix]
-    if is_wide(config, form):  # [D, E F]
+    if is_fused(config, weight_format):  # [D, E F]
         return Source(
             (name,),
             None,
-            lambda both, _: _laid(np.moveaxis(both[..., place::2], 1, 0).reshape(both.shape[1], -1), form),
+            lambda both, _: _laid(np.moveaxis(both[..., place::2], 1, 0).reshape(both.shape[1], -1), weight_format),
         )
     return Source(
         (name,),
@@ -146,7 +146,7 @@ def _floats(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm) -
     )
 
 
-def _expanded(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm) -> Source:
+def _expanded(matrix: str, prefix: str, config: GptOssConfig, weight_format: WeightFormat) -> Source:
     """Experts as floats, of packed files."""
     stem = prefix + (_DOWN if matrix == "down" else _GATE_UP)
     names = (f"{stem}_blocks", f"{stem}_scales")
@@ -154,15 +154,15 @@ def _expanded(matrix: str, prefix: str, config: GptOssConfig, form: WeightsForm)
     def floats(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """[E, F, D] of this matrix."""
         if matrix == "down":
-            return np.swapaxes(mxfp4.dequantised(blocks, scales, form.dtype), 1, 2)
+            return np.swapaxes(mxfp4.dequantised(blocks, scales, weight_format.dtype), 1, 2)
         place = PAIR[matrix]
-        return mxfp4.dequantised(blocks[:, place::2], scales[:, place::2], form.dtype)
+        return mxfp4.dequantised(blocks[:, place::2], scales[:, place::2], weight_format.dtype)
 
-    if is_wide(config, form):
+    if is_fused(config, weight_format):
 
         def wide(blocks: np.ndarray, scales: np.ndarray, _: Index) -> np.ndarray:
             rows = floats(blocks, scales).reshape(-1, config.hidden_size)
-            return _laid(rows if matrix == "down" else rows.T, form)
+            return _laid(rows if matrix == "down" else rows.T, weight_format)
 
         return Source(names, None, wide)
 
@@ -211,9 +211,9 @@ def _filled(array: np.ndarray, wanted: slice, axis: int) -> np.ndarray:
     return np.pad(array, widths)
 
 
-def _laid(kernel: np.ndarray, form: WeightsForm) -> np.ndarray:
+def _laid(kernel: np.ndarray, weight_format: WeightFormat) -> np.ndarray:
     """A kernel [in, out] as weights of this form have it."""
-    return kernel.T if form.transposed else kernel
+    return kernel.T if weight_format.transposed else kernel
 
 
 def to_files(leaves: Mapping[str, np.ndarray], config: GptOssConfig) -> dict[str, np.ndarray]:

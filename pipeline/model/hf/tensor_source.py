@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeline.model.tensor_files import Index
+from pipeline.model.hf.safetensors_files import Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Source:
     arrange: Callable[..., np.ndarray]
 
 
-def as_it_is(name: str) -> Source:
+def unchanged(name: str) -> Source:
     """A tensor that lies as ours does."""
     return Source((name,), lambda index: index, lambda array, _: array)
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pipeline.model import attention_kernels
-from pipeline.model.execution import PALLAS, PLAIN, Execution, Kernels
-from pipeline.model.kv_cache import LayerCache, slot_positions, take_rows
-from pipeline.model.linear import einsum
+from pipeline.model.layers import attention_kernels
+from pipeline.model.layers.kv_cache import LayerCache, entry_positions, take_rows
+from pipeline.model.layers.linear import einsum
+from pipeline.model.parallel.execution import DEFAULT_EXECUTION, PALLAS_BACKENDS, Execution, KernelBackend
 
 MASKED = -1e30  # finite: a row that sees nothing becomes garbage of weight zero, never nan
 CACHE_CHUNK = 1024  # positions of a long cache read at a time, as far as any row is filled
@@ -68,7 +68,7 @@ def over_cache(
     while math.prod(queries.shape[:3]) * chunk > MAX_SCORES and chunk > 128:
         chunk //= 2
     if window is not None or num_slots <= chunk:
-        positions = slot_positions(start, num_slots)
+        positions = entry_positions(start, num_slots)
         visible = (positions >= 0)[:, None]
         if window is not None:
             visible &= positions[:, None] > _own_positions(queries, start)[..., None] - window
@@ -94,7 +94,7 @@ def over_own(
     window: int | None = None,
     *,
     causal: bool = True,
-    run: Execution = PLAIN,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Part:
     """The part of T tokens per row over each other: themselves and what is before them, or all when not `causal`.
 
@@ -102,11 +102,11 @@ def over_own(
     scores are held; with a `window` a run reads its own keys and those of a window before it.
     """
     batch, length, num_heads, _ = queries.shape
-    if causal and run.kernels in PALLAS:
+    if causal and execution.backend in PALLAS_BACKENDS:
         if attention_kernels.splash_takes(length):
-            interpret = run.kernels is Kernels.pallas_interpreted
+            interpret = execution.backend is KernelBackend.pallas_interpreted
             return Part(*attention_kernels.on_tpu(queries, keys, values, window, interpret=interpret))
-    elif causal and run.kernels is Kernels.cudnn and length > 1 and queries.dtype == jnp.bfloat16:
+    elif causal and execution.backend is KernelBackend.cudnn and length > 1 and queries.dtype == jnp.bfloat16:
         return Part(*attention_kernels.on_gpu(queries, keys, values, window))
     if batch * num_heads * length * length <= MAX_SCORES or not causal:
         return _part(queries, keys, values, _visible(jnp.arange(length), jnp.arange(length), window, causal))

@@ -7,21 +7,19 @@ positions before the start are seen. So dropping rejected tokens means no more t
 earlier, as long as a ring is `rollback` slots longer than its window.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pipeline.model.layers.pytree import pytree_dataclass
+
 FEW_POSITIONS = 32  # up to so many are chosen one by one, which a TPU does faster than to look them up
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass()
 class LayerCache:
     """One layer's keys and values."""
 
@@ -29,9 +27,7 @@ class LayerCache:
     values: Float[Array, "R S G H"]
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass()
 class KVCache:
     """All layers' keys and values; `R` rows, one per request."""
 
@@ -44,7 +40,7 @@ def empty(slots: Sequence[int], num_rows: int, num_heads: int, head_dim: int, dt
     return KVCache(tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in shapes))
 
 
-def slot_positions(start: Int[Array, " B"], num_slots: int) -> Int[Array, "B S"]:
+def entry_positions(start: Int[Array, " B"], num_slots: int) -> Int[Array, "B S"]:
     """The position in every slot of rows that are filled up to `start`; negative where there is none yet."""
     last = start[:, None] - 1
     return last - (last - jnp.arange(num_slots)) % num_slots
@@ -84,7 +80,7 @@ def write_ring(
     """
     num_slots, width = layer.keys.shape[1], keys.shape[1]
     end = start + (width if num_tokens is None else num_tokens)
-    new = slot_positions(end, num_slots) - start[:, None]  # of each slot: which of the T tokens, negative for none
+    new = entry_positions(end, num_slots) - start[:, None]  # of each slot: which of the T tokens, negative for none
     new = new[..., None, None]
 
     def put(old: Float[Array, "R S G H"], fresh: Float[Array, "B T G H"]) -> Float[Array, "R S G H"]:

@@ -1,20 +1,16 @@
 """Matrix products at the precision their operands carry."""
 
-import dataclasses
-from typing import no_type_check
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pipeline.model.sharding import ALONE, Shards
+from pipeline.model.layers.pytree import pytree_dataclass
+from pipeline.model.parallel.shards import UNSHARDED, Shards
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Transposed:
+@pytree_dataclass()
+class TransposedMatrix:
     """A kernel [in, out] that lies [out, in], as HF files have it.
 
     bfloat16 kernels are read as they lie: XLA:CPU multiplies one bfloat16 row by a kernel [out, in] ten times as
@@ -25,12 +21,12 @@ class Transposed:
     array: Float[Array, "out in"]
 
 
-def lies_transposed(dtype: DTypeLike) -> bool:
+def is_stored_transposed(dtype: DTypeLike) -> bool:
     """Whether kernels of this precision are held `Transposed`."""
     return jnp.dtype(dtype) == jnp.bfloat16
 
 
-Kernel = Float[Array, "in out"] | Transposed
+Matrix = Float[Array, "in out"] | TransposedMatrix
 
 
 def einsum(equation: str, *operands: Array) -> Array:
@@ -45,9 +41,9 @@ def einsum(equation: str, *operands: Array) -> Array:
     return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
 
 
-def product(inputs: Float[Array, "*batch in"], kernel: Kernel) -> Float[Array, "*batch out"]:
+def product(inputs: Float[Array, "*batch in"], kernel: Matrix) -> Float[Array, "*batch out"]:
     """inputs @ kernel, in float32."""
-    if isinstance(kernel, Transposed):
+    if isinstance(kernel, TransposedMatrix):
         outputs = einsum("...i,oi->...o", inputs, kernel.array)
     else:
         outputs = einsum("...i,io->...o", inputs, kernel)
@@ -63,7 +59,7 @@ def _by_itself(outputs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def linear(
-    inputs: Float[Array, "*batch in"], kernel: Kernel, bias: Float[Array, " out"] | None = None
+    inputs: Float[Array, "*batch in"], kernel: Matrix, bias: Float[Array, " out"] | None = None
 ) -> Float[Array, "*batch out"]:
     """inputs @ kernel + bias."""
     outputs = product(inputs, kernel)
@@ -72,20 +68,20 @@ def linear(
 
 def linear_over_shards(
     inputs: Float[Array, "*batch in"],
-    kernel: Kernel,
+    kernel: Matrix,
     bias: Float[Array, " out"] | None = None,
-    shards: Shards = ALONE,
+    shards: Shards = UNSHARDED,
 ) -> Float[Array, "*batch out"]:
     """inputs @ kernel + bias where each shard holds a part of `in`; every shard gets the whole sum."""
     outputs = shards.sum(product(inputs, kernel))
     return (outputs if bias is None else outputs + bias).astype(inputs.dtype)
 
 
-def random_kernel(key: Array, fan_in: int, fan_out: int, dtype: DTypeLike, scale: float = 1.0) -> Kernel:
+def random_matrix(key: Array, fan_in: int, fan_out: int, dtype: DTypeLike, scale: float = 1.0) -> Matrix:
     """Normal numbers of deviation scale/sqrt(fan_in), lying as a kernel of `dtype` does."""
-    shape = (fan_out, fan_in) if lies_transposed(dtype) else (fan_in, fan_out)
+    shape = (fan_out, fan_in) if is_stored_transposed(dtype) else (fan_in, fan_out)
     values = (scale * fan_in**-0.5 * jax.random.normal(key, shape)).astype(dtype)
-    return Transposed(values) if lies_transposed(dtype) else values
+    return TransposedMatrix(values) if is_stored_transposed(dtype) else values
 
 
 def rms_norm(

@@ -12,15 +12,15 @@ that a shift brings them there, the last in what places are left. Magnitudes are
 0.75, 1, 1.5, 2, 3, 4, 6; zero takes the number of 0.75, which E2M1 lacks, and is masked. Adding to the exponent scales.
 """
 
-import dataclasses
 from collections.abc import Iterator
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
+
+from pipeline.model.layers.pytree import pytree_dataclass
 
 BLOCK = 32  # values that share a scale
 ROWS_OF_WORD = 8
@@ -41,9 +41,7 @@ _VALUE = _both(0x81C0)  # the bits of a value
 _ONE = _both(0x0001)
 
 
-@no_type_check  # JAX rebuilds it around shapes, masks and gradients too
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass()
 class Packed:
     """Matrices [.., K, N] packed along K, a multiple of ROWS: a word for eight values, a scale for BLOCK."""
 

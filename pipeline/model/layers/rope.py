@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

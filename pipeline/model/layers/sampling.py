@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pipeline.model.sharding import MODEL, Shards
+from pipeline.model.parallel.shards import Shards
 
 ORDER_BITS = 32  # of a float32, by which `nucleus` searches
 SIGN = np.uint32(2**31)
@@ -52,7 +52,7 @@ def noise(
 
     32 random bits each: `jax.random.gumbel` has 23, too few for the tail of 201,088 tokens.
     """
-    token_ids = shards.first(MODEL, num_local) + jnp.arange(num_local, dtype=jnp.uint32)
+    token_ids = shards.over().offset(num_local) + jnp.arange(num_local, dtype=jnp.uint32)
 
     def of_row(key: UInt32[Array, " two"], position: Int[Array, ""]) -> UInt32[Array, " local"]:
         here = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
@@ -71,7 +71,7 @@ def nucleus(logits: Float[Array, "B local"], top_p: float, shards: Shards) -> Bo
     """
     if top_p >= 1:
         return jnp.ones(logits.shape, bool)
-    weights = jnp.exp(logits - shards.max(logits.max(axis=-1))[:, None])
+    weights = jnp.exp(logits - shards.over().max(logits.max(axis=-1))[:, None])
     wanted = top_p * shards.sum(weights.sum(axis=-1))
     order = _ordered(logits)
 

@@ -3,10 +3,10 @@
 import dataclasses
 import enum
 
-from pipeline.model.sharding import ALONE, Shards
+from pipeline.model.parallel.shards import UNSHARDED, Shards
 
 
-class Kernels(enum.Enum):
+class KernelBackend(enum.Enum):
     """What attends and multiplies experts: XLA everywhere; cuDNN's attention on a GPU; Pallas kernels on a TPU.
 
     Interpreted, Pallas kernels run on a CPU, for tests.
@@ -18,16 +18,19 @@ class Kernels(enum.Enum):
     pallas_interpreted = "pallas_interpreted"
 
 
-PALLAS = (Kernels.pallas_tpu, Kernels.pallas_interpreted)
+PALLAS_BACKENDS = (KernelBackend.pallas_tpu, KernelBackend.pallas_interpreted)
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Hashable, for `jit`. Up to `few_tokens` tokens read the experts they hit one by one, more are grouped."""
+    """How a program runs; hashable, for `jit`.
 
-    shards: Shards = ALONE
-    kernels: Kernels = Kernels.xla
-    few_tokens: int = 64
+    Up to `max_per_expert_tokens` tokens go through the experts that they hit one by one, more are grouped by expert.
+    """
+
+    shards: Shards = UNSHARDED
+    backend: KernelBackend = KernelBackend.xla
+    max_per_expert_tokens: int = 64
 
 
-PLAIN = Execution()
+DEFAULT_EXECUTION = Execution()

@@ -1,4 +1,4 @@
-"""One mesh with named axes, and what a program must know that runs on one shard of it.
+"""One mesh with named axes, and what a program that runs on one shard of it must know.
 
 `data` splits the rows of a batch, `expert` the experts, `tensor` the units inside an expert; attention heads and
 the vocabulary are split over `expert` and `tensor` together. Programs are written for one shard (`jax.shard_map`)
@@ -16,8 +16,57 @@ MODEL = (EXPERT, TENSOR)  # the shards that hold one copy of the model between t
 
 
 @dataclasses.dataclass(frozen=True)
+class AxisShards:
+    """One dimension that is split over mesh axes, as one shard sees it; when not `is_split`, exchanges do nothing."""
+
+    axes: tuple[str, ...]
+    is_split: bool
+
+    def offset(self, num_local: int) -> Int[Array, ""] | int:
+        """Returns the index of this shard's first element where every shard has `num_local`."""
+        return jax.lax.axis_index(self.axes) * num_local if self.is_split else 0
+
+    def sum(self, partial: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Returns the sum over the shards."""
+        return jax.lax.psum(partial, self.axes) if self.is_split else partial
+
+    def max(self, values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Returns the largest over the shards."""
+        return jax.lax.pmax(values, self.axes) if self.is_split else values
+
+    def argmax(self, values: Float[Array, "*batch local"]) -> tuple[Float[Array, "*batch"], Int[Array, "*batch"]]:
+        """Returns the largest value along the split last axis and its index, the first of equals."""
+        indices = jnp.argmax(values, axis=-1).astype(jnp.int32)
+        largest = jnp.take_along_axis(values, indices[..., None], axis=-1)[..., 0]
+        if not self.is_split:
+            return largest, indices
+        largest, indices = jax.lax.all_gather((largest, indices + self.offset(values.shape[-1])), self.axes)
+        best = jnp.argmax(largest, axis=0)[None]
+        return largest.max(axis=0), jnp.take_along_axis(indices, best, axis=0)[0]
+
+    def take_partial(
+        self, values: Float[Array, "*batch local"], indices: Int[Array, "*batch"]
+    ) -> Float[Array, "*batch"]:
+        """Returns the values at indices of the split last axis on the shard that has them, zero on the others."""
+        local = indices - self.offset(values.shape[-1])
+        is_local = (local >= 0) & (local < values.shape[-1])
+        found = jnp.take_along_axis(values, jnp.where(is_local, local, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(is_local, found, 0)
+
+    def take(self, values: Float[Array, "*batch local"], indices: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """Returns the values at indices of the split last axis, on every shard."""
+        return self.sum(self.take_partial(values, indices))
+
+    def rows(self, table: Float[Array, "local width"], indices: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        """Returns the rows of a table split by rows on the shard that has them, zeros on the others."""
+        local = indices - self.offset(table.shape[0])
+        is_local = (local >= 0) & (local < table.shape[0])
+        return jnp.where(is_local[..., None], table[jnp.where(is_local, local, 0)], 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Shards:
-    """How many shards a program is split into along each axis; alone, every exchange is the identity."""
+    """How many shards a program is split into along each mesh axis; with one, every exchange is the identity."""
 
     data: int = 1
     expert: int = 1
@@ -25,58 +74,41 @@ class Shards:
 
     @property
     def model(self) -> int:
-        """Shards that hold one copy of the model between them."""
+        """The number of shards that hold one copy of the model between them."""
         return self.expert * self.tensor
 
     @property
-    def split(self) -> bool:
+    def is_split(self) -> bool:
         """Whether there is more than one shard."""
         return self.data * self.model > 1
 
+    def over(self, *axes: str) -> AxisShards:
+        """Returns one dimension split over these axes; over none, over those of the model."""
+        return AxisShards(axes or MODEL, self.is_split)
+
     def sum(self, partial: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The sum over the shards of the model."""
-        return jax.lax.psum(partial, MODEL) if self.split else partial
-
-    def first(self, axes: str | tuple[str, ...], size: int) -> Int[Array, ""] | int:
-        """The number of this shard's first part where `axes` split something into parts of `size`."""
-        return jax.lax.axis_index(axes) * size if self.split else 0
-
-    def once(self, axes: str | tuple[str, ...], values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """`values` on the first shard along `axes`, zeros on the others: what a sum must count once."""
-        return jnp.where(jax.lax.axis_index(axes) == 0, values, 0) if self.split else values
+        """Returns the sum over the shards of the model."""
+        return self.over().sum(partial)
 
     def argmax(self, values: Float[Array, "*batch local"]) -> Int[Array, "*batch"]:
-        """Where the largest value is when the last axis is split over the shards of the model; the first if equal."""
-        local = jnp.argmax(values, axis=-1).astype(jnp.int32)
-        if not self.split:
-            return local
-        largest = jnp.take_along_axis(values, local[..., None], axis=-1)[..., 0]
-        largest, places = jax.lax.all_gather((largest, local + self.first(MODEL, values.shape[-1])), MODEL)
-        return jnp.take_along_axis(places, jnp.argmax(largest, axis=0)[None], axis=0)[0]
-
-    def max(self, values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The largest over the shards of the model."""
-        return jax.lax.pmax(values, MODEL) if self.split else values
+        """Returns the index of the largest value along a last axis split over the model, the first of equals."""
+        return self.over().argmax(values)[1]
 
     def two_best(self, values: Float[Array, "*batch local"]) -> Float[Array, "*batch two"]:
-        """The two largest values when the last axis is split over the shards of the model."""
+        """Returns the two largest values along a last axis split over the shards of the model."""
         best, _ = jax.lax.top_k(values, 2)
-        if not self.split:
+        if not self.is_split:
             return best
         everyones = jax.lax.all_gather(best, MODEL, axis=best.ndim - 1, tiled=True)
         return jax.lax.top_k(everyones, 2)[0]
 
-    def at(self, values: Float[Array, "*batch local"], places: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """The values at places of the last axis, which is split over the shards of the model."""
-        num_local = values.shape[-1]
-        local = places - self.first(MODEL, num_local)
-        here = (local >= 0) & (local < num_local)
-        found = jnp.take_along_axis(values, jnp.where(here, local, 0)[..., None], axis=-1)[..., 0]
-        return self.sum(jnp.where(here, found, 0))
+    def on_first_shard(self, axis: str | tuple[str, ...], values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Returns `values` on the first shard along axes, zeros on the others: what a sum must count once."""
+        return jnp.where(jax.lax.axis_index(axis) == 0, values, 0) if self.is_split else values
 
     def all_rows(self, rows: Array) -> Array:
-        """Rows split over `data`, whole on every shard."""
-        return jax.lax.all_gather(rows, DATA, tiled=True) if self.split else rows
+        """Returns rows split over `data`, whole on every shard."""
+        return jax.lax.all_gather(rows, DATA, tiled=True) if self.is_split else rows
 
 
-ALONE = Shards()
+UNSHARDED = Shards()

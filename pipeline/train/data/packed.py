@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Int
 
 from pipeline.dflash import blocks
-from pipeline.teacher_cache.store import CacheSplit
-from pipeline.train import packing
-from pipeline.train.batches import lay_out, rows_of_host
+from pipeline.store.reader import CacheSplit
+from pipeline.train.data import packing
+from pipeline.train.data.rows import lay_out, rows_of_host
 
 
 class PackedBatches:

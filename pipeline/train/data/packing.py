@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from pipeline.artifacts import PipelineError
+from pipeline.errors import PipelineError
 
 
 def pack(costs: Int[np.ndarray, " S"], order: Sequence[int], capacity: int) -> list[list[int]]:

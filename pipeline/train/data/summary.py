@@ -1,16 +1,16 @@
-"""What a draft was trained on, in numbers: what an exported draft's card tells of it."""
+"""Counts of what a draft was trained on, for its model card."""
 
 from typing import Any
 
-from pipeline.artifacts import Artifact
-from pipeline.teacher_cache.store import open_split
+from pipeline.artifacts.artifact import Artifact
+from pipeline.store.reader import open_split
 
 PROMPTS = ("source", "dataset", "dataset_split", "effort")
 ANSWERS = ("generator", "temperature", "top_p")
 
 
-def told(cache: Artifact) -> dict[str, Any]:
-    """As data.json has it: counts of each split of a teacher cache, and how its texts were made."""
+def summarize(cache: Artifact) -> dict[str, Any]:
+    """Returns what data.json holds: counts of each split of a teacher cache, and how its texts were made."""
     splits = {name: open_split(cache.path, name) for name in ("train", "heldout")}
     counts = {
         name: {
@@ -20,8 +20,8 @@ def told(cache: Artifact) -> dict[str, Any]:
         }
         for name, split in splits.items()
     }
-    made = {key: cache.settings["prompts"].get(key) for key in PROMPTS}
-    made |= {key: cache.settings["teacher_cache"].get(key) for key in ANSWERS}
+    made = {key: cache.settings.get(f"prompts.{key}") for key in PROMPTS}
+    made |= {key: cache.settings.get(f"teacher_cache.{key}") for key in ANSWERS}
     return {
         "splits": counts,
         "longest_tokens": max(int(split.num_tokens.max()) for split in splits.values()),

@@ -1,4 +1,4 @@
-"""The training step for devices that need not be there, by the shapes of what it is given."""
+"""The training step lowered for devices that need not be there, by the shapes of what it is given."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +11,22 @@ from easydel.infra.base_state import EasyDeLState
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pipeline.artifacts import PipelineError
-from pipeline.model import hf_draft
-from pipeline.model.draft import DraftConfig
-from pipeline.model.linear import Transposed
-from pipeline.train import trainer, vocabulary
-from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
-from pipeline.train.recipe import Recipe, Split
+from pipeline.errors import PipelineError
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.model.layers.linear import TransposedMatrix
+from pipeline.train.easydel import step as step_module
+from pipeline.train.easydel import trainer
+from pipeline.train.easydel.draft_module import KERNELS, DraftModule, DraftModuleConfig
+from pipeline.train.loss import vocab_shard
+from pipeline.train.loss.vocab_shard import FrozenTables
+from pipeline.train.recipe import DeviceSplit, Recipe
 
 AXES = ("dp", "fsdp", "ep", "tp", "sp")  # EasyDeL's mesh
 
 
-def lowered_step(
-    config: DraftConfig,
+def lower_train_step(
+    config: DFlashConfig,
     recipe: Recipe,
     devices: Sequence[Any],
     *,
@@ -31,13 +34,13 @@ def lowered_step(
     num_anchors: int,
     packed: bool = False,
 ) -> Any:
-    """The traced step, ready to be compiled, with state and batch split over all devices as `recipe.split` says.
+    """Returns the lowered step, ready to be compiled, with state and batch split over all devices by `recipe.split`.
 
     A batch has `recipe.batch_sequences` rows of `num_positions` tokens and `num_anchors` blocks; `packed` rows hold
     several sequences each.
     """
     mesh = _mesh(recipe.split, devices)
-    module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(config, "float32", {}))
+    module_config = DraftModuleConfig(draft=hf_dflash.config_to_hf(config, "float32", {}))
     optimizer, schedule = trainer.arguments_of(Path("run"), recipe).get_optimizer_and_scheduler(recipe.steps)
 
     def new_state() -> EasyDeLState:
@@ -47,23 +50,23 @@ def lowered_step(
         return EasyDeLState.create(step=0, model=module, tx=optimizer, init_opt_state=True)
 
     state = jax.eval_shape(new_state)
-    places = jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec_of(path, leaf)), state)
-    frozen = _frozen(config, recipe, mesh)
-    step = trainer.jitted_step(config, recipe, schedule, places, frozen[1], mesh)
+    shardings = jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec_of(path, leaf)), state)
+    tables = _tables(config, recipe, mesh)
+    step = step_module.jitted_step(config, recipe, schedule, shardings, tables)
     return step.lower(
-        jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, places),
-        _batch(config, recipe, num_positions, num_anchors, NamedSharding(mesh, vocabulary.ROWS_SPEC), packed=packed),
-        frozen,
+        jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, shardings),
+        _batch(config, recipe, num_positions, num_anchors, NamedSharding(mesh, vocab_shard.ROWS_SPEC), packed=packed),
+        tables,
     )
 
 
-def _mesh(split: Split, devices: Sequence[Any]) -> Mesh:
+def _mesh(split: DeviceSplit, devices: Sequence[Any]) -> Mesh:
     try:
         return Mesh(np.array(devices).reshape(split.data, split.fsdp, 1, split.tensor, 1), AXES)
     except ValueError as error:
         raise PipelineError(
-            f"train.data x train.fsdp x train.tensor is {split.data} x {split.fsdp} x {split.tensor} (-1: what the "
-            f"others leave); that is no way to share out {len(devices)} devices"
+            f"train.mesh.data x train.mesh.fsdp x train.mesh.tensor is {split.data} x {split.fsdp} x {split.tensor} "
+            f"(-1: what the others leave); that is no way to share out {len(devices)} devices"
         ) from error
 
 
@@ -74,7 +77,7 @@ def spec_of(path: Any, leaf: Any) -> PartitionSpec:
 
 
 def _batch(
-    config: DraftConfig, recipe: Recipe, num_positions: int, num_anchors: int, place: NamedSharding, *, packed: bool
+    config: DFlashConfig, recipe: Recipe, num_positions: int, num_anchors: int, sharding: NamedSharding, *, packed: bool
 ) -> dict[str, jax.ShapeDtypeStruct]:
     texts, blocks = (recipe.batch_sequences, num_positions), (recipe.batch_sequences, num_anchors)
     fields = {
@@ -86,15 +89,15 @@ def _batch(
     }
     if packed:
         fields["starts"] = (texts, jnp.int32)
-    if recipe.distillation:
+    if recipe.objective.distillation:
         fields["teacher_hidden"] = ((*texts, config.hidden_size), jnp.bfloat16)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in fields.items()}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in fields.items()}
 
 
-def _frozen(config: DraftConfig, recipe: Recipe, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, Transposed]:
-    """Embedding and head as `vocabulary.share_out` places them."""
-    size = config.vocab_size + -config.vocab_size % vocabulary.num_shares(mesh)
+def _tables(config: DFlashConfig, recipe: Recipe, mesh: Mesh) -> FrozenTables:
+    """The shapes of embedding and head as `vocab_shard.shard_tables` shards them."""
+    size = config.vocab_size + -config.vocab_size % vocab_shard.num_vocab_shards(mesh)
     shape = (size, config.hidden_size)
-    place, _ = vocabulary.places(Transposed(shape), mesh)
-    table = jax.ShapeDtypeStruct(shape, recipe.dtype, sharding=place)
-    return table, Transposed(table)
+    sharding, _ = vocab_shard.table_shardings(TransposedMatrix(shape), mesh)
+    table = jax.ShapeDtypeStruct(shape, recipe.dtype, sharding=sharding)
+    return FrozenTables(table, TransposedMatrix(table), config.vocab_size, mesh)

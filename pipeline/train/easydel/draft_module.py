@@ -15,9 +15,10 @@ from easydel.infra.factory import TaskType, register_config, register_module
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from pipeline.model import draft as draft_model
-from pipeline.model import hf_draft
-from pipeline.model.draft import DraftConfig, DraftLayerWeights, DraftWeights
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.weights import DFlashLayerWeights, DFlashWeights
+from pipeline.model.hf import dflash as hf_dflash
 
 MODEL_TYPE = "dflash_draft"
 _OUT, _IN = PartitionSpec(("fsdp", "sp"), "tp"), PartitionSpec("tp", ("fsdp", "sp"))
@@ -43,9 +44,9 @@ class DraftModuleConfig(EasyDeLBaseConfig):
         self.draft = draft
         super().__init__(**options)
 
-    def to_draft(self) -> DraftConfig:
+    def to_draft(self) -> DFlashConfig:
         """The config of the draft that the parameters belong to."""
-        return hf_draft.config_from_hf(self.draft)
+        return hf_dflash.config_from_hf(self.draft)
 
 
 class Parameters(nnx.Module):
@@ -78,17 +79,17 @@ class DraftModule(EasyDeLBaseModule):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(config=config, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs)
-        weights = draft_model.random_weights(config.to_draft(), rngs.params(), param_dtype)
+        weights = dflash_weights.random_weights(config.to_draft(), rngs.params(), param_dtype)
         for name, array in _arrays(weights).items():
             setattr(self, name, nnx.Param(array))
         self.layers = nnx.List([Parameters(_arrays(layer)) for layer in weights.layers])
 
-    def weights(self) -> DraftWeights:
+    def weights(self) -> DFlashWeights:
         """The parameters as `model/draft` wants them."""
-        layers = tuple(DraftLayerWeights(**_values(layer, DraftLayerWeights)) for layer in self.layers)
-        return DraftWeights(**_values(self, DraftWeights), layers=layers)
+        layers = tuple(DFlashLayerWeights(**_values(layer, DFlashLayerWeights)) for layer in self.layers)
+        return DFlashWeights(**_values(self, DFlashWeights), layers=layers)
 
-    def begin_with(self, weights: DraftWeights) -> None:
+    def begin_with(self, weights: DFlashWeights) -> None:
         """Put `weights` in the place of the random ones."""
         for node, values in [(self, weights), *zip(self.layers, weights.layers, strict=True)]:
             for name, array in _arrays(values).items():

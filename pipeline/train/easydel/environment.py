@@ -1,6 +1,6 @@
 """What must be set before EasyDeL is imported, for it reads the environment then and rewrites much of it.
 
-Source: ../shared/reference/easydel.md section 6.
+Source: docs/easydel.md#what-importing-it-does.
 """
 
 import os
@@ -8,7 +8,7 @@ import os
 import absl.logging
 import jax
 
-from pipeline.train import torch_free
+from pipeline.train.easydel import torch_free
 
 VARIABLES = {
     "EASYDEL_AUTO": "0",  # leaves XLA_FLAGS, NCCL's variables, JAX's tracebacks and log levels alone

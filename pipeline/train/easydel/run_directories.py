@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline import artifacts
+from pipeline.artifacts.files import write_json
 
 COMPLETE = "complete.json"
 NO_CLOCK = {"timestamp": "1970-01-01T00:00:00+00:00"}
@@ -26,8 +26,8 @@ def settle(run: Path, step: int) -> None:
     for name in DROPPED:
         (run / name).unlink(missing_ok=True)
     for name, values in SETTLED.items():
-        artifacts.write_json(run / name, json.loads((run / name).read_text()) | values)
-    artifacts.write_json(run / COMPLETE, {"step": step})
+        write_json(run / name, json.loads((run / name).read_text()) | values)
+    write_json(run / COMPLETE, {"step": step})
 
 
 def keep_only(root: Path, run: Path | None) -> None:

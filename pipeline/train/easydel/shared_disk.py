@@ -12,7 +12,7 @@ from easydel.infra.mixins import bridge
 from easydel.trainers import base_trainer
 from eformer.serialization import fsspec_utils
 
-from pipeline import hosts
+from pipeline import distributed
 
 ASKING = (base_state, bridge, base_trainer, fsspec_utils)  # modules of theirs that ask whether a path is remote
 
@@ -20,7 +20,7 @@ ASKING = (base_state, bridge, base_trainer, fsspec_utils)  # modules of theirs t
 @contextlib.contextmanager
 def one_writer() -> Iterator[None]:
     """While several hosts save, every path is as good as remote."""
-    if not hosts.are_several():
+    if not distributed.is_multihost():
         yield
         return
     before = [module.is_remote_path for module in ASKING]

@@ -1,359 +1,89 @@
-"""EasyDeL's training loop around the draft: what it computes, what it reads, when it saves and what it may not hide.
+"""The jitted training step."""
 
-EasyDeL's loop ends quietly on a TypeError and begins anew when a checkpoint cannot be read. Here every such
-end is an error, and where training began is compared with where it had to begin.
-Source: ../shared/reference/easydel.md section 4.
-"""
-
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-import easydel as ed
 import jax
-import jax.numpy as jnp
-import numpy as np
 from easydel.infra.base_state import EasyDeLState
 from easydel.infra.loss_utils import LossMetrics
-from easydel.trainers.trainer_protocol import TrainerConfigureDataloaderOutput, TrainerConfigureFunctionOutput
 from easydel.trainers.training_utils import update_metrics, update_state_respectfully
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
-from pipeline import hosts
-from pipeline.artifacts import PipelineError
-from pipeline.dflash import blocks
-from pipeline.model import hf_draft
-from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.linear import Kernel
-from pipeline.train import gathering, runs, shared_disk, vocabulary
-from pipeline.train.accumulation import accumulated, require_divisible
-from pipeline.train.batches import made_ahead
-from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
-from pipeline.train.interrupt import between_steps
-from pipeline.train.loss import Batch, Sums, draft_sums, normaliser
-from pipeline.train.optimizer import average_in, optimizer_of, schedule_of
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.model import DraftModel
+from pipeline.train import fsdp
+from pipeline.train.accumulation import accumulated, require_divisible_batch
+from pipeline.train.easydel.draft_module import KERNELS
+from pipeline.train.loss import vocab_shard
+from pipeline.train.loss.objective import LossSums, TrainBatch, draft_sums, normaliser
+from pipeline.train.loss.vocab_shard import FrozenTables
 from pipeline.train.recipe import Recipe
-from pipeline.train.report import StepReport
-
-
-def fit(
-    directory: Path,
-    config: DraftConfig,
-    recipe: Recipe,
-    ends: Callable[[Mesh], tuple[Float[Array, "W D"], Kernel]],
-    batch_at: Callable[[int], dict[str, np.ndarray]],
-    on_start: Callable[[StepReport], None],
-    on_step: Callable[[StepReport], None],
-    initial: DraftWeights | None = None,
-    complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
-) -> None:
-    """Train to `recipe.steps`, going on from the last complete run directory under `directory`.
-
-    `ends` gives the target's embedding and head on the devices of a mesh (`vocabulary.share_out`). `batch_at(step)`
-    gives the fields of a `Batch`, this host's rows of them, but for those that `complete` makes when their turn comes.
-    `on_start` is told of the step that an earlier run made last (0) and the weights that it left. Training begins with
-    `initial` (float32), or with random weights. Leaves exactly one run directory, of the last step. Raises
-    PipelineError when EasyDeL did not do what it was told, and whatever the callbacks raise.
-    """
-    done = runs.latest(directory)
-    hosts.meet("told how far training is")
-    if hosts.is_first():
-        runs.keep_only(directory, runs.path_of(directory, done) if done else None)
-    hosts.meet("unfinished checkpoints are gone")
-    arguments = arguments_of(directory, recipe)
-    split = recipe.split
-    module = DraftModule(
-        config=DraftModuleConfig(
-            draft=hf_draft.config_to_hf(config, "float32", {}),
-            sharding_axis_dims=(split.data, split.fsdp, 1, split.tensor, 1),
-        ),
-        dtype=recipe.dtype,
-        param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
-        rngs=nnx.Rngs(recipe.seed),
-    )
-    if initial is not None:
-        module.begin_with(initial)
-    with between_steps() as check_interrupt:
-
-        def on_step_or_interrupt(report: StepReport) -> None:
-            on_step(report)
-            check_interrupt()
-
-        frozen = ends(module.mesh)
-        trainer = DraftTrainer(arguments, module, config, recipe, frozen, batch_at, on_step_or_interrupt, complete)
-        began = trainer.began_at()
-        if began != done:
-            raise PipelineError(
-                f"{directory} holds a checkpoint of step {done}, EasyDeL began at {began}; "
-                f"delete {directory} to begin anew"
-            )
-        on_start(StepReport(done, {}, lambda: weights_in(trainer.model_state)))
-        state = trainer.train().state
-        if trainer.failure is not None:
-            raise trainer.failure
-    if int(state.step) != recipe.steps or runs.latest(directory) != recipe.steps:
-        raise PipelineError(
-            f"training ended at step {int(state.step)} with a checkpoint of step {runs.latest(directory)}, wanted "
-            f"{recipe.steps}; the same command goes on from there"
-        )
-
-
-def weights_in(state: EasyDeLState) -> DraftWeights:
-    """The weights that a state stands for: their average, where one is kept."""
-    average = average_in(state.opt_state)
-    return (state.model if average is None else state.merge(average)).weights()
-
-
-class Arguments(ed.TrainingArguments):
-    """EasyDeL's arguments, with our optimizer."""
-
-    recipe: ClassVar[Recipe]  # of an object, which is no field that EasyDeL would write to a file
-
-    def get_optimizer_and_scheduler(self, steps: int | None = None) -> tuple[Any, Any]:
-        """Ours, whatever number of steps EasyDeL asks for: it asks for 2^63 when it reads a checkpoint."""
-        return optimizer_of(self.recipe), schedule_of(self.recipe)
-
-
-def arguments_of(directory: Path, recipe: Recipe) -> Arguments:
-    """EasyDeL's arguments for a training that writes to `directory`."""
-    arguments = Arguments(
-        save_directory=str(directory.parent),
-        model_name=directory.name,
-        max_training_steps=recipe.steps,
-        num_train_epochs=1,
-        total_batch_size=recipe.batch_sequences,
-        do_eval=False,
-        save_steps=None,  # DraftTrainer says when
-        save_total_limit=None,
-        save_optimizer_state=True,
-        do_last_save=False,
-        resume_if_possible=True,
-        use_wandb=False,
-        report_metrics=False,
-        progress_bar_type="json",
-        track_memory=False,
-        weight_distribution_log_steps=0,
-        log_grad_norms=False,
-        use_data_collator=False,
-        step_partition_spec=vocabulary.ROWS_SPEC,
-    )
-    arguments.recipe = recipe
-    return arguments
-
-
-class DraftTrainer(ed.Trainer):
-    """EasyDeL's Trainer with our step, batches and checkpoints."""
-
-    def __init__(
-        self,
-        arguments: ed.TrainingArguments,
-        module: DraftModule,
-        config: DraftConfig,
-        recipe: Recipe,
-        frozen: tuple[Array, Kernel],
-        batch_at: Callable[[int], dict[str, np.ndarray]],
-        on_step: Callable[[StepReport], None],
-        complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
-    ) -> None:
-        self.failure: BaseException | None = None
-        self._draft = config
-        self._recipe = recipe
-        self._frozen = frozen
-        self._batch_at = batch_at
-        self._on_step = on_step
-        self._complete = complete
-        super().__init__(arguments=arguments, model_state=_state_of(module), data_collator=lambda batch: batch)
-
-    def began_at(self) -> int:
-        """The step at which state and optimizer agree to be; -1 when they do not."""
-        step = int(self.model_state.step)
-        leaves = jax.tree_util.tree_leaves_with_path(self.model_state.opt_state)
-        counts = {int(leaf) for path, leaf in leaves if jax.tree_util.keystr(path).endswith(".count")}
-        return step if counts == {step} else -1
-
-    def configure_dataloaders(self) -> TrainerConfigureDataloaderOutput:
-        """Batches from where the state stands: EasyDeL would replay all that were used before."""
-        return TrainerConfigureDataloaderOutput(
-            dataloader_train=_Loader(lambda: made_ahead(self._batch_at, int(self.model_state.step))),
-            max_training_steps=self._recipe.steps,
-            dataloader_eval=None,
-            max_evaluation_steps=0,
-        )
-
-    def _fast_forward_batches(self, data_iter: Iterator, dataloader: Any, num_batches: int) -> Iterator:
-        return data_iter  # it begins at the right step already
-
-    def _preprocess_batch_input(self, state: EasyDeLState, batch: dict, is_train: bool) -> tuple[dict, dict]:
-        """The batch where the step wants it; EasyDeL's own drops bfloat16 arrays, which are no numbers to NumPy.
-
-        The target of a live training runs here, on the thread that runs the step: devices of several hosts must be
-        given their programs in one order.
-        """
-        rows = NamedSharding(self.model.mesh, vocabulary.ROWS_SPEC)
-        batch = {name: hosts.spread(array, rows) for name, array in batch.items()}
-        made = {} if self._complete is None else self._complete(batch)
-        return batch | {name: jax.device_put(array, rows) for name, array in made.items()}, {}
-
-    def configure_functions(self) -> TrainerConfigureFunctionOutput:
-        """The jitted step, whose state is donated."""
-        mesh, head = self.model.mesh, self._frozen[1]
-        compiled = jitted_step(self._draft, self._recipe, self.scheduler, self.state_shardings, head, mesh)
-        self._train_shared_fn_extra_args = (self._frozen,)
-        self._train_shared_fn_static_args = ()
-        self.arguments.ensure_checkpoint_path()
-        return TrainerConfigureFunctionOutput(
-            sharded_training_step_function=compiled,
-            sharded_evaluation_step_function=None,
-            mesh=mesh,
-            checkpoint_manager=self.arguments.get_streaming_checkpointer(),
-        )
-
-    def _execute_train_step(self, state: EasyDeLState, batch: dict) -> tuple[EasyDeLState, LossMetrics, Any]:
-        state, metrics, self.failure = super()._execute_train_step(state, batch)
-        return state, metrics, self.failure
-
-    def on_step_end(self, state: EasyDeLState, metrics: LossMetrics, step: int) -> tuple[EasyDeLState, LossMetrics]:
-        """Refuse a loss that is not finite, save when it is time, report."""
-        with self._remembered():
-            values = {"loss": float(metrics.loss), "learning_rate": float(metrics.learning_rate)}
-            values |= {name: float(value) for name, value in metrics.other_metrics.items()}
-            values["seconds"] = float(metrics.execution_time)
-            if not np.isfinite(values["loss"]):
-                raise PipelineError(f"the loss is {values['loss']} at step {step}; lower train.learning_rate")
-            if self._recipe.saves_at(step):
-                self._save(state, step)
-            self._on_step(StepReport(step, values, lambda: weights_in(state)))
-        return state, metrics
-
-    def _save_checkpoint_for_step(self, state: EasyDeLState, *, step: int, **options: Any) -> None:
-        return None  # on_step_end does
-
-    def _save_readme(self, save_directory: Any) -> None:
-        """Nothing: it would hold the time and the names of devices."""
-
-    def _save(self, state: EasyDeLState, step: int) -> None:
-        root = Path(str(self.arguments._get_save_directory()))
-        run = runs.path_of(root, step)
-        with shared_disk.one_writer():
-            self._save_state(state=state, save_directory=str(run))
-        hosts.meet(f"step {step} is written")
-        if hosts.is_first():
-            runs.settle(run, step)
-            runs.keep_only(root, run)
-        hosts.meet(f"step {step} is complete")
-
-    @contextlib.contextmanager
-    def _remembered(self) -> Iterator[None]:
-        """Keep what our own code raises: EasyDeL's loop swallows some kinds."""
-        try:
-            yield
-        except BaseException as error:
-            self.failure = error
-            raise
-
-
-def _state_of(module: DraftModule) -> EasyDeLState:
-    """The state to begin with. Each of several hosts has the same in its own memory, and gives its devices their parts.
-
-    EasyDeL hands it out with `device_put`, which takes from one host's devices nothing that others are to have: so
-    weights come in arrays of NumPy, and what is small lies on all devices already.
-    """
-    state = module.to_state()
-    if not hosts.are_several():
-        return state
-    everywhere = NamedSharding(module.mesh, PartitionSpec())
-
-    def on_all(leaf: Array) -> Array:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            key = np.asarray(jax.random.key_data(leaf))
-            return jax.jit(jax.random.wrap_key_data, out_shardings=everywhere)(key)
-        return jax.device_put(np.asarray(leaf), everywhere)
-
-    return state.replace(
-        step=on_all(jnp.int32(state.step)),
-        graphstate=jax.tree.map(np.asarray, state.graphstate),
-        graphother=jax.tree.map(on_all, state.graphother),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loader:
-    """What EasyDeL asks of a data loader: to be iterable."""
-
-    iterate: Callable[[], Iterator[dict[str, np.ndarray]]]
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self.iterate()
 
 
 def jitted_step(
-    config: DraftConfig, recipe: Recipe, schedule: Callable[[Array], Array], state: Any, head: Kernel, mesh: Mesh
+    config: DFlashConfig, recipe: Recipe, schedule: Callable[[Array], Array], state: Any, tables: FrozenTables
 ) -> Any:
-    """The training step, jitted: state, batch and the target's two ends in, the donated state and metrics out.
+    """Returns the training step, jitted: state, batch and the target's tables in, the donated state and metrics out.
 
-    `state` says of every array of the state where it lies, `head` tells how its own lies. Raises PipelineError when
-    devices and parts do not share out the rows evenly.
+    `state` has the sharding of every array of the state; of `tables` the shapes and the mesh count. Raises
+    PipelineError when devices and parts do not share out the rows evenly.
     """
-    require_divisible(recipe.batch_sequences, recipe.accumulation, data=mesh.shape["dp"], fsdp=mesh.shape["fsdp"])
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    mesh = tables.mesh
+    assert mesh is not None, "EasyDeL trains on a mesh, of one device too"
+    require_divisible_batch(recipe.batch_sequences, recipe.accumulation, data=mesh.shape["dp"], fsdp=mesh.shape["fsdp"])
+    embedding, head = vocab_shard.table_shardings(tables.head, mesh)
+    frozen = dataclasses.replace(tables, embedding=embedding, head=head)
     return jax.jit(
-        functools.partial(_train_step, config, recipe, schedule, mesh, _kernel_specs(state)),
-        in_shardings=(state, NamedSharding(mesh, vocabulary.ROWS_SPEC), vocabulary.places(head, mesh)),
-        out_shardings=(state, everywhere),
+        functools.partial(_train_step, config, recipe, schedule, _matrix_specs(state)),
+        in_shardings=(state, NamedSharding(mesh, vocab_shard.ROWS_SPEC), frozen),
+        out_shardings=(state, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=(0,),
     )
 
 
-def _kernel_specs(state: Any) -> dict[str, PartitionSpec]:
-    """How the kernels of each name lie, which is the same in every layer."""
+def _matrix_specs(state: Any) -> dict[str, PartitionSpec]:
+    """The partition of the matrices of each name, which is the same in every layer."""
     found = {}
-    for path, place in jax.tree_util.tree_leaves_with_path(state.graphstate):
+    for path, sharding in jax.tree_util.tree_leaves_with_path(state.graphstate):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         if names and names[-1] in KERNELS:
-            found[names[-1]] = place.spec
+            found[names[-1]] = sharding.spec
     return found
 
 
 def _train_step(
-    config: DraftConfig,
+    config: DFlashConfig,
     recipe: Recipe,
     schedule: Callable[[Array], Array],
-    mesh: Mesh,
     specs: dict[str, PartitionSpec],
     state: EasyDeLState,
     batch: dict[str, Array],
-    frozen: tuple[Array, Kernel],
+    tables: FrozenTables,
 ) -> tuple[EasyDeLState, LossMetrics]:
-    objective = {
-        "slot_weights": blocks.slot_weights(config.block_size, recipe.loss_decay),
-        "dpace_smoothing": recipe.dpace_smoothing,
-    }
-    total = normaliser(config, Batch(**batch), **objective)
+    objective, mesh = recipe.objective, tables.mesh
+    total = normaliser(config, TrainBatch(**batch), objective)
 
-    def loss_of(parameters: Any, part: Batch) -> tuple[Array, Sums]:
+    def loss_of(parameters: Any, part: TrainBatch) -> tuple[Array, LossSums]:
         weights = state.merge(parameters).weights()
         weights = jax.tree.map(lambda array: array.astype(recipe.dtype), weights)  # the arithmetic's precision
         sums = draft_sums(
-            weights,
-            config,
-            *frozen,
+            DraftModel(config, weights),
+            tables,
             part,
-            total=total,
-            **objective,
-            distillation=recipe.distillation,
+            objective,
+            total,
             remat=recipe.remat,
-            mesh=mesh,
-            opened=functools.partial(gathering.opened, mesh=mesh, specs=specs),
+            gather=functools.partial(fsdp.gather_matrices, mesh=mesh, specs=specs),
         )
         return sums.loss, sums
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, sums), gradients = accumulated(differentiate, state.graphstate, Batch(**batch), recipe.accumulation, mesh)
+    (loss, sums), gradients = accumulated(
+        differentiate, state.graphstate, TrainBatch(**batch), recipe.accumulation, mesh
+    )
     metrics = LossMetrics(loss=loss, other_metrics=sums.metrics())
     metrics = update_metrics(metrics, schedule, state.step, gradients)
     return update_state_respectfully(state, gradients, None, metrics), metrics

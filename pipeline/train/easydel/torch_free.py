@@ -2,7 +2,7 @@
 
 EasyDeL patches the torch code of a few transformers models when its model classes are imported. Without
 torch these modules raise; empty ones in their place take the patches and are never used.
-Source: ../shared/reference/easydel.md section 1.1.
+Source: docs/easydel.md#torch.
 """
 
 import importlib

@@ -2,12 +2,11 @@
 
 EasyDeL's loop ends quietly on a TypeError and begins anew when a checkpoint cannot be read. Here every such
 end is an error, and where training began is compared with where it had to begin.
-Source: ../shared/reference/easydel.md section 4.
+Source: docs/easydel.md#the-trainer.
 """
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,73 +18,82 @@ import numpy as np
 from easydel.infra.base_state import EasyDeLState
 from easydel.infra.loss_utils import LossMetrics
 from easydel.trainers.trainer_protocol import TrainerConfigureDataloaderOutput, TrainerConfigureFunctionOutput
-from easydel.trainers.training_utils import update_metrics, update_state_respectfully
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from pipeline import hosts
-from pipeline.artifacts import PipelineError
-from pipeline.dflash import blocks
-from pipeline.model import hf_draft
-from pipeline.model.draft import DraftConfig, DraftWeights
-from pipeline.model.linear import Kernel
-from pipeline.train import gathering, runs, shared_disk, vocabulary
-from pipeline.train.accumulation import accumulated, require_divisible
-from pipeline.train.batches import made_ahead
-from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
-from pipeline.train.interrupt import between_steps
-from pipeline.train.loss import Batch, Sums, draft_sums, normaliser
+from pipeline import distributed
+from pipeline.errors import PipelineError
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.weights import DFlashWeights
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.train.data.prefetch import prefetch
+from pipeline.train.easydel import run_directories, shared_disk
+from pipeline.train.easydel.draft_module import DraftModule, DraftModuleConfig
+from pipeline.train.easydel.interrupt import between_steps
+from pipeline.train.easydel.step import jitted_step
+from pipeline.train.loss import vocab_shard
+from pipeline.train.loss.vocab_shard import FrozenTables
 from pipeline.train.optimizer import average_in, optimizer_of, schedule_of
 from pipeline.train.recipe import Recipe
-from pipeline.train.report import StepReport
+from pipeline.train.step_report import StepReport
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """What a training is given.
+
+    `tables` gives the target's embedding and head on the devices of a mesh. `batch_at(step)` gives the fields of a
+    `TrainBatch`, this host's rows of them, but for those that `complete` makes when their turn comes. Training begins
+    with `initial` (float32), or with random weights.
+    """
+
+    draft: DFlashConfig
+    recipe: Recipe
+    tables: Callable[[Mesh], FrozenTables]
+    batch_at: Callable[[int], dict[str, np.ndarray]]
+    initial: DFlashWeights | None = None
+    complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None
 
 
 def fit(
     directory: Path,
-    config: DraftConfig,
-    recipe: Recipe,
-    ends: Callable[[Mesh], tuple[Float[Array, "W D"], Kernel]],
-    batch_at: Callable[[int], dict[str, np.ndarray]],
+    setup: TrainingSetup,
     on_start: Callable[[StepReport], None],
     on_step: Callable[[StepReport], None],
-    initial: DraftWeights | None = None,
-    complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
 ) -> None:
-    """Train to `recipe.steps`, going on from the last complete run directory under `directory`.
+    """Trains to `recipe.steps`, going on from the last complete run directory under `directory`.
 
-    `ends` gives the target's embedding and head on the devices of a mesh (`vocabulary.share_out`). `batch_at(step)`
-    gives the fields of a `Batch`, this host's rows of them, but for those that `complete` makes when their turn comes.
-    `on_start` is told of the step that an earlier run made last (0) and the weights that it left. Training begins with
-    `initial` (float32), or with random weights. Leaves exactly one run directory, of the last step. Raises
-    PipelineError when EasyDeL did not do what it was told, and whatever the callbacks raise.
+    `on_start` is called with the step that an earlier run made last (0) and the weights that it left. Leaves exactly
+    one run directory, of the last step. Raises PipelineError when EasyDeL did not do what it should, and whatever the
+    callbacks raise.
     """
-    done = runs.latest(directory)
-    hosts.meet("told how far training is")
-    if hosts.is_first():
-        runs.keep_only(directory, runs.path_of(directory, done) if done else None)
-    hosts.meet("unfinished checkpoints are gone")
+    recipe = setup.recipe
+    done = run_directories.latest(directory)
+    distributed.barrier("every host knows how far training is")
+    if distributed.is_primary():
+        run_directories.keep_only(directory, run_directories.path_of(directory, done) if done else None)
+    distributed.barrier("unfinished checkpoints are gone")
     arguments = arguments_of(directory, recipe)
     split = recipe.split
     module = DraftModule(
         config=DraftModuleConfig(
-            draft=hf_draft.config_to_hf(config, "float32", {}),
+            draft=hf_dflash.config_to_hf(setup.draft, "float32", {}),
             sharding_axis_dims=(split.data, split.fsdp, 1, split.tensor, 1),
         ),
         dtype=recipe.dtype,
         param_dtype=jnp.float32,  # EasyDeL casts the optimizer's state to this when it saves
         rngs=nnx.Rngs(recipe.seed),
     )
-    if initial is not None:
-        module.begin_with(initial)
+    if setup.initial is not None:
+        module.begin_with(setup.initial)
     with between_steps() as check_interrupt:
 
         def on_step_or_interrupt(report: StepReport) -> None:
             on_step(report)
             check_interrupt()
 
-        frozen = ends(module.mesh)
-        trainer = DraftTrainer(arguments, module, config, recipe, frozen, batch_at, on_step_or_interrupt, complete)
+        trainer = DraftTrainer(arguments, module, setup, setup.tables(module.mesh), on_step_or_interrupt)
         began = trainer.began_at()
         if began != done:
             raise PipelineError(
@@ -96,14 +104,15 @@ def fit(
         state = trainer.train().state
         if trainer.failure is not None:
             raise trainer.failure
-    if int(state.step) != recipe.steps or runs.latest(directory) != recipe.steps:
+    left = run_directories.latest(directory)
+    if int(state.step) != recipe.steps or left != recipe.steps:
         raise PipelineError(
-            f"training ended at step {int(state.step)} with a checkpoint of step {runs.latest(directory)}, wanted "
+            f"training ended at step {int(state.step)} with a checkpoint of step {left}, wanted "
             f"{recipe.steps}; the same command goes on from there"
         )
 
 
-def weights_in(state: EasyDeLState) -> DraftWeights:
+def weights_in(state: EasyDeLState) -> DFlashWeights:
     """The weights that a state stands for: their average, where one is kept."""
     average = average_in(state.opt_state)
     return (state.model if average is None else state.merge(average)).weights()
@@ -140,7 +149,7 @@ def arguments_of(directory: Path, recipe: Recipe) -> Arguments:
         weight_distribution_log_steps=0,
         log_grad_norms=False,
         use_data_collator=False,
-        step_partition_spec=vocabulary.ROWS_SPEC,
+        step_partition_spec=vocab_shard.ROWS_SPEC,
     )
     arguments.recipe = recipe
     return arguments
@@ -153,20 +162,14 @@ class DraftTrainer(ed.Trainer):
         self,
         arguments: ed.TrainingArguments,
         module: DraftModule,
-        config: DraftConfig,
-        recipe: Recipe,
-        frozen: tuple[Array, Kernel],
-        batch_at: Callable[[int], dict[str, np.ndarray]],
+        setup: TrainingSetup,
+        tables: FrozenTables,
         on_step: Callable[[StepReport], None],
-        complete: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
     ) -> None:
         self.failure: BaseException | None = None
-        self._draft = config
-        self._recipe = recipe
-        self._frozen = frozen
-        self._batch_at = batch_at
+        self._setup, self._recipe = setup, setup.recipe
+        self._tables = tables
         self._on_step = on_step
-        self._complete = complete
         super().__init__(arguments=arguments, model_state=_state_of(module), data_collator=lambda batch: batch)
 
     def began_at(self) -> int:
@@ -179,7 +182,7 @@ class DraftTrainer(ed.Trainer):
     def configure_dataloaders(self) -> TrainerConfigureDataloaderOutput:
         """Batches from where the state stands: EasyDeL would replay all that were used before."""
         return TrainerConfigureDataloaderOutput(
-            dataloader_train=_Loader(lambda: made_ahead(self._batch_at, int(self.model_state.step))),
+            dataloader_train=_Loader(lambda: prefetch(self._setup.batch_at, int(self.model_state.step))),
             max_training_steps=self._recipe.steps,
             dataloader_eval=None,
             max_evaluation_steps=0,
@@ -194,22 +197,22 @@ class DraftTrainer(ed.Trainer):
         The target of a live training runs here, on the thread that runs the step: devices of several hosts must be
         given their programs in one order.
         """
-        rows = NamedSharding(self.model.mesh, vocabulary.ROWS_SPEC)
-        batch = {name: hosts.spread(array, rows) for name, array in batch.items()}
-        made = {} if self._complete is None else self._complete(batch)
+        rows = NamedSharding(self.model.mesh, vocab_shard.ROWS_SPEC)
+        batch = {name: distributed.shard_rows(array, rows) for name, array in batch.items()}
+        complete = self._setup.complete
+        made = {} if complete is None else complete(batch)
         return batch | {name: jax.device_put(array, rows) for name, array in made.items()}, {}
 
     def configure_functions(self) -> TrainerConfigureFunctionOutput:
         """The jitted step, whose state is donated."""
-        mesh, head = self.model.mesh, self._frozen[1]
-        compiled = jitted_step(self._draft, self._recipe, self.scheduler, self.state_shardings, head, mesh)
-        self._train_shared_fn_extra_args = (self._frozen,)
+        compiled = jitted_step(self._setup.draft, self._recipe, self.scheduler, self.state_shardings, self._tables)
+        self._train_shared_fn_extra_args = (self._tables,)
         self._train_shared_fn_static_args = ()
         self.arguments.ensure_checkpoint_path()
         return TrainerConfigureFunctionOutput(
             sharded_training_step_function=compiled,
             sharded_evaluation_step_function=None,
-            mesh=mesh,
+            mesh=self.model.mesh,
             checkpoint_manager=self.arguments.get_streaming_checkpointer(),
         )
 
@@ -238,14 +241,14 @@ class DraftTrainer(ed.Trainer):
 
     def _save(self, state: EasyDeLState, step: int) -> None:
         root = Path(str(self.arguments._get_save_directory()))
-        run = runs.path_of(root, step)
+        run = run_directories.path_of(root, step)
         with shared_disk.one_writer():
             self._save_state(state=state, save_directory=str(run))
-        hosts.meet(f"step {step} is written")
-        if hosts.is_first():
-            runs.settle(run, step)
-            runs.keep_only(root, run)
-        hosts.meet(f"step {step} is complete")
+        distributed.barrier(f"step {step} is written")
+        if distributed.is_primary():
+            run_directories.settle(run, step)
+            run_directories.keep_only(root, run)
+        distributed.barrier(f"step {step} is complete")
 
     @contextlib.contextmanager
     def _remembered(self) -> Iterator[None]:
@@ -264,7 +267,7 @@ def _state_of(module: DraftModule) -> EasyDeLState:
     weights come in arrays of NumPy, and what is small lies on all devices already.
     """
     state = module.to_state()
-    if not hosts.are_several():
+    if not distributed.is_multihost():
         return state
     everywhere = NamedSharding(module.mesh, PartitionSpec())
 
@@ -289,71 +292,3 @@ class _Loader:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self.iterate()
-
-
-def jitted_step(
-    config: DraftConfig, recipe: Recipe, schedule: Callable[[Array], Array], state: Any, head: Kernel, mesh: Mesh
-) -> Any:
-    """The training step, jitted: state, batch and the target's two ends in, the donated state and metrics out.
-
-    `state` says of every array of the state where it lies, `head` tells how its own lies. Raises PipelineError when
-    devices and parts do not share out the rows evenly.
-    """
-    require_divisible(recipe.batch_sequences, recipe.accumulation, data=mesh.shape["dp"], fsdp=mesh.shape["fsdp"])
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        functools.partial(_train_step, config, recipe, schedule, mesh, _kernel_specs(state)),
-        in_shardings=(state, NamedSharding(mesh, vocabulary.ROWS_SPEC), vocabulary.places(head, mesh)),
-        out_shardings=(state, everywhere),
-        donate_argnums=(0,),
-    )
-
-
-def _kernel_specs(state: Any) -> dict[str, PartitionSpec]:
-    """How the kernels of each name lie, which is the same in every layer."""
-    found = {}
-    for path, place in jax.tree_util.tree_leaves_with_path(state.graphstate):
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if names and names[-1] in KERNELS:
-            found[names[-1]] = place.spec
-    return found
-
-
-def _train_step(
-    config: DraftConfig,
-    recipe: Recipe,
-    schedule: Callable[[Array], Array],
-    mesh: Mesh,
-    specs: dict[str, PartitionSpec],
-    state: EasyDeLState,
-    batch: dict[str, Array],
-    frozen: tuple[Array, Kernel],
-) -> tuple[EasyDeLState, LossMetrics]:
-    objective = {
-        "slot_weights": blocks.slot_weights(config.block_size, recipe.loss_decay),
-        "dpace_smoothing": recipe.dpace_smoothing,
-    }
-    total = normaliser(config, Batch(**batch), **objective)
-
-    def loss_of(parameters: Any, part: Batch) -> tuple[Array, Sums]:
-        weights = state.merge(parameters).weights()
-        weights = jax.tree.map(lambda array: array.astype(recipe.dtype), weights)  # the arithmetic's precision
-        sums = draft_sums(
-            weights,
-            config,
-            *frozen,
-            part,
-            total=total,
-            **objective,
-            distillation=recipe.distillation,
-            remat=recipe.remat,
-            mesh=mesh,
-            opened=functools.partial(gathering.opened, mesh=mesh, specs=specs),
-        )
-        return sums.loss, sums
-
-    differentiate = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, sums), gradients = accumulated(differentiate, state.graphstate, Batch(**batch), recipe.accumulation, mesh)
-    metrics = LossMetrics(loss=loss, other_metrics=sums.metrics())
-    metrics = update_metrics(metrics, schedule, state.step, gradients)
-    return update_state_respectfully(state, gradients, None, metrics), metrics

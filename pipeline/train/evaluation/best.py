@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import artifacts, hosts
-from pipeline.artifacts import PipelineError
-from pipeline.dflash import scored
-from pipeline.train import runs
-from pipeline.train.score import Score
+from pipeline import distributed
+from pipeline.artifacts.files import write_bytes, write_json
+from pipeline.errors import PipelineError
+from pipeline.store import heldout_rounds
+from pipeline.train.easydel import run_directories
+from pipeline.train.evaluation.score import Score
 
 EVALUATIONS, BEST = "evaluations.json", "best"
 
@@ -31,65 +32,67 @@ class Evaluation:
     train: Score
 
 
-def read(root: Path) -> list[Evaluation]:
+def read_evaluations(root: Path) -> list[Evaluation]:
     """The evaluations of the training in `root`, in order."""
     file = root / EVALUATIONS
     rows = json.loads(file.read_text()) if file.is_file() else []
     return [Evaluation(row["step"], Score.from_json(row["heldout"]), Score.from_json(row["train"])) for row in rows]
 
 
-def add(root: Path, step: int, scores: Mapping[str, Score]) -> Evaluation:
+def record(root: Path, step: int, scores: Mapping[str, Score]) -> Evaluation:
     """Write an evaluation down and keep the run directory of its step if it is the best so far."""
     new = Evaluation(step, scores["heldout"], scores["train"])
-    if hosts.is_first():
-        before = [one for one in read(root) if one.step < step]  # a training may have been set back to a checkpoint
-        artifacts.write_bytes(_texts_of(root, step), scored.to_lines(new.heldout.texts))
-        artifacts.write_json(root / EVALUATIONS, [as_json(one) for one in (*before, new)])
-        keep(root)
+    if distributed.is_primary():
+        before = [
+            one for one in read_evaluations(root) if one.step < step
+        ]  # a training may have been set back to a checkpoint
+        write_bytes(_texts_of(root, step), heldout_rounds.to_lines(new.heldout.texts))
+        write_json(root / EVALUATIONS, [as_json(one) for one in (*before, new)])
+        link_best(root)
     return new
 
 
-def of(evaluations: list[Evaluation]) -> Evaluation:
+def best_of(evaluations: list[Evaluation]) -> Evaluation:
     """The best one; the earlier of two equals."""
     return max(evaluations, key=lambda one: one.heldout.total.accept_length)
 
 
-def keep(root: Path) -> None:
+def link_best(root: Path) -> None:
     """See to it that `best/` holds the best evaluation's run directory and no other."""
-    evaluations = read(root)
+    evaluations = read_evaluations(root)
     if not evaluations:
         return
-    wanted = runs.path_of(root / BEST, of(evaluations).step)
-    if not (wanted / runs.COMPLETE).is_file():
-        source = runs.path_of(root, of(evaluations).step)
+    wanted = run_directories.path_of(root / BEST, best_of(evaluations).step)
+    if not (wanted / run_directories.COMPLETE).is_file():
+        source = run_directories.path_of(root, best_of(evaluations).step)
         shutil.rmtree(wanted, ignore_errors=True)
-        shutil.copytree(source, wanted, copy_function=_link, ignore=shutil.ignore_patterns(runs.COMPLETE))
-        _link(source / runs.COMPLETE, wanted / runs.COMPLETE)
-    runs.keep_only(root / BEST, wanted)
-    texts = _texts_of(root, of(evaluations).step)
+        shutil.copytree(source, wanted, copy_function=_link, ignore=shutil.ignore_patterns(run_directories.COMPLETE))
+        _link(source / run_directories.COMPLETE, wanted / run_directories.COMPLETE)
+    run_directories.keep_only(root / BEST, wanted)
+    texts = _texts_of(root, best_of(evaluations).step)
     for other in root.glob(_texts_of(root, "*").name):
         if other != texts:
             other.unlink()
 
 
-def take(root: Path) -> Evaluation:
+def finalize(root: Path) -> Evaluation:
     """End a training: leave the best run directory as the only one in `root`; tells its evaluation.
 
     The held-out texts of that evaluation are left as `scored.FILE`.
     """
-    best = of(read(root))
-    kept, final = runs.path_of(root / BEST, best.step), runs.path_of(root, best.step)
+    best = best_of(read_evaluations(root))
+    kept, final = run_directories.path_of(root / BEST, best.step), run_directories.path_of(root, best.step)
     if kept.exists():
         shutil.rmtree(final, ignore_errors=True)
         os.rename(kept, final)
-    if not (final / runs.COMPLETE).is_file():
+    if not (final / run_directories.COMPLETE).is_file():
         raise PipelineError(f"{root} holds no run directory of step {best.step}; delete it and train again")
-    runs.keep_only(root, final)
+    run_directories.keep_only(root, final)
     shutil.rmtree(root / BEST, ignore_errors=True)
     texts = _texts_of(root, best.step)
     if texts.exists():
-        os.rename(texts, root / scored.FILE)
-    if not (root / scored.FILE).is_file():
+        os.rename(texts, root / heldout_rounds.FILE)
+    if not (root / heldout_rounds.FILE).is_file():
         raise PipelineError(f"{root} holds no texts of step {best.step}'s evaluation; delete it and train again")
     return best
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.dflash.scored import ScoredText
+from pipeline.store.heldout_rounds import HeldoutText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +15,14 @@ class Score:
     """Acceptance over `num_sequences` texts.
 
     `by_effort` parts it by the reasoning effort of a text, `by_channel` by the channel that a round begins in.
-    `texts` are the texts themselves, in the split's order; they are kept in a file of their own (best.py).
+    `texts` are the texts themselves, in the split's order; they are written to a file of their own (best.py).
     """
 
     num_sequences: int
     total: Acceptance
     by_effort: Mapping[str, Acceptance] = dataclasses.field(default_factory=dict)
     by_channel: Mapping[str, Acceptance] = dataclasses.field(default_factory=dict)
-    texts: tuple[ScoredText, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    texts: tuple[HeldoutText, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def metrics(self) -> dict[str, float]:
         """The whole's metrics, and accept_length of every part where there are several."""
@@ -35,9 +35,9 @@ class Score:
         """As evaluation.json has it; metrics beside the histograms that they are read off, and no texts."""
         return {
             "num_sequences": self.num_sequences,
-            **_told(self.total),
-            "by_effort": {name: _told(part) for name, part in sorted(self.by_effort.items())},
-            "by_channel": {name: _told(part) for name, part in sorted(self.by_channel.items())},
+            **_values(self.total),
+            "by_effort": {name: _values(part) for name, part in sorted(self.by_effort.items())},
+            "by_channel": {name: _values(part) for name, part in sorted(self.by_channel.items())},
         }
 
     @classmethod
@@ -52,7 +52,7 @@ class Score:
 
 
 class Tally:
-    """Adds rounds up into a `Score`."""
+    """Adds rounds up to a `Score`."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -62,21 +62,21 @@ class Tally:
         self._by_channel: dict[str, Acceptance] = defaultdict(lambda: acceptance.empty(block_size))
 
     def add(self, rounds: list[int], channels: list[str], effort: str) -> None:
-        """The rounds of one text: what each kept and the channel it began in."""
+        """Adds the rounds of one text: how many tokens each accepted, and the channel it began in."""
         self._num_sequences += 1
         found = Acceptance.of(rounds, self._block_size)
         self._total += found
         self._by_effort[effort] += found
         for channel in sorted(set(channels)):
-            kept = [count for count, where in zip(rounds, channels, strict=True) if where == channel]
-            self._by_channel[channel] += Acceptance.of(kept, self._block_size)
+            own = [count for count, where in zip(rounds, channels, strict=True) if where == channel]
+            self._by_channel[channel] += Acceptance.of(own, self._block_size)
 
     def score(self) -> Score:
         """What was added so far."""
         return Score(self._num_sequences, self._total, dict(self._by_effort), dict(self._by_channel))
 
 
-def _told(found: Acceptance) -> dict[str, Any]:
+def _values(found: Acceptance) -> dict[str, Any]:
     return {"histogram": list(found.histogram), **found.metrics()}
 
 

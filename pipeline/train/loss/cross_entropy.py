@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary too large to hold the logits of: in chunks, over words shared out to devices.
+"""Cross entropy over a vocabulary too large to hold the logits of: in chunks, over a vocabulary split over devices.
 
 A token's gradient with respect to its hidden state is known once its logits are, but for one factor: that of its loss.
 So it is made in the forward pass, chunk by chunk, and scaled in the backward pass. No logits are kept or made again.
@@ -14,66 +14,65 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pipeline.model.linear import Kernel, Transposed, product
-from pipeline.train.vocabulary import ROWS_SPEC, Words, is_split, table_spec
+from pipeline.model.layers.linear import Matrix, TransposedMatrix, product
+from pipeline.train.loss.vocab_shard import ROWS_SPEC, FrozenTables, VocabShard, table_spec
 
 MAX_LOGITS = 2**25  # elements a device holds at once
 
 
 class TokenLosses(NamedTuple):
-    """Of every drafted slot. `loss` alone has a gradient, with respect to the hidden states alone.
+    """The losses of every drafted token. `loss` alone has a gradient, with respect to the hidden states alone.
 
     `loss` is (1 - distillation) * `text` + distillation * cross entropy against the teacher's distribution; `text` is
     cross entropy against the token that the text has; `predicted` is the draft's own most likely token.
     """
 
-    loss: Float[Array, "*slots"]
-    text: Float[Array, "*slots"]
-    predicted: Int[Array, "*slots"]
+    loss: Float[Array, "*tokens"]
+    text: Float[Array, "*tokens"]
+    predicted: Int[Array, "*tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    words: Words
+    shard: VocabShard
     distillation: float
     mesh: Mesh | None
 
 
 def token_losses(
-    head: Kernel,
-    hidden: Float[Array, "B *slots D"],
-    labels: Int[Array, "B *slots"],
-    teacher: Float[Array, "B *slots D"] | None = None,
+    tables: FrozenTables,
+    hidden: Float[Array, "*tokens D"],
+    labels: Int[Array, "*tokens"],
+    teacher: Float[Array, "*tokens D"] | None = None,
     *,
-    vocab_size: int,
     distillation: float = 0.0,
-    mesh: Mesh | None = None,
 ) -> TokenLosses:
-    """Losses of drafted slots; `teacher` are the target's final normed hidden states for them.
+    """Returns the losses of drafted tokens; `teacher` are the target's final normed hidden states for them.
 
     Cross entropy and not the KL divergence, which is smaller by the teacher's entropy: the gradients are the same,
-    and the loss stays comparable with that of the text. Logits, their sums and losses are float32. With a `mesh` the
-    rows of a batch are split over its (dp, fsdp), and `head` is one that `vocabulary.share_out` placed.
+    and the loss stays comparable with that of the text. Logits, their sums and losses are float32. With a mesh the
+    rows of a batch are split over its (dp, fsdp).
     """
     assert (teacher is not None) == (distillation > 0), "distillation needs the teacher's states, and nothing else does"
-    task = _Task(Words(vocab_size, split=is_split(mesh)), distillation, mesh)
-    return _losses(task, head, hidden, labels, teacher)
+    mesh = tables.mesh if tables.is_split else None
+    task = _Task(VocabShard(tables.vocab_size, is_split=tables.is_split), distillation, mesh)
+    return _losses(task, tables.head, hidden, labels, teacher)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(task: _Task, head: Kernel, hidden: Array, labels: Array, teacher: Array | None) -> TokenLosses:
+def _losses(task: _Task, head: Matrix, hidden: Array, labels: Array, teacher: Array | None) -> TokenLosses:
     return _over_devices(task, head, hidden, labels, teacher, with_gradient=False)[0]
 
 
 def _forward(
-    task: _Task, head: Kernel, hidden: Array, labels: Array, teacher: Array | None
+    task: _Task, head: Matrix, hidden: Array, labels: Array, teacher: Array | None
 ) -> tuple[TokenLosses, tuple[Array, Array]]:
     losses, gradient = _over_devices(task, head, hidden, labels, teacher, with_gradient=True)
     return losses, (gradient, jnp.zeros((), hidden.dtype))
 
 
-def _backward(task: _Task, kept: tuple[Array, Array], cotangents: TokenLosses) -> tuple[None, Array, None, None]:
-    gradient, like = kept
+def _backward(task: _Task, saved: tuple[Array, Array], cotangents: TokenLosses) -> tuple[None, Array, None, None]:
+    gradient, like = saved
     return None, (cotangents.loss[..., None] * gradient).astype(like.dtype), None, None
 
 
@@ -81,21 +80,21 @@ _losses.defvjp(_forward, _backward)
 
 
 def _over_devices(
-    task: _Task, head: Kernel, hidden: Array, labels: Array, teacher: Array | None, *, with_gradient: bool
+    task: _Task, head: Matrix, hidden: Array, labels: Array, teacher: Array | None, *, with_gradient: bool
 ) -> tuple[TokenLosses, Array | None]:
-    run = functools.partial(_in_chunks, task, with_gradient=with_gradient)
-    if not is_split(task.mesh):
-        return run(head, hidden, labels, teacher)
+    losses_of = functools.partial(_in_chunks, task, with_gradient=with_gradient)
+    if task.mesh is None:
+        return losses_of(head, hidden, labels, teacher)
     specs = (table_spec(head), ROWS_SPEC, ROWS_SPEC, ROWS_SPEC)
-    spread = jax.shard_map(run, mesh=task.mesh, in_specs=specs, out_specs=ROWS_SPEC, check_vma=False)
+    spread = jax.shard_map(losses_of, mesh=task.mesh, in_specs=specs, out_specs=ROWS_SPEC, check_vma=False)
     return spread(head, hidden, labels, teacher)
 
 
 def _in_chunks(
-    task: _Task, head: Kernel, hidden: Array, labels: Array, teacher: Array | None, *, with_gradient: bool
+    task: _Task, head: Matrix, hidden: Array, labels: Array, teacher: Array | None, *, with_gradient: bool
 ) -> tuple[TokenLosses, Array | None]:
     """The losses of this device's tokens, and the gradients of `loss`, a part of the tokens at a time."""
-    num_tokens, num_local = labels.size, _num_words(head)
+    num_tokens, num_local = labels.size, _num_rows(head)
     shares = 1 if task.mesh is None else task.mesh.shape["fsdp"]
     size = max(1, min(num_tokens, MAX_LOGITS // (shares * num_local)))
     num_chunks = -(-num_tokens // size)
@@ -126,55 +125,57 @@ def _mapped(function: Callable[[Any], Any], parts: Any) -> Any:
 
 def _chunk(
     task: _Task,
-    head: Kernel,
+    head: Matrix,
     hidden: Float[Array, "rows D"],
     labels: Int[Array, " rows"],
     teacher: Float[Array, "rows D"] | None,
     *,
     with_gradient: bool,
 ) -> tuple[TokenLosses, Float[Array, "rows D"] | None]:
-    words, num_rows = task.words, len(labels)
-    labels = words.gathered(labels)
-    logits = words.real(product(words.gathered(hidden), head))
-    peak, predicted = words.best(logits)
+    shard, num_rows = task.shard, len(labels)
+    labels = shard.all_gather(labels)
+    logits = shard.mask_padding(product(shard.all_gather(hidden), head))
+    peak, predicted = shard.axis.argmax(logits)
     powers = jnp.exp(logits - peak[:, None])
-    total, picked = words.sum(jnp.stack([powers.sum(axis=-1), words.at(logits, labels)]))
+    total, picked = shard.axis.sum(jnp.stack([powers.sum(axis=-1), shard.axis.take_partial(logits, labels)]))
     log_sum = peak + jnp.log(total)
     text = loss = log_sum - picked
     wanted = None
     if teacher is not None:
-        wanted = _distribution(words, head, words.gathered(teacher))
-        # words that are not there have no share, and a logit of minus infinity
-        shared = words.sum(jnp.where(wanted > 0, wanted * logits, 0).sum(axis=-1))
+        wanted = _distribution(shard, head, shard.all_gather(teacher))
+        # rows that pad the table have no share, and a logit of minus infinity
+        shared = shard.axis.sum(jnp.where(wanted > 0, wanted * logits, 0).sum(axis=-1))
         loss = (1 - task.distillation) * text + task.distillation * (log_sum - shared)
-    losses = TokenLosses(*(words.own(array, num_rows) for array in (loss, text, predicted)))
+    losses = TokenLosses(*(shard.local_rows(array, num_rows) for array in (loss, text, predicted)))
     if not with_gradient:
         return losses, None
-    surplus = powers / total[:, None] - (1 - task.distillation) * _one_hot(words, labels, logits.shape[-1])
+    surplus = powers / total[:, None] - (1 - task.distillation) * _one_hot(shard, labels, logits.shape[-1])
     if wanted is not None:
         surplus -= task.distillation * wanted
-    return losses, words.returned(product(surplus.astype(hidden.dtype), _turned(head)))
+    return losses, shard.reduce_scatter(product(surplus.astype(hidden.dtype), _transposed(head)))
 
 
-def _distribution(words: Words, head: Kernel, teacher: Float[Array, "tokens D"]) -> Float[Array, "tokens local"]:
-    """The teacher's probabilities of this device's words."""
-    logits = words.real(product(teacher.astype(_table(head).dtype), head))  # as the target itself multiplies them
-    powers = jnp.exp(logits - words.best(logits)[0][:, None])
-    return powers / words.sum(powers.sum(axis=-1))[:, None]
+def _distribution(shard: VocabShard, head: Matrix, teacher: Float[Array, "tokens D"]) -> Float[Array, "tokens local"]:
+    """The teacher's probabilities of this device's share of the vocabulary."""
+    logits = shard.mask_padding(
+        product(teacher.astype(_table(head).dtype), head)
+    )  # as the target itself multiplies them
+    powers = jnp.exp(logits - shard.axis.argmax(logits)[0][:, None])
+    return powers / shard.axis.sum(powers.sum(axis=-1))[:, None]
 
 
-def _one_hot(words: Words, labels: Int[Array, " tokens"], num_local: int) -> Float[Array, "tokens local"]:
-    return (labels[:, None] - words.first(num_local) == jnp.arange(num_local)).astype(jnp.float32)
+def _one_hot(shard: VocabShard, labels: Int[Array, " tokens"], num_local: int) -> Float[Array, "tokens local"]:
+    return (labels[:, None] - shard.axis.offset(num_local) == jnp.arange(num_local)).astype(jnp.float32)
 
 
-def _table(head: Kernel) -> Array:
-    return head.array if isinstance(head, Transposed) else head
+def _table(head: Matrix) -> Array:
+    return head.array if isinstance(head, TransposedMatrix) else head
 
 
-def _num_words(head: Kernel) -> int:
-    return head.array.shape[0] if isinstance(head, Transposed) else head.shape[1]
+def _num_rows(head: Matrix) -> int:
+    return head.array.shape[0] if isinstance(head, TransposedMatrix) else head.shape[1]
 
 
-def _turned(head: Kernel) -> Kernel:
-    """The kernel of the product back, from words to hidden states."""
-    return head.array if isinstance(head, Transposed) else Transposed(head)
+def _transposed(head: Matrix) -> Matrix:
+    """The matrix of the product back, from the vocabulary to hidden states."""
+    return head.array if isinstance(head, TransposedMatrix) else TransposedMatrix(head)

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.model import experts, mxfp4
-from pipeline.model.execution import Execution, Kernels
-from pipeline.model.experts import ExpertsWeights, WideWeights
-from pipeline.model.linear import Transposed
-from pipeline.model.mxfp4 import Packed
+from pipeline.model.gpt_oss import experts
+from pipeline.model.gpt_oss.experts import ExpertsWeights, FusedExpertWeights
+from pipeline.model.layers import mxfp4
+from pipeline.model.layers.linear import TransposedMatrix
+from pipeline.model.layers.mxfp4 import Packed
+from pipeline.model.parallel.execution import Execution, KernelBackend
 
 LIMIT = 2.0  # low, so that both clamps are at work
 WIDTH, ROWS = 96, 64  # multiples of 32, which packed ones are padded from
 PADDED_WIDTH, PADDED_ROWS = 128, 128
 CASES = {"7 experts, 2 a token": (7, 2), "9 experts, 4 a token": (9, 4)}
-INTERPRETED = Execution(kernels=Kernels.pallas_interpreted)
+INTERPRETED = Execution(backend=KernelBackend.pallas_interpreted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,10 @@ def wide(layer, dtype):
     kernels = {"gate": rows(layer.gate).T, "up": rows(layer.up).T, "down": rows(layer.down), "router": layer.router}
     lying = {name: jnp.asarray(kernel, dtype) for name, kernel in kernels.items()}
     if dtype == jnp.bfloat16:
-        lying = {name: Transposed(kernel.T) for name, kernel in lying.items()}
+        lying = {name: TransposedMatrix(kernel.T) for name, kernel in lying.items()}
     flat = {name: layer[name].reshape(-1) for name in ("gate_bias", "up_bias")}
     biases = {name: layer[name] for name in ("router_bias", "down_bias")} | flat
-    return WideWeights(**lying, **{name: jnp.asarray(bias, dtype) for name, bias in biases.items()})
+    return FusedExpertWeights(**lying, **{name: jnp.asarray(bias, dtype) for name, bias in biases.items()})
 
 
 def rows(matrices):
@@ -133,24 +134,24 @@ def loop(inputs, layer):
 WAYS = {
     "wide": (wide, jnp.float32, Execution()),
     "wide, transposed": (wide, jnp.bfloat16, Execution()),
-    "apart, few": (apart, jnp.float32, Execution(few_tokens=99)),
-    "apart, grouped": (apart, jnp.float32, Execution(few_tokens=0)),
-    "packed, few": (packed, jnp.float32, Execution(few_tokens=99)),
-    "packed, grouped": (packed, jnp.float32, Execution(few_tokens=0)),
-    "apart, few, Pallas": (apart, jnp.bfloat16, dataclasses.replace(INTERPRETED, few_tokens=99)),
-    "apart, grouped, Pallas": (apart, jnp.bfloat16, dataclasses.replace(INTERPRETED, few_tokens=0)),
-    "packed, few, Pallas": (packed, jnp.bfloat16, dataclasses.replace(INTERPRETED, few_tokens=99)),
-    "packed, grouped, Pallas": (packed, jnp.bfloat16, dataclasses.replace(INTERPRETED, few_tokens=0)),
+    "apart, few": (apart, jnp.float32, Execution(max_per_expert_tokens=99)),
+    "apart, grouped": (apart, jnp.float32, Execution(max_per_expert_tokens=0)),
+    "packed, few": (packed, jnp.float32, Execution(max_per_expert_tokens=99)),
+    "packed, grouped": (packed, jnp.float32, Execution(max_per_expert_tokens=0)),
+    "apart, few, Pallas": (apart, jnp.bfloat16, dataclasses.replace(INTERPRETED, max_per_expert_tokens=99)),
+    "apart, grouped, Pallas": (apart, jnp.bfloat16, dataclasses.replace(INTERPRETED, max_per_expert_tokens=0)),
+    "packed, few, Pallas": (packed, jnp.bfloat16, dataclasses.replace(INTERPRETED, max_per_expert_tokens=99)),
+    "packed, grouped, Pallas": (packed, jnp.bfloat16, dataclasses.replace(INTERPRETED, max_per_expert_tokens=0)),
 }
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_every_way_equals_a_loop_over_tokens_and_experts(layer, way):
-    held, dtype, run = way
+    held, dtype, execution = way
     for num_tokens in (1, 23):
         inputs = inputs_of(num_tokens, seed=num_tokens)
         mixture = jax.jit(experts.mixture, static_argnums=(2, 3, 4))
-        outputs = mixture(jnp.asarray(inputs, dtype), held(layer, dtype), layer.per_token, LIMIT, run)
+        outputs = mixture(jnp.asarray(inputs, dtype), held(layer, dtype), layer.per_token, LIMIT, execution)
         expected = loop(inputs, layer)
         assert outputs.dtype == dtype
         # bfloat16 keeps 8 bits of the hidden values and of the outputs
@@ -159,8 +160,8 @@ def test_every_way_equals_a_loop_over_tokens_and_experts(layer, way):
 
 
 @pytest.mark.parametrize("held", [apart, packed])
-@pytest.mark.parametrize("run", [Execution(few_tokens=99), INTERPRETED], ids=["XLA", "Pallas"])
-def test_an_expert_that_no_token_chose_is_not_read(layer, held, run):
+@pytest.mark.parametrize("execution", [Execution(max_per_expert_tokens=99), INTERPRETED], ids=["XLA", "Pallas"])
+def test_an_expert_that_no_token_chose_is_not_read(layer, held, execution):
     """What is read, even to be multiplied by zero, would carry its nan into the sum."""
     inputs = jnp.asarray(inputs_of(2, seed=1), jnp.bfloat16)
     whole = held(layer, jnp.bfloat16)
@@ -176,7 +177,7 @@ def test_an_expert_that_no_token_chose_is_not_read(layer, held, run):
     names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
     bad = {name: jax.tree.map(poisoned, getattr(whole, name)) for name in names}
     outputs = [
-        experts.mixture(inputs, weights, layer.per_token, LIMIT, run)
+        experts.mixture(inputs, weights, layer.per_token, LIMIT, execution)
         for weights in (whole, dataclasses.replace(whole, **bad))
     ]
     np.testing.assert_array_equal(*outputs)

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_models
-from oracle_environment import run_oracle
 
-from pipeline.artifacts import PipelineError
-from pipeline.model import checkpoints, gpt_oss
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target, save_target
+from tests.support import models as tiny_models
+from tests.support.oracles import run_oracle
 
 TOLERANCE = 1e-4
 CASES = {
@@ -21,7 +22,7 @@ CASES = {
     "legacy rope keys": tiny_models.LEGACY_TARGET,
     "plain rope": tiny_models.PLAIN_ROPE_TARGET,
 }
-step = jax.jit(gpt_oss.forward, static_argnames=("config", "tapped_layers", "run"))
+step = jax.jit(gpt_oss.forward, static_argnames=("tapped_layers", "execution"))
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
@@ -38,10 +39,10 @@ def published(request, tmp_path_factory):
 
 def test_logits_and_every_layers_features_equal_transformers(published):
     directory, ids, expected = published
-    config, weights = checkpoints.load_target(directory, WeightsForm())
-    everything = tuple(range(config.num_hidden_layers))
-    out = step(weights, config, ids, jnp.zeros(len(ids), jnp.int32), None, everything)
-    logits = gpt_oss.logits(weights, out.hidden)
+    target = read_target(directory, WeightFormat())
+    everything = tuple(range(target.config.num_hidden_layers))
+    out = step(target, ids, jnp.zeros(len(ids), jnp.int32), None, everything)
+    logits = gpt_oss.logits(target.weights, out.hidden)
     features = np.moveaxis(expected["features"], 0, -2).reshape(out.features.shape)
     assert expected["logits"].std() > 1  # weights so small that errors hide would prove nothing
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=TOLERANCE)
@@ -50,8 +51,8 @@ def test_logits_and_every_layers_features_equal_transformers(published):
 
 def test_transformers_opens_what_we_write_and_computes_the_same(published, tmp_path):
     directory, ids, expected = published
-    config, weights = checkpoints.load_target(directory, WeightsForm())
-    checkpoints.save_target(tmp_path, config, weights, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    target = read_target(directory, WeightFormat())
+    save_target(tmp_path, target, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     np.savez(tmp_path / "in.npz", input_ids=ids)
     run_oracle("gpt_oss_forward", model=tmp_path, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
     again = dict(np.load(tmp_path / "out.npz"))
@@ -70,17 +71,17 @@ SPLITS = {
 @pytest.mark.parametrize("chunks", SPLITS.values(), ids=SPLITS.keys())
 def test_any_split_of_a_sequence_gives_the_full_forwards_logits_and_features(published, chunks):
     directory, ids, expected = published
-    config, weights = checkpoints.load_target(directory, WeightsForm())
-    taps = (0, config.num_hidden_layers - 2)
-    cache = gpt_oss.empty_cache(config, len(ids), 64, jnp.float32, rollback=8)
+    target = read_target(directory, WeightFormat())
+    taps = (0, target.config.num_hidden_layers - 2)
+    cache = gpt_oss.empty_cache(target.config, len(ids), 64, jnp.float32, rollback=8)
     done, hidden, features = 0, [], []
     for length in chunks:
         start = jnp.full(len(ids), done, jnp.int32)
-        out = step(weights, config, ids[:, done : done + length], start, cache, taps)
+        out = step(target, ids[:, done : done + length], start, cache, taps)
         cache, done = out.cache, done + length
         hidden.append(out.hidden)
         features.append(out.features)
-    logits = gpt_oss.logits(weights, jnp.concatenate(hidden, axis=1))
+    logits = gpt_oss.logits(target.weights, jnp.concatenate(hidden, axis=1))
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=TOLERANCE)
     tapped = np.concatenate([expected["features"][layer] for layer in taps], axis=-1)
     np.testing.assert_allclose(jnp.concatenate(features, axis=1), tapped, rtol=0, atol=TOLERANCE)
@@ -88,20 +89,20 @@ def test_any_split_of_a_sequence_gives_the_full_forwards_logits_and_features(pub
 
 def test_rows_roll_back_by_different_amounts_without_a_trace(published):
     directory, ids, expected = published
-    config, weights = checkpoints.load_target(directory, WeightsForm())
+    target = read_target(directory, WeightFormat())
     random = np.random.default_rng(1)
-    cache = gpt_oss.empty_cache(config, len(ids), 64, jnp.float32, rollback=8)
+    cache = gpt_oss.empty_cache(target.config, len(ids), 64, jnp.float32, rollback=8)
     start = np.zeros(len(ids), np.int32)
     seen = np.zeros(ids.shape, bool)
     while (start < ids.shape[1]).any():
         width = 6
-        block = random.integers(0, config.vocab_size, (len(ids), width)).astype(np.int32)
+        block = random.integers(0, target.config.vocab_size, (len(ids), width)).astype(np.int32)
         good = np.minimum(random.integers(1, width + 1, len(ids)), ids.shape[1] - start)
         for row, (at, count) in enumerate(zip(start, good, strict=True)):
             block[row, :count] = ids[row, at : at + count]  # the rest is a rejected draft
-        out = step(weights, config, block, jnp.asarray(start), cache, ())
+        out = step(target, block, jnp.asarray(start), cache, ())
         cache = out.cache
-        logits = np.asarray(gpt_oss.logits(weights, out.hidden))
+        logits = np.asarray(gpt_oss.logits(target.weights, out.hidden))
         for row, (at, count) in enumerate(zip(start, good, strict=True)):
             wanted = expected["logits"][row, at : at + count]
             np.testing.assert_allclose(logits[row, :count], wanted, rtol=0, atol=TOLERANCE)

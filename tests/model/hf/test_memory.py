@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve()
+from tests.support.paths import PROGRAMS, ROOT, TESTS
+
 LAYERS = 6
 LARGEST_IN_FILES = 32 * 5760 * 1440  # bytes of gate_up_proj_blocks
 
@@ -16,7 +16,7 @@ LARGEST_IN_FILES = 32 * 5760 * 1440  # bytes of gate_up_proj_blocks
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """gpt-oss-20b's layout with a quarter of its layers and a sixth of its vocabulary, in sixteen files."""
-    published = json.loads((HERE.parents[1] / "compile" / "gpt_oss_20b.json").read_text())
+    published = json.loads((TESTS / "compile" / "gpt_oss_20b.json").read_text())
     hf = published | {"num_hidden_layers": LAYERS, "vocab_size": 32768}
     directory = tmp_path_factory.mktemp("three-gigabytes")
     written = measure("write", directory, hf, {})
@@ -28,8 +28,8 @@ def checkpoint(tmp_path_factory):
 
 
 def measure(what, directory, hf, form):
-    command = [sys.executable, str(HERE.with_name("load_and_measure.py")), what, str(directory), json.dumps(hf), json.dumps(form)]  # fmt: skip  # noqa: E501
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2])}
+    command = [sys.executable, str(PROGRAMS / "load_and_measure.py"), what, str(directory), json.dumps(hf), json.dumps(form)]  # fmt: skip  # noqa: E501
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(made.stdout.splitlines()[-1])
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.model import attention, attention_kernels, kv_cache
-from pipeline.model.attention import Part
-from pipeline.model.execution import Execution, Kernels
+from pipeline.model.layers import attention, attention_kernels, kv_cache
+from pipeline.model.layers.attention import Part
+from pipeline.model.parallel.execution import Execution, KernelBackend
 
 NUM_HEADS, GROUPS, WIDTH = 6, 2, 16
 CASES = {"all before": None, "window": 7, "window as long as a tile": 128}
@@ -108,12 +108,14 @@ def test_kernels_give_the_plain_paths_values_and_log_sums(kernel, window):
 
 
 def test_rows_that_a_kernel_takes_go_through_it():
-    run = Execution(kernels=Kernels.pallas_interpreted)
+    execution = Execution(backend=KernelBackend.pallas_interpreted)
     arrays = [jnp.asarray(drawn(seed, 1, 128, heads, 64)) for seed, heads in enumerate((NUM_HEADS, GROUPS, GROUPS))]
-    used = str(jax.make_jaxpr(lambda *given: attention.over_own(*given, run=run))(*arrays))
+    used = str(jax.make_jaxpr(lambda *given: attention.over_own(*given, execution=execution))(*arrays))
     assert "pallas_call" in used
     shorter = [array[:, :100] for array in arrays]
-    assert "pallas_call" not in str(jax.make_jaxpr(lambda *given: attention.over_own(*given, run=run))(*shorter))
+    assert "pallas_call" not in str(
+        jax.make_jaxpr(lambda *given: attention.over_own(*given, execution=execution))(*shorter)
+    )
 
 
 @pytest.mark.gpu

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-import tiny_models
 
-from pipeline.artifacts import PipelineError
-from pipeline.model.rope import Rope, frequencies
+from pipeline.errors import PipelineError
+from pipeline.model.layers.rope import Rope, frequencies
+from tests.support import models as tiny_models
 
 
 def test_both_spellings_of_a_config_read_alike():

@@ -4,17 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.model.sampling import Sampling, key_of, noise, nucleus, sample
-from pipeline.model.sharding import ALONE
+from pipeline.model.layers.sampling import Sampling, key_of, noise, nucleus, sample
+from pipeline.model.parallel.shards import UNSHARDED
+from tests.support.paths import PROGRAMS, ROOT
 
-HERE = Path(__file__).resolve().parent
 VOCAB_SIZE, NUM_DRAWS = 37, 40_000
 CHI_SQUARE_LIMIT = 80.0  # of 36 degrees of freedom, passed by chance once in 30,000 times
 
@@ -31,11 +30,11 @@ def nucleus_by_sorting(logits, top_p):
     return np.isin(np.arange(len(logits)), order[before < top_p])
 
 
-def drawn(logits, how, num_draws=NUM_DRAWS):
+def drawn(logits, sampling, num_draws=NUM_DRAWS):
     keys = jnp.asarray([key_of(7, str(index)) for index in range(num_draws)], jnp.uint32)
     rows = jnp.broadcast_to(jnp.asarray(logits), (num_draws, len(logits)))
     positions = jnp.arange(num_draws) % 50
-    return np.asarray(jax.jit(sample, static_argnums=(3, 4))(rows, keys, positions, how, ALONE))
+    return np.asarray(jax.jit(sample, static_argnums=(3, 4))(rows, keys, positions, sampling, UNSHARDED))
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +59,14 @@ def test_draws_are_distributed_as_the_softmax_of_the_nucleus(logits, temperature
 
 def test_draws_at_neighbouring_positions_and_of_neighbouring_tokens_are_independent():
     keys = jnp.asarray([key_of(0, "text")] * 4000, jnp.uint32)
-    found = np.asarray(noise(keys, jnp.arange(4000), 5, ALONE))
+    found = np.asarray(noise(keys, jnp.arange(4000), 5, UNSHARDED))
     assert np.abs(np.corrcoef(found.T) - np.eye(5)).max() < 0.08
     assert abs(np.corrcoef(found[1:, 0], found[:-1, 0])[0, 1]) < 0.08
 
 
 def test_noise_is_gumbels_of_the_bits_that_jax_draws():
     key = key_of(3, "text")
-    found = np.asarray(noise(jnp.asarray([key], jnp.uint32), jnp.asarray([11]), 5000, ALONE))[0]
+    found = np.asarray(noise(jnp.asarray([key], jnp.uint32), jnp.asarray([11]), 5000, UNSHARDED))[0]
     here = jax.random.fold_in(jax.random.wrap_key_data(np.array(key, np.uint32), impl="threefry2x32"), 11)
     uniform = (np.asarray(jax.random.bits(here, (5000,)), np.float64) + 0.5) / 2**32
     np.testing.assert_allclose(found, -np.log(-np.log1p(-uniform)), rtol=1e-5, atol=1e-5)
@@ -77,15 +76,15 @@ def test_noise_is_gumbels_of_the_bits_that_jax_draws():
 @pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
 def test_the_nucleus_is_that_of_sorting(top_p, scale):
     rows = (scale * np.random.default_rng(1).normal(size=(64, 501))).astype(np.float32)
-    found = np.asarray(nucleus(jnp.asarray(rows), top_p, ALONE))
-    for row, kept in zip(rows, found, strict=True):
-        assert kept.tolist() == (nucleus_by_sorting(row, top_p).tolist() if top_p < 1 else [True] * 501)
+    found = np.asarray(nucleus(jnp.asarray(rows), top_p, UNSHARDED))
+    for row, inside in zip(rows, found, strict=True):
+        assert inside.tolist() == (nucleus_by_sorting(row, top_p).tolist() if top_p < 1 else [True] * 501)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.3, [1, 3]), (0.5, [1, 3]), (0.75, [0, 1, 2, 3])])
-def test_equally_likely_tokens_are_in_the_nucleus_together(top_p, kept):
-    found = nucleus(jnp.asarray([[0.0, 1.0, -0.0, 1.0, -9.0]]), top_p, ALONE)
-    assert np.flatnonzero(found[0]).tolist() == kept
+@pytest.mark.parametrize(("top_p", "inside"), [(0.3, [1, 3]), (0.5, [1, 3]), (0.75, [0, 1, 2, 3])])
+def test_equally_likely_tokens_are_in_the_nucleus_together(top_p, inside):
+    found = nucleus(jnp.asarray([[0.0, 1.0, -0.0, 1.0, -9.0]]), top_p, UNSHARDED)
+    assert np.flatnonzero(found[0]).tolist() == inside
 
 
 def test_keys_of_seeds_and_names_differ_and_stay_what_they_are():
@@ -96,13 +95,13 @@ def test_keys_of_seeds_and_names_differ_and_stay_what_they_are():
 
 
 def test_shards_of_the_vocabulary_draw_what_one_device_draws():
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-    command = [sys.executable, str(HERE / "sampling_on_eight_devices.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(PROGRAMS / "sampling_on_eight_devices.py")]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert made.returncode == 0, made.stderr[-3000:]
-    told = json.loads(made.stdout.splitlines()[-1])
-    assert list(told) == ["1x1x1", "1x8x1", "2x2x2"]
-    alone = told.pop("1x1x1")
+    found = json.loads(made.stdout.splitlines()[-1])
+    assert list(found) == ["1x1x1", "1x8x1", "2x2x2"]
+    alone = found.pop("1x1x1")
     assert len(set(alone["tokens"])) > 20
-    for mesh, found in told.items():
-        assert found == alone, mesh
+    for mesh, one in found.items():
+        assert one == alone, mesh

@@ -1,8 +1,9 @@
 """One of two hosts with four CPU devices each: decodes the fitted draft's prompts over a mesh of all eight devices.
 
-    two_hosts.py PROCESS PORT TARGET DRAFT PROMPTS DATAxEXPERTxTENSOR
+    engine_on_two_hosts.py PROCESS PORT TARGET DRAFT PROMPTS DATAxEXPERTxTENSOR
 
-Prints one JSON line: the answers of an engine that both drive alike, and (the first host) of one that it leads.
+Prints one JSON line: the answers of an engine that both drive alike, and from the primary those of one whose calls
+it broadcasts.
 """
 
 import dataclasses
@@ -16,15 +17,18 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 
-from pipeline import hosts
-from pipeline.model import checkpoints, draft, placement
-from pipeline.model.execution import Execution
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm, weight_shapes
-from pipeline.model.sharding import Shards
-from pipeline.serve.engine import Draft, Engine
-from pipeline.serve.leading import LeadingEngine, follow
-from pipeline.serve.scheduler import Request
+from pipeline import distributed
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.engine import Engine
+from pipeline.engine.multihost import PrimaryEngine, follow_primary
+from pipeline.engine.request import Request
+from pipeline.model import placement
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_config, read_draft, read_draft_config, read_target
+from pipeline.model.parallel.execution import Execution
+from pipeline.model.parallel.runtime import Runtime
+from pipeline.model.parallel.shards import Shards
 
 
 def requests(prompts):
@@ -36,51 +40,40 @@ def requests(prompts):
 
 def main() -> None:
     process, port, target, drafted, prompts, mesh_size = sys.argv[1:]
-    hosts.join(f"127.0.0.1:{port}", 2, int(process))
+    distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
     assert jax.device_count() == 8
-    assert hosts.is_first() == (process == "0")
+    assert distributed.is_primary() == (process == "0")
     shards = Shards(*map(int, mesh_size.split("x")))
     mesh = placement.make_mesh(shards)
-    config = GptOssConfig.from_hf(checkpoints.read_config(Path(target)))
-    form = WeightsForm(shards=shards)
-    shapes = weight_shapes(config, form)
-    _, weights = checkpoints.load_target(
-        Path(target), form, placement.places(shapes, placement.target_specs(shapes), mesh)
+    sizes, weight_format = GptOssConfig.from_hf(read_config(Path(target))), WeightFormat(shards=shards)
+    models = (
+        read_target(Path(target), weight_format, placement.target_shardings(sizes, weight_format, mesh)),
+        read_draft(
+            Path(drafted), "float32", placement.draft_shardings(read_draft_config(Path(drafted)), "float32", mesh)
+        ),
     )
-    sizes = checkpoints.read_draft_config(Path(drafted))
-    shapes = draft.weight_shapes(sizes)
-    _, draft_weights = checkpoints.load_draft(
-        Path(drafted), "float32", placement.places(shapes, placement.draft_specs(shapes), mesh)
-    )
-    given = {
-        "stop_token_ids": [5, 71],
-        "slots": 4,
-        "max_length": 80,
-        "prefill_chunk": 16,
-        "draft": Draft(draft_weights, sizes),
-        "run": Execution(shards),
-        "mesh": mesh,
-    }
+    config = EngineConfig(num_slots=4, max_length=80, prefill_chunk=16, stop_token_ids=(5, 71))
+    runtime = Runtime(Execution(shards), mesh)
     asked = requests(json.loads(Path(prompts).read_text()))
-    alike = Engine(weights, config, **given)
+    alike = Engine(*models, config, runtime)
     answers = {one.request_id: list(one.token_ids) for one in alike.generate(asked)}
-    if not hosts.is_first():
-        engine = Engine(weights, config, **given)
+    if not distributed.is_primary():
+        engine = Engine(*models, config, runtime)
         engine.warm_up()
-        follow(engine)
+        follow_primary(engine)
         print(json.dumps({"alike": answers, "followed_rounds": engine.acceptance.num_rounds}))
         return
-    engine = LeadingEngine(weights, config, **given)
+    engine = PrimaryEngine(*models, config, runtime)
     engine.warm_up()
-    engine.lead()
-    engine.keep_waiting()
+    engine.start_broadcasting()
+    engine.broadcast_idle()
     extra = dataclasses.replace(asked[0], request_id="given up")
     engine.add(extra)
     engine.step()
     engine.cancel("given up")
-    led = {one.request_id: list(one.token_ids) for one in engine.generate(asked)}
-    engine.end()
-    print(json.dumps({"alike": answers, "led": led, "followed_rounds": engine.acceptance.num_rounds}))
+    broadcast = {one.request_id: list(one.token_ids) for one in engine.generate(asked)}
+    engine.shut_down_followers()
+    print(json.dumps({"alike": answers, "broadcast": broadcast, "followed_rounds": engine.acceptance.num_rounds}))
 
 
 if __name__ == "__main__":

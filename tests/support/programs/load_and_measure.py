@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from pipeline.model import checkpoints, hf_target
-from pipeline.model.gpt_oss_config import GptOssConfig, is_packed
-from pipeline.model.gpt_oss_weights import WeightsForm
+from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf import gpt_oss as hf_gpt_oss
+from pipeline.model.hf.directory import read_target
 
 SHARD_BYTES = 2**28
 
@@ -25,7 +26,7 @@ SHARD_BYTES = 2**28
 def write(directory: Path, hf: dict) -> int:
     """Shards of about SHARD_BYTES with their index; returns the bytes of all tensors."""
     random = np.random.default_rng(0)
-    expected = hf_target.expected_tensors(GptOssConfig.from_hf(hf), packed=is_packed(hf))
+    expected = hf_gpt_oss.expected_target_tensors(GptOssConfig.from_hf(hf), packed=is_packed(hf))
     shards, size = [{}], 0
     for name, wanted in expected.items():
         if "U8" in wanted.kinds:
@@ -53,28 +54,27 @@ def memory(name: str) -> int:
 
 
 def main() -> None:
-    directory, hf, form = Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+    directory, hf, weight_format = Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
     if sys.argv[1] == "write":
         print(json.dumps({"file_bytes": write(directory, hf)}))
         return
     jax.block_until_ready(jax.numpy.zeros(8))  # what a backend takes is not the loader's
     before = memory("VmRSS")
-    _, weights = checkpoints.load_target(directory, WeightsForm(**form))
-    jax.block_until_ready(weights)
-    leaves = jax.tree.leaves(weights)
+    target = jax.block_until_ready(read_target(directory, WeightFormat(**weight_format)))
+    leaves = jax.tree.leaves(target)
     found = {
         "peak_bytes": memory("VmHWM") - before,
         "resident_bytes": sum(leaf.nbytes for leaf in leaves),
         "largest_bytes": max(leaf.nbytes for leaf in leaves),
-        "bytes_per_parameter": _bytes_per_parameter(weights),
+        "bytes_per_parameter": _bytes_per_parameter(target),
     }
     print(json.dumps(found))
 
 
-def _bytes_per_parameter(weights) -> float:
+def _bytes_per_parameter(target) -> float:
     config = GptOssConfig.from_hf(json.loads(sys.argv[3]))
-    shapes = [wanted.shape for wanted in hf_target.expected_tensors(config, packed=False).values()]
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / sum(map(int, map(np.prod, shapes)))
+    shapes = [wanted.shape for wanted in hf_gpt_oss.expected_target_tensors(config, packed=False).values()]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(target)) / sum(map(int, map(np.prod, shapes)))
 
 
 if __name__ == "__main__":

@@ -14,27 +14,28 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from pipeline.model import placement, sampling
-from pipeline.model.sampling import Sampling
-from pipeline.model.sharding import DATA, MODEL, Shards
+from pipeline.model import placement
+from pipeline.model.layers import sampling
+from pipeline.model.layers.sampling import Sampling
+from pipeline.model.parallel.shards import DATA, MODEL, Shards
 
 ROWS, VOCAB_SIZE = 64, 400
-HOW = Sampling(1.3, 0.95)
+SAMPLING = Sampling(1.3, 0.95)
 
 
 def drawn(logits, keys, positions, shards):
-    tokens = sampling.sample(logits, keys, positions, HOW, shards)
+    tokens = sampling.sample(logits, keys, positions, SAMPLING, shards)
     return tokens, sampling.noise(keys, positions, logits.shape[-1], shards)
 
 
 def main() -> None:
     logits = 2 * np.random.default_rng(0).normal(size=(ROWS, VOCAB_SIZE)).astype(np.float32)
     keys = np.array([sampling.key_of(0, str(index)) for index in range(ROWS)], np.uint32)
-    told = {}
+    found = {}
     for sizes in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
         shards = Shards(*sizes)
         step = functools.partial(drawn, shards=shards)
-        if shards.split:
+        if shards.is_split:
             specs = (P(DATA, MODEL), P(DATA), P(DATA))
             step = jax.shard_map(
                 step,
@@ -44,8 +45,8 @@ def main() -> None:
                 check_vma=False,
             )
         tokens, noise = jax.device_get(jax.jit(step)(logits, keys, np.arange(ROWS, dtype=np.int32)))
-        told["x".join(map(str, sizes))] = {"tokens": tokens.tolist(), "noise": float(noise.sum(dtype=np.float64))}
-    print(json.dumps(told))
+        found["x".join(map(str, sizes))] = {"tokens": tokens.tolist(), "noise": float(noise.sum(dtype=np.float64))}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

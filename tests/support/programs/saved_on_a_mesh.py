@@ -16,13 +16,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pipeline.model import hf_draft
-from pipeline.model.draft import DraftConfig
-from pipeline.model.rope import Rope
-from pipeline.train import environment
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.model.layers.rope import Rope
+from pipeline.train.easydel import environment
 from pipeline.train.optimizer import averaged
 
-DRAFT = DraftConfig(
+DRAFT = DFlashConfig(
     vocab_size=37,
     hidden_size=24,
     intermediate_size=56,
@@ -44,11 +44,11 @@ def main() -> None:
     environment.prepare()
     from easydel.infra.base_state import EasyDeLState
 
-    from pipeline.train.draft_module import KERNELS, DraftModule, DraftModuleConfig
+    from pipeline.train.easydel.draft_module import KERNELS, DraftModule, DraftModuleConfig
 
     directory, (data, fsdp, tensor) = Path(sys.argv[1]), map(int, sys.argv[2].split("x"))
     mesh = Mesh(np.array(jax.devices()).reshape(data, fsdp, 1, tensor, 1), AXES)
-    config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
+    config = DraftModuleConfig(draft=hf_dflash.config_to_hf(DRAFT, "float32", {}))
     module = DraftModule(config=config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     optimizer = optax.chain(optax.adamw(1e-3), averaged(0.9))
     state = EasyDeLState.create(step=3, model=module, tx=optimizer, init_opt_state=True)

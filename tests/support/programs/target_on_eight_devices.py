@@ -1,6 +1,6 @@
 """Runs a tiny target and draft on meshes of eight forced CPU devices and prints how far each is from one device.
 
-    eight_devices.py ROOT '[[[DATA, EXPERT, TENSOR], FORM], ...]'
+    target_on_eight_devices.py ROOT '[[[DATA, EXPERT, TENSOR], FORM], ...]'
 
 A program of its own, because the number of devices is fixed when JAX starts. Prints one JSON line: for every mesh and
 form of the weights the largest difference of logits of prefill, decode and verify, and of the draft's.
@@ -21,16 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from pipeline.model import checkpoints, draft, gpt_oss, placement
-from pipeline.model.draft import DraftConfig
-from pipeline.model.execution import Execution
-from pipeline.model.gpt_oss_config import GptOssConfig
-from pipeline.model.gpt_oss_weights import WeightsForm, weight_shapes
-from pipeline.model.rope import Rope
-from pipeline.model.sharding import MODEL, Shards
+from pipeline.model import placement
+from pipeline.model.dflash import forward as dflash
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss import forward as gpt_oss
+from pipeline.model.gpt_oss.config import GptOssConfig
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_config, read_draft, read_draft_config, read_target, save_draft
+from pipeline.model.layers.rope import Rope
+from pipeline.model.parallel.execution import Execution
+from pipeline.model.parallel.shards import MODEL, Shards
 
 NUM_ROWS, PROMPT, BLOCK, NUM_POSITIONS = 8, 11, 5, 32
-DRAFT = DraftConfig(
+DRAFT = DFlashConfig(
     vocab_size=0,
     hidden_size=0,
     intermediate_size=48,
@@ -46,59 +51,52 @@ DRAFT = DraftConfig(
 )
 
 
-def passes(weights, draft_weights, ids, cache, draft_cache, *, config, sizes, run):
+def passes(target, draft, ids, cache, draft_cache, *, execution):
     """Logits [B, V] of prefill, [B, V] of a step, [B, K, V] of a block, and the draft's [B, K, V]."""
     start = jnp.zeros(len(ids), jnp.int32)
-    taps = sizes.tapped_layers
+    taps = draft.config.tapped_layers
     logits = []
 
     def gathered(hidden):
-        local = gpt_oss.logits(weights, hidden)
+        local = gpt_oss.logits(target.weights, hidden)
         axis = local.ndim - 1
-        return jax.lax.all_gather(local, MODEL, axis=axis, tiled=True) if run.shards.split else local
+        return jax.lax.all_gather(local, MODEL, axis=axis, tiled=True) if execution.shards.is_split else local
 
     for first, last in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + 1 + BLOCK)):
         at = start + first
-        out = gpt_oss.forward(weights, config, ids[:, first:last], at, cache, taps, run=run)
+        out = gpt_oss.forward(target, ids[:, first:last], at, cache, taps, execution=execution)
         positions = at[:, None] + jnp.arange(last - first)
-        new = draft.context(draft_weights, sizes, out.features, positions, run.shards)
-        cache, draft_cache = out.cache, draft.extend(draft_cache, new, at)
+        new = dflash.context(draft, out.features, positions, execution.shards)
+        cache, draft_cache = out.cache, dflash.extend(draft_cache, new, at)
         logits.append(gathered(out.hidden))
-    block = gpt_oss.embed(weights, ids[:, -BLOCK:], run.shards)
-    hidden = draft.denoise(draft_weights, sizes, block, start + PROMPT + 1 + BLOCK, draft_cache, run)
-    tokens = gpt_oss.next_tokens(weights, hidden, run.shards)
+    block = gpt_oss.embed(target.weights, ids[:, -BLOCK:], execution.shards)
+    hidden = dflash.denoise(draft, block, start + PROMPT + 1 + BLOCK, draft_cache, execution)
+    tokens = gpt_oss.next_tokens(target.weights, hidden, execution.shards)
     return *logits, gathered(hidden), tokens
 
 
-def outputs_of(directory, draft_directory, ids, form, shards):
+def outputs_of(directory, draft_directory, ids, weight_format, shards):
     """The passes' outputs with weights read from files to where they belong."""
-    run = Execution(shards, few_tokens=ids.shape[0] * 2)  # prefill is grouped, decode is not
-    config = GptOssConfig.from_hf(checkpoints.read_config(directory))
-    sizes = checkpoints.read_draft_config(draft_directory)
-    form = dataclasses.replace(form, shards=shards)
+    execution = Execution(shards, max_per_expert_tokens=ids.shape[0] * 2)  # prefill is grouped, decode is not
+    config = GptOssConfig.from_hf(read_config(directory))
+    sizes = read_draft_config(draft_directory)
+    weight_format = dataclasses.replace(weight_format, shards=shards)
     cache = gpt_oss.empty_cache(config, NUM_ROWS, NUM_POSITIONS, jnp.float32, rollback=BLOCK)
-    draft_cache = draft.empty_cache(sizes, NUM_ROWS, NUM_POSITIONS, jnp.float32)
-    step = functools.partial(passes, config=config, sizes=sizes, run=run)
-    if not shards.split:
-        _, weights = checkpoints.load_target(directory, form)
-        _, draft_weights = checkpoints.load_draft(draft_directory, "float32")
-        return jax.device_get(jax.jit(step)(weights, draft_weights, ids, cache, draft_cache))
+    draft_cache = dflash.empty_cache(sizes, NUM_ROWS, NUM_POSITIONS, jnp.float32)
+    step = functools.partial(passes, execution=execution)
+    if not shards.is_split:
+        target, draft = read_target(directory, weight_format), read_draft(draft_directory, "float32")
+        return jax.device_get(jax.jit(step)(target, draft, ids, cache, draft_cache))
     mesh = placement.make_mesh(shards)
-    placement.require_divisible(config, form)
+    placement.require_divisible_target(config, weight_format)
     placement.require_divisible_draft(sizes, shards)
-    shapes = weight_shapes(config, form)
-    specs = placement.target_specs(shapes)
-    _, weights = checkpoints.load_target(directory, form, placement.places(shapes, specs, mesh))
-    draft_shapes = draft.weight_shapes(sizes)
-    draft_specs = placement.draft_specs(draft_shapes)
-    places = placement.places(draft_shapes, draft_specs, mesh)
-    _, draft_weights = checkpoints.load_draft(draft_directory, "float32", places)
+    target = read_target(directory, weight_format, placement.target_shardings(config, weight_format, mesh))
+    draft = read_draft(draft_directory, "float32", placement.draft_shardings(sizes, "float32", mesh))
+    specs = (placement.target_specs(target), placement.draft_specs(draft))
     caches = [jax.tree.map(lambda _: placement.CACHE, one) for one in (cache, draft_cache)]
     rows = placement.ROWS
-    sharded = jax.shard_map(
-        step, mesh=mesh, in_specs=(specs, draft_specs, rows, *caches), out_specs=P("data"), check_vma=False
-    )
-    return jax.device_get(jax.jit(sharded)(weights, draft_weights, ids, cache, draft_cache))
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(*specs, rows, *caches), out_specs=P("data"), check_vma=False)
+    return jax.device_get(jax.jit(sharded)(target, draft, ids, cache, draft_cache))
 
 
 def main() -> None:
@@ -107,15 +105,15 @@ def main() -> None:
     for name in dict.fromkeys(form for _, form in cases):
         packed = name == "packed"
         directory, draft_directory = root / name, root / f"{name}-draft"
-        config = GptOssConfig.from_hf(checkpoints.read_config(directory))
+        config = GptOssConfig.from_hf(read_config(directory))
         sizes = dataclasses.replace(DRAFT, vocab_size=config.vocab_size, hidden_size=config.hidden_size)
         draft_directory.mkdir(exist_ok=True)
-        checkpoints.save_draft(draft_directory, sizes, draft.random_weights(sizes, jax.random.key(1)), {})
+        save_draft(draft_directory, DraftModel(sizes, dflash_weights.random_weights(sizes, jax.random.key(1))), {})
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (NUM_ROWS, PROMPT + 1 + BLOCK)).astype(np.int32)
-        form = WeightsForm(packed=packed)
-        alone = outputs_of(directory, draft_directory, ids, form, Shards())
+        weight_format = WeightFormat(packed=packed)
+        alone = outputs_of(directory, draft_directory, ids, weight_format, Shards())
         for mesh in [size for size, form in cases if form == name]:
-            split = outputs_of(directory, draft_directory, ids, form, Shards(*mesh))
+            split = outputs_of(directory, draft_directory, ids, weight_format, Shards(*mesh))
             found["x".join(map(str, mesh)) + f" {name}"] = {
                 "prefill": float(np.abs(split[0] - alone[0]).max()),
                 "decode": float(np.abs(split[1] - alone[1]).max()),

@@ -1,6 +1,6 @@
 """Trains a tiny draft on meshes of forced CPU devices and prints the losses of every step.
 
-    eight_devices.py '[[[DATA, FSDP, TENSOR], {"packed": ..., "accumulation": ..., ...}], ...]'
+    training_on_eight_devices.py '[[[DATA, FSDP, TENSOR], {"packed": ..., "accumulation": ..., ...}], ...]'
 
 A program of its own, because the number of devices is fixed when JAX starts. Prints one JSON line: for every case its
 losses, the other metrics of the last step, the bytes of embedding and head that the first device holds, and the sizes
@@ -22,16 +22,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from pipeline.compile.program_text import parse
+from pipeline.compile.hlo import parse
 from pipeline.dflash import blocks
-from pipeline.model import hf_draft
-from pipeline.model.draft import DraftConfig
-from pipeline.model.rope import Rope
-from pipeline.train import environment, vocabulary
-from pipeline.train.recipe import Recipe
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.model.layers.rope import Rope
+from pipeline.train.easydel import environment
+from pipeline.train.loss import vocab_shard
+from pipeline.train.recipe import Objective, Recipe
 
 NUM_ROWS, NUM_POSITIONS, NUM_ANCHORS, NUM_STEPS = 16, 32, 6, 5
-DRAFT = DraftConfig(
+DRAFT = DFlashConfig(
     vocab_size=53,  # no mesh divides it
     hidden_size=40,
     intermediate_size=64,
@@ -50,11 +51,11 @@ DRAFT = DraftConfig(
 def batch_at(step: int, *, packed: bool, teacher: bool) -> dict[str, np.ndarray]:
     random = np.random.default_rng([7, step])
     shape = (NUM_ROWS, NUM_POSITIONS)
-    places = np.arange(NUM_POSITIONS)
-    starts = np.where(places < 13, 0, np.where(places < 28, 13, NUM_POSITIONS)) if packed else np.zeros(NUM_POSITIONS)
-    generated = (places - starts >= random.integers(2, 5, (NUM_ROWS, 1))) & (starts < NUM_POSITIONS)
+    at = np.arange(NUM_POSITIONS)
+    starts = np.where(at < 13, 0, np.where(at < 28, 13, NUM_POSITIONS)) if packed else np.zeros(NUM_POSITIONS)
+    generated = (at - starts >= random.integers(2, 5, (NUM_ROWS, 1))) & (starts < NUM_POSITIONS)
     drawn = [blocks.draw_anchors(random, row, NUM_ANCHORS) for row in generated]
-    token_ids = ((random.integers(0, 30, (NUM_ROWS, 1)) + places) % 31).astype(np.int32)  # can be learned
+    token_ids = ((random.integers(0, 30, (NUM_ROWS, 1)) + at) % 31).astype(np.int32)  # can be learned
     batch = {
         "token_ids": token_ids,
         "generated": generated,
@@ -73,13 +74,14 @@ def trained(sizes: list[int], case: dict) -> dict:
     """The losses of a few steps on a mesh of `sizes`."""
     from easydel.infra.base_state import EasyDeLState  # which only now can be imported
 
-    from pipeline.train import lowered, trainer
-    from pipeline.train.draft_module import DraftModule, DraftModuleConfig
+    from pipeline.train.easydel import aot, trainer
+    from pipeline.train.easydel import step as train_step
+    from pipeline.train.easydel.draft_module import DraftModule, DraftModuleConfig
 
     data, fsdp, tensor = sizes
     packed = case.pop("packed")
     devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, 1, tensor, 1)
-    mesh = Mesh(devices, lowered.AXES)
+    mesh = Mesh(devices, aot.AXES)
     recipe = Recipe(
         steps=NUM_STEPS,
         batch_sequences=NUM_ROWS,
@@ -87,33 +89,35 @@ def trained(sizes: list[int], case: dict) -> dict:
         warmup_ratio=0.0,
         weight_decay=0.01,
         clip_grad=1.0,
-        loss_decay=3.0,
+        objective=Objective(
+            tuple(blocks.position_weights(DRAFT.block_size, 3.0).tolist()),
+            dpace_smoothing=case.pop("dpace_smoothing", None),
+            distillation=case.pop("distillation", 0.0),
+        ),
         checkpoint_steps=NUM_STEPS,
         eval_steps=NUM_STEPS,
         seed=0,
         **case,
     )
     optimizer, schedule = trainer.arguments_of(Path("run"), recipe).get_optimizer_and_scheduler(NUM_STEPS)
-    module_config = DraftModuleConfig(draft=hf_draft.config_to_hf(DRAFT, "float32", {}))
+    module_config = DraftModuleConfig(draft=hf_dflash.config_to_hf(DRAFT, "float32", {}))
     module = DraftModule(config=module_config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     state = EasyDeLState.create(step=0, model=module, tx=optimizer, init_opt_state=True)
-    places = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, lowered.spec_of(path, leaf)), state
-    )
-    state = jax.device_put(state, places)
+    shardings = jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, aot.spec_of(path, leaf)), state)
+    state = jax.device_put(state, shardings)
     random = np.random.default_rng(11)
     tables = [jnp.asarray(random.normal(size=(DRAFT.vocab_size, DRAFT.hidden_size)), jnp.float32) for _ in range(2)]
-    frozen = vocabulary.share_out(tables[0], tables[1].T, mesh)
-    step = trainer.jitted_step(DRAFT, recipe, schedule, places, frozen[1], mesh)
+    frozen = vocab_shard.shard_tables(tables[0], tables[1].T, mesh)
+    step = train_step.jitted_step(DRAFT, recipe, schedule, shardings, frozen)
     losses, compiled = [], None
     for number in range(NUM_STEPS):
-        batch = batch_at(number, packed=packed, teacher=recipe.distillation > 0)
-        batch = jax.device_put(batch, NamedSharding(mesh, vocabulary.ROWS_SPEC))
+        batch = batch_at(number, packed=packed, teacher=recipe.objective.distillation > 0)
+        batch = jax.device_put(batch, NamedSharding(mesh, vocab_shard.ROWS_SPEC))
         compiled = compiled or step.lower(state, batch, frozen).compile()
         state, metrics = compiled(state, batch, frozen)
         losses.append(float(metrics.loss))
     others = {name: float(value) for name, value in metrics.other_metrics.items()}
-    held = sum(table.addressable_shards[0].data.nbytes for table in frozen)
+    held = sum(table.addressable_shards[0].data.nbytes for table in jax.tree.leaves(frozen))
     exchanged = [list(one.shape.sizes) for one in parse(compiled.as_text()).collectives()]
     return {"losses": losses, "others": others, "held_bytes": held, "exchanged": exchanged}
 

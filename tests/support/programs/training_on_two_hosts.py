@@ -1,4 +1,6 @@
-"""One of two hosts with four CPU devices each that train a draft together: `two_hosts.py PROCESS PORT ROOT TRAIN_JSON`.
+"""One of two hosts with four CPU devices each that train a draft together.
+
+    training_on_two_hosts.py PROCESS PORT ROOT TRAIN_JSON
 
 Prints what it tracked as JSON.
 """
@@ -11,19 +13,20 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
-import tiny_training
-
-from pipeline import artifacts, hosts
+from pipeline import distributed
+from pipeline.artifacts import provenance
 from pipeline.train import stage
+from tests.support import training as tiny_training
+from tests.support.recorder import Recorder
 
 
 def main() -> None:
     process, port, root, train = sys.argv[1:]
-    hosts.join(f"127.0.0.1:{port}", 2, int(process))
-    artifacts.git_commit = lambda: tiny_training.GIT_COMMIT
-    tracker = tiny_training.Recorder()
+    distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+    provenance.git_commit = lambda: tiny_training.GIT_COMMIT
+    tracker = Recorder()
     stage.run(tiny_training.configuration(Path(root), **json.loads(train)), tracker)
-    print(json.dumps([[name, step, value] for (name, step), value in tracker.metrics.items()]))
+    print(json.dumps([[name, step, value] for (name, step), value in tracker.by_step.items()]))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,20 @@ import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_training
 
-from pipeline.artifacts import PipelineError
 from pipeline.dflash.blocks import anchor_candidates
-from pipeline.teacher_cache.store import open_split
-from pipeline.train.batches import Batches, made_ahead, padded_length
+from pipeline.errors import PipelineError
+from pipeline.store.reader import open_split
+from pipeline.train.data.padded import PaddedBatches
+from pipeline.train.data.prefetch import prefetch
+from pipeline.train.data.rows import padded_row_length
+from tests.support import training as tiny_training
+from tests.support.paths import ROOT
 
 FEATURE_SIZE, NUM_TRAIN = 6, 11
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def split(tmp_path_factory):
 
 def batches_of(split, **changes):
     options = {"num_sequences": 4, "num_anchors": 7, "seed": 3}
-    return Batches(split, **{**options, **changes})
+    return PaddedBatches(split, **{**options, **changes})
 
 
 def text_of(row):
@@ -92,7 +93,7 @@ def test_the_seed_decides(split):
 
 
 def test_rows_hold_the_sequence_and_zeros_behind_it(split):
-    length = padded_length(split.num_tokens)
+    length = padded_row_length(split.num_tokens)
     assert length % 32 == 0
     assert 0 <= length - split.num_tokens.max() < 32
     batch = batches_of(split, num_sequences=NUM_TRAIN).at(0)
@@ -129,13 +130,13 @@ def test_hosts_that_cannot_share_a_batch_evenly_are_refused(split):
         batches_of(split, host=(0, 3))
 
 
-def test_made_ahead_begins_where_it_is_told_and_passes_errors_on():
+def test_prefetching_begins_at_the_given_step_and_passes_errors_on():
     def make(step):
         if step == 9:
             raise ValueError("nine")
         return step * step
 
-    made = made_ahead(make, 6)
+    made = prefetch(make, 6)
     assert [next(made) for _ in range(3)] == [36, 49, 64]
     with pytest.raises(ValueError, match="nine"):
         next(made)
@@ -148,15 +149,15 @@ def test_several_batches_are_made_at_once_while_one_is_used():
         together.wait()
         return step
 
-    made = made_ahead(make, 0, ahead=4)
+    made = prefetch(make, 0, ahead=4)
     assert [next(made) for _ in range(5)] == [0, 1, 2, 3, 4]
     together.abort()  # those that wait for steps nobody asks for
     made.close()
 
 
-def test_no_more_batches_are_held_than_told():
+def test_no_more_batches_are_held_than_asked_for():
     begun = []
-    made = made_ahead(lambda step: begun.append(step) or step, 10, ahead=3)
+    made = prefetch(lambda step: begun.append(step) or step, 10, ahead=3)
     for used in range(10, 16):
         assert next(made) == used
         deadline = time.monotonic() + 20
@@ -175,7 +176,7 @@ def test_an_interrupted_trainer_does_not_wait_for_reads_that_have_not_begun():
             release.wait(20)
         return step
 
-    made = made_ahead(make, 0, ahead=2)
+    made = prefetch(make, 0, ahead=2)
     next(made)
     closed = time.monotonic()
     made.close()
@@ -189,12 +190,12 @@ def test_an_interrupted_trainer_does_not_wait_for_reads_that_have_not_begun():
 def test_ctrl_c_ends_a_process_that_reads_ahead(tmp_path):
     script = """
 import time
-from pipeline.train.batches import made_ahead
+from pipeline.train.data.prefetch import prefetch
 def make(step):
     if step > 2:
         time.sleep(0.2)
     return step
-for batch in made_ahead(make, 0):
+for batch in prefetch(make, 0):
     print(batch, flush=True)
 """
     process = subprocess.Popen(

@@ -8,22 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_training
 
-from pipeline.artifacts import PipelineError
 from pipeline.dflash import blocks
-from pipeline.teacher_cache.store import open_split
-from pipeline.train import packing
-from pipeline.train.batches import Batches
-from pipeline.train.loss import Batch, draft_sums, normaliser
-from pipeline.train.packed_batches import PackedBatches
+from pipeline.errors import PipelineError
+from pipeline.store.reader import open_split
+from pipeline.train.data import packing
+from pipeline.train.data.packed import PackedBatches
+from pipeline.train.data.padded import PaddedBatches
+from pipeline.train.loss.objective import TrainBatch, draft_sums, normaliser
+from pipeline.train.loss.vocab_shard import FrozenTables
+from pipeline.train.recipe import Objective
+from tests.support import training as tiny_training
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 CONFIG = dataclasses.replace(tiny_training.DRAFT, vocab_size=61, mask_token_id=60, num_hidden_layers=1)
 NUM_TRAIN, ROW_TOKENS, NUM_ANCHORS, SEED = 11, 128, 7, 3
-OBJECTIVES = {
-    "decay": {"slot_weights": blocks.slot_weights(CONFIG.block_size, 3.0)},
-    "dpace": {"slot_weights": blocks.slot_weights(CONFIG.block_size, 3.0), "dpace_smoothing": 0.5},
-}
+WEIGHTS = tuple(blocks.position_weights(CONFIG.block_size, 3.0).tolist())
+OBJECTIVES = {"decay": Objective(WEIGHTS), "dpace": Objective(WEIGHTS, dpace_smoothing=0.5)}
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +131,17 @@ def differentiated(objective):
     """Sums and gradients of a batch under a normaliser, compiled once for each shape of a batch."""
     random = np.random.default_rng(0)
     embedding, head = (jnp.asarray(random.normal(size=(61, 20)), jnp.float32) for _ in range(2))
-    weights = tiny_training.weights_of(0, CONFIG)
+    tables = FrozenTables(embedding, head.T, 61)
+    draft = tiny_training.draft_of(0, CONFIG)
 
-    def loss_of(weights, batch, total):
-        sums = draft_sums(weights, CONFIG, embedding, head.T, batch, total=total, **objective)
+    def loss_of(draft, batch, total):
+        sums = draft_sums(draft, tables, batch, objective, total)
         return sums.loss, sums
 
     compiled = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
 
     def made(batch, total):
-        (_, sums), gradients = compiled(weights, batch, total)
+        (_, sums), gradients = compiled(draft, batch, total)
         return jax.device_get((sums, gradients))
 
     return made
@@ -147,16 +149,18 @@ def differentiated(objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_packed_rows_have_the_loss_and_gradients_of_padded_ones_and_of_sequences_alone(split, objective):
-    packed = Batch(**jax.tree.map(jnp.asarray, packed_of(split, num_rows=6).at(0)))
-    padded_batches = Batches(split, num_sequences=NUM_TRAIN, num_anchors=NUM_ANCHORS, seed=SEED)
-    padded = Batch(**jax.tree.map(jnp.asarray, padded_batches.at(0)))
+    packed = TrainBatch(**jax.tree.map(jnp.asarray, packed_of(split, num_rows=6).at(0)))
+    padded_batches = PaddedBatches(split, num_sequences=NUM_TRAIN, num_anchors=NUM_ANCHORS, seed=SEED)
+    padded = TrainBatch(**jax.tree.map(jnp.asarray, padded_batches.at(0)))
     assert packed.starts is not None
     assert padded.starts is None
-    total = normaliser(CONFIG, packed, **objective)
-    assert float(total) == pytest.approx(float(normaliser(CONFIG, padded, **objective)), rel=1e-6)
+    total = normaliser(CONFIG, packed, objective)
+    assert float(total) == pytest.approx(float(normaliser(CONFIG, padded, objective)), rel=1e-6)
     made = differentiated(objective)
     found = made(packed, total)
-    rows = [Batch(*(field if field is None else field[row : row + 1] for field in padded)) for row in range(NUM_TRAIN)]
+    rows = [
+        TrainBatch(*(field if field is None else field[row : row + 1] for field in padded)) for row in range(NUM_TRAIN)
+    ]
     alone = [made(row, total) for row in rows]
     one_by_one = jax.tree.map(lambda *parts: sum(parts), *alone)
     for wanted in (made(padded, total), one_by_one):
@@ -178,7 +182,7 @@ def test_no_sequence_of_a_row_knows_of_another(split):
         one["anchor_taken"] = np.zeros_like(batch["anchor_taken"])
         one["anchor_taken"][row] = mine
     made = differentiated(OBJECTIVES["decay"])
-    before, after = (made(Batch(**jax.tree.map(jnp.asarray, one)), jnp.float32(1))[0] for one in (batch, changed))
+    before, after = (made(TrainBatch(**jax.tree.map(jnp.asarray, one)), jnp.float32(1))[0] for one in (batch, changed))
     assert before.num_tokens > 0
     assert before == after
 

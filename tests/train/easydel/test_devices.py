@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.support.compiled import QUICKLY
+from tests.support.paths import PROGRAMS, ROOT
 
 TOLERANCE = 1e-5
 ALONE = (1, 1, 1)
@@ -26,10 +28,9 @@ SLOW_CASES = [(mesh, form) for form in list(FORMS)[:2] for mesh in MESHES] + [(M
 def trained(cases: list) -> dict:
     """Of every mesh and form and of one device, from one process with eight devices."""
     wanted = list(dict.fromkeys([(ALONE, form) for _, form in cases] + cases))
-    here = Path(__file__).resolve()
-    environment = os.environ | {"PYTHONPATH": str(here.parents[2])}
-    told = json.dumps([(mesh, FORMS[form]) for mesh, form in wanted])
-    command = [sys.executable, str(here.with_name("eight_devices.py")), told]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY
+    given = json.dumps([(mesh, FORMS[form]) for mesh, form in wanted])
+    command = [sys.executable, str(PROGRAMS / "training_on_eight_devices.py"), given]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert made.returncode == 0, made.stderr[-4000:]
     return dict(zip(wanted, json.loads(made.stdout.splitlines()[-1]), strict=True))

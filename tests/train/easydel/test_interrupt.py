@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from pipeline.train.interrupt import between_steps
+from pipeline.train.easydel.interrupt import between_steps
 
 
 @pytest.fixture(autouse=True)

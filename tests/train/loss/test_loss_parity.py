@@ -14,14 +14,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle_environment import run_oracle
 from safetensors.numpy import load_file
-from tiny_training import DRAFT, weights_of
 
 from pipeline.dflash import blocks
-from pipeline.model import checkpoints, hf_draft
-from pipeline.model.draft import DraftWeights
-from pipeline.train.loss import Batch, draft_loss
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.hf import dflash as hf_dflash
+from pipeline.model.hf.directory import save_draft, weight_paths
+from pipeline.train.loss.objective import TrainBatch
+from pipeline.train.loss.vocab_shard import FrozenTables
+from pipeline.train.recipe import Objective
+from tests.support.loss import draft_loss
+from tests.support.oracles import run_oracle
+from tests.support.training import DRAFT, draft_of
 
 Result = tuple[float, Mapping[str, np.ndarray]]  # a loss, and gradients by the tensors' names in a draft's file
 
@@ -42,7 +46,7 @@ CASES = {  # by the trainers' own names for how slots are weighted
 }
 
 
-def batch_of(name: str) -> Batch:
+def batch_of(name: str) -> TrainBatch:
     """Random texts with a block at each of our candidates; what lies behind a text is as random as the text."""
     random = np.random.default_rng(7)
     shape = (len(TURNS[name]), NUM_POSITIONS)
@@ -50,7 +54,7 @@ def batch_of(name: str) -> Batch:
     for row, (spans, _) in enumerate(TURNS[name]):
         for start, end in spans:
             generated[row, start:end] = True
-    batch = Batch(
+    batch = TrainBatch(
         token_ids=random.integers(0, CONFIG.vocab_size - 1, shape).astype(np.int32),
         generated=generated,
         features=random.normal(size=(*shape, CONFIG.feature_size)).astype(ml_dtypes.bfloat16),
@@ -60,7 +64,7 @@ def batch_of(name: str) -> Batch:
     return anchored(batch, [blocks.anchor_candidates(row) for row in generated])
 
 
-def anchored(batch: Batch, anchors: Sequence[Sequence[int]]) -> Batch:
+def anchored(batch: TrainBatch, anchors: Sequence[Sequence[int]]) -> TrainBatch:
     """The batch with blocks at these positions of each row."""
     places = np.zeros((len(anchors), NUM_POSITIONS), dtype=np.int32)
     taken = np.zeros(places.shape, dtype=bool)
@@ -77,24 +81,24 @@ def ends() -> tuple[np.ndarray, np.ndarray]:
     return random.normal(size=shape).astype(np.float32), random.normal(size=shape).astype(np.float32)
 
 
-def ours(batch: Batch, **options: float) -> Result:
-    """With the options of `draft_loss`."""
-    arrays = Batch(*(None if field is None else jnp.asarray(field) for field in batch))
-    loss, gradients = _loss_and_gradients(weights_of(0, CONFIG), arrays, tuple(options.items()))
-    leaves = {path: np.asarray(leaf) for path, leaf in checkpoints.weight_paths(gradients)}
-    return float(loss), hf_draft.to_files(leaves)
+def ours(batch: TrainBatch, **options: float) -> Result:
+    """With the options of an `Objective`."""
+    arrays = TrainBatch(*(None if field is None else jnp.asarray(field) for field in batch))
+    weights = tuple(blocks.position_weights(CONFIG.block_size, DECAY).tolist())
+    loss, gradients = _loss_and_gradients(draft_of(0, CONFIG), arrays, Objective(weights, **options))
+    leaves = {path: np.asarray(leaf) for path, leaf in weight_paths(gradients.weights)}
+    return float(loss), hf_dflash.to_files(leaves)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _loss_and_gradients(weights: DraftWeights, batch: Batch, options: tuple) -> tuple[jax.Array, DraftWeights]:
+def _loss_and_gradients(draft: DraftModel, batch: TrainBatch, objective: Objective) -> tuple[jax.Array, DraftModel]:
     embedding, head = ends()
-    slot_weights = blocks.slot_weights(CONFIG.block_size, DECAY)
+    tables = FrozenTables(jnp.asarray(embedding), jnp.asarray(head.T), CONFIG.vocab_size)
 
-    def loss_of(weights: DraftWeights) -> jax.Array:
-        given = (jnp.asarray(embedding), jnp.asarray(head.T), batch, slot_weights)
-        return draft_loss(weights, CONFIG, *given, **dict(options))[0]
+    def loss_of(draft: DraftModel) -> jax.Array:
+        return draft_loss(draft, tables, batch, objective)[0]
 
-    return jax.value_and_grad(loss_of)(weights)
+    return jax.value_and_grad(loss_of)(draft)
 
 
 @functools.cache
@@ -109,7 +113,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """What the trainers say of every case."""
     folder = tmp_path_factory.mktemp("trainers")
     (folder / "draft").mkdir()
-    checkpoints.save_draft(folder / "draft", CONFIG, weights_of(0, CONFIG), {})
+    save_draft(folder / "draft", draft_of(0, CONFIG), {})
     embedding, head = ends()
     for name, turns in TURNS.items():
         batch = batch_of(name)
@@ -156,21 +160,21 @@ def assert_equal(left: Result, right: Result) -> None:
     assert not wrong, wrong
 
 
-def num_counted(batch: Batch) -> tuple[int, float]:
+def num_counted(batch: TrainBatch) -> tuple[int, float]:
     """How many slots of the batch learn a token, and the sum of their weights under decay."""
     places = (jnp.asarray(field) for field in (batch.token_ids, batch.generated, batch.anchors))
     counts = np.asarray(blocks.block_labels(*places, CONFIG.block_size)[1]) & batch.anchor_taken[..., None]
-    return int(counts.sum()), float((counts * blocks.slot_weights(CONFIG.block_size, DECAY)).sum())
+    return int(counts.sum()), float((counts * blocks.position_weights(CONFIG.block_size, DECAY)).sum())
 
 
-def ours_per_token(batch: Batch, **options: float) -> Result:
+def ours_per_token(batch: TrainBatch, **options: float) -> Result:
     """Ours, which is divided by the sum of slots' weights or by the number of sequences, by that of tokens instead."""
     tokens, weight = num_counted(batch)
     divided_by = len(batch.token_ids) if "dpace_smoothing" in options else weight
     return scaled(ours(batch, **options), divided_by / tokens)
 
 
-def as_speculators_has_it(name: str) -> Batch:
+def as_speculators_has_it(name: str) -> TrainBatch:
     """The batch with blocks where speculators starts them.
 
     It asks only that a block's first token is generated, not the next one too, and that the block ends within its one

@@ -1,0 +1,186 @@
+"""What one command has to make of a teacher cache: prompts rendered, shards planned, the target that answers."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import artifact
+from pipeline.artifacts.hashing import fingerprint_of
+from pipeline.artifacts.storage import StoragePath
+from pipeline.engine.config import EngineConfig
+from pipeline.errors import PipelineError
+from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.layers.sampling import Sampling
+from pipeline.prompts.channels import channel_tokens
+from pipeline.prompts.chat_format import chat_format_of, stop_token_ids
+from pipeline.prompts.split import split_by_hash
+from pipeline.store.layout import NO_FEATURES, SPLITS, CacheLayout
+from pipeline.teacher_cache import shards
+from pipeline.teacher_cache.origin import AnswerOrigin
+from pipeline.teacher_cache.render import RenderedPrompt, render_prompts
+from pipeline.teacher_cache.shards import Plan, Teacher
+from pipeline.teacher_cache.summary import PROMPTS
+from pipeline.teacher_cache.writers import Writer
+from pipeline.workspace import settings
+from pipeline.workspace.loading import load_target, runtime_for
+from pipeline.workspace.workspace import TEACHER_CACHE, Workspace
+
+log = logging.getLogger("pipeline")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheJob:
+    """What is to be made of which prompts, and where; a shard on its way to a bucket is built in `staging`."""
+
+    workspace: Workspace
+    path: StoragePath
+    layout: CacheLayout
+    rows: dict[str, list[RenderedPrompt]]
+    plans: list[Plan]
+    writer: Writer
+    staging: Path
+
+    @property
+    def root(self) -> StoragePath:
+        """Where the cache is built."""
+        return artifact.scratch_of(self.path)
+
+    @property
+    def draft(self) -> DFlashConfig:
+        """The draft whose tapped layers are stored."""
+        return self.workspace.draft_config
+
+
+def job_of(workspace: Workspace) -> CacheJob:
+    """Returns the job of this configuration: its prompts are rendered, nothing is answered yet."""
+    config, draft = workspace.config, workspace.draft_config
+    _require_positions(workspace)
+    path, decided = workspace.address(TEACHER_CACHE), workspace.settings(TEACHER_CACHE)
+    rows = rendered_prompts(workspace)
+    writer = Writer(config.teacher_cache.writer, config.teacher_cache.num_writers)
+    # resumed shards must be of these settings and of this very target
+    made_from = {"settings": decided, "target": workspace.target.fingerprint}
+    return CacheJob(
+        workspace=workspace,
+        path=path,
+        layout=_layout(settings.feature_store(config).value, draft),
+        rows=rows,
+        plans=shards.plan_shards(artifact.scratch_of(path), rows, config.teacher_cache.shard_sequences, made_from),
+        writer=writer,
+        staging=workspace.root / TEACHER_CACHE / f"{fingerprint_of(made_from)[:12]}-{writer.index}.upload",
+    )
+
+
+def rendered_prompts(workspace: Workspace) -> dict[str, list[RenderedPrompt]]:
+    """Returns every prompt of every split as tokens; logs how many are used and why the others are not."""
+    prompts, longest = workspace.config.prompts, workspace.config.teacher_cache.max_prompt_tokens
+    found = workspace.prompts
+    sides = split_by_hash(found.prompts, prompts.heldout_fraction)
+    rows = {
+        split: render_prompts(workspace.tokenizer, side, longest, split, date=prompts.date)
+        for split, side in zip(SPLITS, sides, strict=True)
+    }
+    skipped = [row for split in rows.values() for row in split if row.skipped]
+    used = {split: sum(row.skipped is None for row in several) for split, several in rows.items()}
+    log.info(
+        "teacher_cache: %d prompts = %d train + %d held out + %d skipped (and %d repeated, %d over prompts.count)",
+        len(found.prompts),
+        used["train"],
+        used["heldout"],
+        len(skipped),
+        found.num_duplicates,
+        found.num_over,
+    )
+    if skipped:
+        first = skipped[0]
+        log.warning(
+            "teacher_cache: %d prompts are skipped, all of them listed in %s; the first, %s: %s",
+            len(skipped),
+            PROMPTS,
+            first.prompt.prompt_id[:12],
+            first.skipped,
+        )
+    return rows
+
+
+def teacher_of(workspace: Workspace) -> Teacher:
+    """Returns the target of this configuration and how it answers; its weights are read."""
+    config, wanted = workspace.config, workspace.config.teacher_cache
+    runtime = runtime_for(config.mesh, workspace.target.path)
+    stored, origin = settings.feature_store(config).value, answer_origin(workspace)
+    return Teacher(
+        target=load_target(config.target, workspace.target.path, runtime),
+        engine=EngineConfig(
+            num_slots=wanted.slots,
+            max_length=wanted.max_prompt_tokens + wanted.max_new_tokens,
+            prefill_chunk=min(config.engine.prefill_chunk, wanted.max_prompt_tokens),
+            stop_token_ids=tuple(stop_token_ids(workspace.tokenizer)),
+            sampling=origin.sampling,
+        ),
+        tapped_layers=workspace.draft_config.tapped_layers if stored != NO_FEATURES else (),
+        channel_tokens=channel_tokens(workspace.tokenizer),
+        max_new_tokens=wanted.max_new_tokens,
+        origin=origin,
+        runtime=runtime,
+    )
+
+
+def answer_origin(workspace: Workspace) -> AnswerOrigin:
+    """Returns who writes the answers of this configuration's cache, and how their tokens are chosen."""
+    cache = workspace.config.teacher_cache
+    host = settings.endpoint_host(workspace.config)
+    return AnswerOrigin(
+        endpoint=None if host is None else f"{cache.openai.model} at {host}",
+        sampling=Sampling(cache.temperature, cache.top_p) if cache.temperature else None,
+        seed=workspace.config.seed,
+    )
+
+
+def fetch_endpoint_answers(workspace: Workspace, missing: Sequence[Plan], reply_log: Path) -> Callable[..., Any] | None:
+    """Fetches the endpoint's answers to the prompts of all shards that are missing.
+
+    Returns what gives them prompt by prompt; None where our engine answers.
+    """
+    wanted = workspace.config.teacher_cache
+    if settings.endpoint_host(workspace.config) is None:
+        return None
+    from pipeline.teacher_cache.endpoint import Endpoint, EndpointClient  # here: openai takes a second to import
+    from pipeline.teacher_cache.endpoint_replies import EndpointApi, Reader, RequestTemplate
+
+    endpoint = Endpoint(
+        url=str(wanted.openai.url),
+        key=os.environ.get(wanted.openai.api_key_env),
+        concurrency=wanted.openai.concurrency,
+        timeout_seconds=wanted.openai.timeout_seconds,
+        retries=wanted.openai.retries,
+    )
+    template = RequestTemplate(
+        api=EndpointApi[wanted.openai.api.value],
+        model=str(wanted.openai.model),
+        origin=answer_origin(workspace),
+        max_new_tokens=wanted.max_new_tokens,
+        has_efforts=chat_format_of(workspace.tokenizer).has_efforts,
+        extra=wanted.openai.extra,
+    )
+    client = EndpointClient(endpoint, template, Reader(workspace.tokenizer, template.max_new_tokens), reply_log)
+    client.fetch([row for one in missing for row in one.rows])
+    return client.answer
+
+
+def _layout(stored: str, draft: DFlashConfig) -> CacheLayout:
+    if stored == NO_FEATURES:
+        return CacheLayout(stored=stored, feature_size=0, num_tapped=0)
+    return CacheLayout(stored=stored, feature_size=draft.feature_size, num_tapped=len(draft.tapped_layers))
+
+
+def _require_positions(workspace: Workspace) -> None:
+    cache, positions = workspace.config.teacher_cache, workspace.model.max_position_embeddings
+    wanted = cache.max_prompt_tokens + cache.max_new_tokens
+    if wanted > positions:
+        raise PipelineError(
+            f"teacher_cache.max_prompt_tokens + teacher_cache.max_new_tokens is {wanted}; the target has "
+            f"{positions} positions: lower either"
+        )

@@ -82,6 +82,8 @@ NAMES = {
     "weights_form": "weight_format",
 }
 ALLOWED: dict[str, set[str]] = {}  # by file, under pipeline/
+# the tokens that hold text; from Python 3.12 on, an f-string's parts are tokens of their own
+TEXTS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 # what texts no longer say, and what they say instead
 PHRASES = {
     r"\btold\b": "names, reports or states",
@@ -133,7 +135,7 @@ def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def _texts(text: str) -> Iterator[tuple[int, str]]:
     """Comments and string literals, with their first lines."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in (tokenize.COMMENT, tokenize.STRING):
+        if token.type in TEXTS:
             yield token.start[0], token.string
 
 

@@ -142,7 +142,9 @@ class EndpointClient:
             token_ids, reason = self._reader.tokens(entry["kept"])
         except BadReply as error:  # of a journal that an older version of this program wrote
             return FailedPrompt(row.prompt, str(error))
-        finished = Completion(request_id=row.prompt.prompt_id, token_ids=token_ids, finish_reason=reason, kept=())
+        finished = Completion(
+            request_id=row.prompt.prompt_id, token_ids=token_ids, finish_reason=reason, accepted_per_round=()
+        )
         on_finished(finished)
         return AnsweredPrompt(row.prompt, row.token_ids + token_ids, len(row.token_ids), reason)
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from pipeline.engine.request import Completion
 from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.corpus import conversation
@@ -96,6 +97,19 @@ def test_every_row_gets_its_own_answer_in_order_several_at_once(tokenizer, rows,
     assert 2 <= fake.most_at_once <= 4
     assert set(fake.keys) == {f"Bearer {KEY}"}
     assert len(fake.bodies) == NUM_ROWS
+
+
+def test_every_answer_is_reported_as_a_completion_without_draft_rounds(tokenizer, rows, tmp_path):
+    completions = []
+    with endpoint(good) as fake:
+        client = correspondence(tokenizer, fake, tmp_path / "journal")
+        client.fetch(rows[:1])
+        (answered,) = client.answer(rows[:1], completions.append)
+    generated = answered.token_ids[answered.prompt_tokens :]
+    wanted = Completion(
+        request_id=rows[0].prompt.prompt_id, token_ids=generated, finish_reason="stop", accepted_per_round=()
+    )
+    assert completions == [wanted]
 
 
 def test_what_was_answered_is_not_asked_again_unless_the_question_changes(tokenizer, rows, tmp_path):

@@ -64,6 +64,7 @@ def _make(job: CacheJob, tracker: Run) -> None:
             job.writer.log_missing(job.plans, complete)
         else:
             completion.complete(job, complete, teacher, tracker)
+            job.writer.remove_locks(job.path)
     tracker.log_metrics({"teacher_cache/tokens_per_second": tokens_per_second})
 
 

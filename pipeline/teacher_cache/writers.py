@@ -50,6 +50,12 @@ class Writer:
         """Lets one writer at a time complete a cache."""
         return contextlib.nullcontext() if self.count == 1 else artifact.exclusive(path)
 
+    def remove_locks(self, path: StoragePath) -> None:
+        """Removes the locks of all writers of a complete cache: a writer that ended before it was complete left one."""
+        if isinstance(path, Path) and self.count > 1:
+            for index in range(self.count):
+                path.with_name(f"{path.name}.{index}.lock").unlink(missing_ok=True)
+
     def log_missing(self, plans: Sequence[ShardPlan], complete: Collection[StoragePath]) -> None:
         """Logs which shards other writers still have to make."""
         missing = [index for index, plan in enumerate(plans) if plan.path not in complete]

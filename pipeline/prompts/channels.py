@@ -1,4 +1,4 @@
-"""Which of Harmony's channels each token of a conversation belongs to, from the control tokens alone.
+"""Finds the Harmony channel of each token of a conversation from the control tokens alone.
 
 Source: github.com/openai/harmony, docs/format.md: `<|start|>{role}<|channel|>{channel}<|message|>{text}<|end|>`.
 """
@@ -14,7 +14,7 @@ from pipeline.prompts.tokenizer import Tokenizer, special_token_ids
 
 
 class Channel(enum.IntEnum):
-    """What a token is; the numbers are stored. `other`: control tokens, headers and what is in no message."""
+    """Lists what a token can be; the numbers are stored. `other`: control tokens, headers, text outside of messages."""
 
     prompt = 0
     analysis = 1
@@ -29,9 +29,9 @@ ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|endoftext|>")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChannelTokens:
-    """A tokenizer's ids of what Harmony marks channels with; `names` are the ids that each channel's name begins with.
+    """Holds the ids of the tokens that mark channels; `names` are the ids that each channel's name begins with.
 
-    Of a chat format without channels only `ends` are given.
+    For a chat format without channels only `ends` is set.
     """
 
     ends: tuple[int, ...]
@@ -42,27 +42,29 @@ class ChannelTokens:
 
 
 def channel_tokens(tokenizer: Tokenizer) -> ChannelTokens:
-    """What marks the channels of a tokenizer's chat format. PipelineError as `special_token_ids` raises it."""
-    form = chat_format_of(tokenizer)
-    if not form.has_channels:
-        return ChannelTokens(ends=tuple(special_token_ids(tokenizer, form.stop_tokens)))
-    start, channel, message, *ends = special_token_ids(tokenizer, ("<|start|>", "<|channel|>", "<|message|>", *ENDS))
-    names = tuple(tuple(tokenizer.encode(one.name, add_special_tokens=False)) for one in SPOKEN)
-    return ChannelTokens(start=start, channel=channel, message=message, ends=tuple(ends), names=names)
+    """Returns the tokens that mark channels in a tokenizer's chat format; raises PipelineError when one is missing."""
+    chat_format = chat_format_of(tokenizer)
+    if not chat_format.has_channels:
+        return ChannelTokens(ends=tuple(special_token_ids(tokenizer, chat_format.stop_tokens)))
+    start, channel_mark, message, *ends = special_token_ids(
+        tokenizer, ("<|start|>", "<|channel|>", "<|message|>", *ENDS)
+    )
+    names = tuple(tuple(tokenizer.encode(channel.name, add_special_tokens=False)) for channel in SPOKEN)
+    return ChannelTokens(start=start, channel=channel_mark, message=message, ends=tuple(ends), names=names)
 
 
 def channels(tokens: ChannelTokens, token_ids: Int[np.ndarray, " T"], prompt_tokens: int) -> UInt8[np.ndarray, " T"]:
-    """The `Channel` of every token; the first `prompt_tokens` are the prompt, whatever they say.
+    """Returns the `Channel` of every token; the first `prompt_tokens` are the prompt, whatever they contain.
 
-    A message whose header names no channel is final, as the server takes it; one of a channel that Harmony does not
-    have is other. Without channels in the chat format all that is answered is final.
+    A message whose header names no channel is final, as in the server; a message in a channel that Harmony does not
+    have is other. In a chat format without channels the whole answer is final.
     """
     outside = Channel.final if tokens.message is None else Channel.other
     found = np.full(len(token_ids), outside, np.uint8)
-    control = [one for one in (tokens.start, tokens.channel, tokens.message) if one is not None]
+    control = [token for token in (tokens.start, tokens.channel, tokens.message) if token is not None]
     marks = np.flatnonzero(np.isin(token_ids, [*control, *tokens.ends]))
     found[marks] = Channel.other
-    named = Channel.final  # by the header that is being read
+    named = Channel.final  # the channel that the current header names
     for mark, end in zip(marks, [*marks[1:], len(token_ids)], strict=True):
         if token_ids[mark] == tokens.message:
             found[mark + 1 : end] = named

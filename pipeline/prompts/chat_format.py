@@ -1,10 +1,10 @@
-"""How a target's conversations are written: decided by its tokenizer's control tokens, here and nowhere else.
+"""Chooses a target's chat format from its tokenizer's control tokens, and renders prompts in it.
 
 A Harmony tokenizer (GPT-OSS's, the tiny target's) has channels and reasoning efforts. Any other is taken to be
 that of a plain chat model, such as ChatML's: the template writes the turns, the end-of-sequence token ends the
-answer, and the answer has no channels. A reasoning effort means nothing there: prompts keep theirs as a label
-that no template reads, and the server refuses a request that asks for one. Nor does it have tools: templates that know
-none would leave them out without a word.
+answer, and the answer has no channels. Such a model has no reasoning efforts: prompts keep theirs as a label
+that no template reads, and the server refuses a request that asks for one. It has no tools either, because its
+template would leave them out silently.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from pipeline.prompts.sources import Prompt
 from pipeline.prompts.tokenizer import Tokenizer, control_token_problem, special_token_ids
 from pipeline.prompts.tools import tools_of, tools_problem
 
-ENDINGS = ("<|im_end|>", "<|endoftext|>")  # end a generation in plain formats too, where the tokenizer has them
+PLAIN_STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")  # stop plain formats too, where the tokenizer has them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """What differs between formats. `spoken_roles` gives the roles whose turns the template writes as another's."""
+    """Holds what differs between formats; `spoken_roles` maps roles to those under which the template writes them."""
 
     stop_tokens: tuple[str, ...]
     has_channels: bool
@@ -42,18 +42,18 @@ HARMONY = ChatFormat(
 
 
 def chat_format_of(tokenizer: Tokenizer) -> ChatFormat:
-    """The format of a tokenizer's conversations; PipelineError when nothing ends an answer."""
+    """Returns the format of a tokenizer's conversations; raises PipelineError when no token ends an answer."""
     added = tokenizer.get_added_vocab()
-    if any(token in added for token in harmony.CHANNEL_TOKENS):  # all it needs are looked for where they are used
+    if any(token in added for token in harmony.CHANNEL_TOKENS):  # the others are looked up where they are used
         return HARMONY
-    endings = [tokenizer.eos_token, *ENDINGS]
-    stops = tuple(dict.fromkeys(token for token in endings if token in added))
+    stop_tokens = [tokenizer.eos_token, *PLAIN_STOP_TOKENS]
+    stops = tuple(dict.fromkeys(token for token in stop_tokens if token in added))
     if not stops:
         raise PipelineError(
             f"the tokenizer {tokenizer.name_or_path or '(in memory)'} has no control token that ends an answer "
             f"(eos_token is {tokenizer.eos_token!r}); set eos_token in its tokenizer_config.json"
         )
-    # templates other than Harmony's were never trained with a developer
+    # models with other templates were not trained with a developer role
     return ChatFormat(
         stop_tokens=stops,
         has_channels=False,
@@ -71,12 +71,12 @@ def render_prompt(
     tools: Sequence[Mapping[str, Any]] = (),
     date: str | None = None,
 ) -> list[int]:
-    """The prompt's tokens by the tokenizer's chat template, ending where the assistant begins.
+    """Returns the prompt's tokens by the tokenizer's chat template, ending where the assistant begins.
 
-    `messages` and `tools` are in the shape of OpenAI's API. `date` (`2025-08-05`) stands in for today's in templates
-    that print it, as the official one does: two runs on different days otherwise see different prompts. Raises
+    `messages` and `tools` are in the shape of OpenAI's API. `date` (`2025-08-05`) replaces today's in templates that
+    print it, as the official one does: otherwise two runs on different days see different prompts. Raises
     PipelineError for messages that do not make a prompt, for tools where the format has none, and for texts that
-    spell a control token (they would end the turn they stand in).
+    spell a control token (it would end their turn).
     """
     problem = messages_problem(messages) or tools_problem(tools) or effort_problem(effort)
     if problem is not None:
@@ -93,12 +93,13 @@ def render_prompt(
         options["tools"] = functions
     if date is not None:  # a render variable hides the environment's global
         options["strftime_now"] = datetime.date.fromisoformat(date).strftime
-    return tokenizer.encode(_written(tokenizer, turns, options), add_special_tokens=False)
+    return tokenizer.encode(_apply_template(tokenizer, turns, options), add_special_tokens=False)
 
 
-def _written(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
+def _apply_template(tokenizer: Tokenizer, turns: list[dict[str, Any]], options: dict[str, Any]) -> str:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+        assert isinstance(text, str), "tokenize=False of one conversation"
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
         raise PipelineError(f"the conversation is not valid Unicode ({error}); correct its texts") from error
@@ -108,14 +109,14 @@ def _written(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]], options: dic
 
 
 def prompt_token_ids(tokenizer: Tokenizer, prompt: Prompt, *, date: str | None) -> list[int]:
-    """The tokens of a prompt of a prompt set, as `render_prompt` gives and refuses them."""
+    """Returns the tokens of a prompt of a prompt set; raises PipelineError as `render_prompt` does."""
     messages = [message.as_dict() for message in prompt.messages]
     tools = [tool.as_dict() for tool in prompt.tools]
     return render_prompt(tokenizer, messages, prompt.effort, tools=tools, date=date)
 
 
 def _turn(message: Message, chat_format: ChatFormat) -> dict[str, Any]:
-    """A message as templates take it: unlike OpenAI's, arguments are objects, and what is absent is left out."""
+    """Returns a message as templates take it: arguments are objects (OpenAI's are texts), absent fields left out."""
     turn: dict[str, Any] = {"role": chat_format.spoken_roles.get(message.role, message.role)}
     if message.content or not message.tool_calls:
         turn["content"] = message.content
@@ -136,7 +137,7 @@ def _tools_problem(chat_format: ChatFormat, messages: Sequence[Message], tools: 
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys included."""
+    """Yields every text in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -149,5 +150,5 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a generation. Harmony's: return (answered), call (a tool is wanted), endoftext."""
+    """Returns the tokens that end a generation; in Harmony return (answered), call (of a tool) and endoftext."""
     return special_token_ids(tokenizer, chat_format_of(tokenizer).stop_tokens)

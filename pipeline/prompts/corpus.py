@@ -1,7 +1,7 @@
-"""The embedded corpus: templated conversations that a tiny model learns in minutes.
+"""Generates the embedded corpus: templated conversations that a tiny model learns in minutes.
 
-The answer is a function of the question and the effort, so what is left to chance is in the prompt alone.
-Numbers are small and every step is written out, because four narrow layers cannot carry two steps at once.
+The answer is a function of the question and the effort, so that only the prompt is random. Numbers are small and
+every step is written out, because four narrow layers cannot do two steps at once.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ OPENINGS = ("", "", "Please help. ", "Task: ", "Question: ")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """One user turn and both channels of its answer, as plain text."""
+    """Holds one user turn and both channels of its answer, as plain text."""
 
     prompt: str
     effort: str
@@ -49,7 +49,7 @@ class Conversation:
 
 
 def conversation(seed: int, index: int, effort: str | None = None) -> Conversation:
-    """The `index`-th conversation of the corpus `seed`; without `effort` one of the three is drawn.
+    """Returns the `index`-th conversation of the corpus `seed`; without `effort` one of the three is drawn.
 
     The prompt and the final answer do not depend on the effort, the analysis grows with it. Raises
     PipelineError for an unknown effort.
@@ -71,9 +71,9 @@ def conversation(seed: int, index: int, effort: str | None = None) -> Conversati
 
 
 def texts(conversations: Iterable[Conversation]) -> Iterator[str]:
-    """Every text of the conversations apart, as a tokenizer is trained on them."""
-    for one in conversations:
-        yield from (one.prompt, one.analysis, one.final)
+    """Yields every text of the conversations separately, to train a tokenizer on them."""
+    for each in conversations:
+        yield from (each.prompt, each.analysis, each.final)
 
 
 def _analysis(exchange: Exchange, effort: str) -> str:

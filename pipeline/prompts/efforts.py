@@ -1,4 +1,4 @@
-"""A mix of reasoning efforts: each prompt's own is drawn once and for all."""
+"""Mixes reasoning efforts: each prompt's effort is drawn once, from its id."""
 
 import dataclasses
 import hashlib
@@ -12,15 +12,15 @@ DIGEST_BITS = 64
 
 @dataclasses.dataclass(frozen=True)
 class EffortMix:
-    """Shares of the efforts, at least one of them positive; their sum may be any number."""
+    """Holds the shares of the efforts; at least one is positive, and their sum may be any number."""
 
     seed: int
     shares: Mapping[str, float]
 
     def of(self, prompt_id: str) -> str:
-        """The effort of a prompt: a function of the seed and its id, whatever the other prompts are."""
+        """Returns the effort of a prompt, which depends on the seed and the prompt's id alone."""
         digest = hashlib.sha256(f"effort/{self.seed}/{prompt_id}".encode()).digest()
-        place = int.from_bytes(digest[: DIGEST_BITS // 8]) / 2**DIGEST_BITS * sum(self.shares.values())
+        point = int.from_bytes(digest[: DIGEST_BITS // 8]) / 2**DIGEST_BITS * sum(self.shares.values())
         known = [effort for effort in EFFORTS if self.shares.get(effort)]
         ends = itertools.accumulate(self.shares[effort] for effort in known)
-        return next((effort for effort, end in zip(known, ends, strict=True) if place < end), known[-1])
+        return next((effort for effort, end in zip(known, ends, strict=True) if point < end), known[-1])

@@ -1,4 +1,4 @@
-"""What is Harmony's own: control tokens, and how an answer is written (github.com/openai/harmony, docs/format.md)."""
+"""Holds Harmony's control tokens and renders answers in it (github.com/openai/harmony, docs/format.md)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from pipeline.prompts.tokenizer import Tokenizer, control_token_problem
 from pipeline.prompts.tools import ToolCall, call_problem
 
 STOP_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
-HEADER_TOKENS = ("<|start|>", "<|channel|>")  # what follows them, up to <|message|>, is not text
+HEADER_TOKENS = ("<|start|>", "<|channel|>")  # the tokens after them, up to <|message|>, are not text
 CONSTRAIN = "<|constrain|>"  # in a header, before the type of a call's arguments
 CHANNEL_TOKENS = ("<|channel|>", "<|return|>")  # a tokenizer with one of them is meant to be Harmony's
 NEXT_MESSAGE = "<|end|><|start|>assistant"
@@ -20,13 +20,13 @@ def render_completion(
     *,
     tool_calls: Sequence[ToolCall] = (),
 ) -> list[int]:
-    """The tokens that follow a prompt, as the model writes them, up to and with the one that stops it.
+    """Returns the tokens that follow a prompt, as the model writes them, up to and including its stop token.
 
     A turn ends with the final text and `<|return|>`, or with a call and `<|call|>`; the text beside a call is its
     preamble, which goes to the commentary channel. A call's recipient follows the channel, where the model writes
-    it (docs/format.md, "Receiving tool calls"); openai-harmony reads both spellings and writes the other one, after
-    the role. Raises PipelineError for a turn without end, for more than one call, for a call that is none, and for
-    texts that spell a control token.
+    it (docs/format.md, "Receiving tool calls"); openai-harmony reads both forms and writes it after the role. Raises
+    PipelineError for a turn without end, for more than one call, for an invalid call, and for texts that spell a
+    control token.
     """
     problem = _turn_problem(final, tool_calls)
     spoken = [analysis, final, *(text for call in tool_calls for text in (call.name, call.arguments))]

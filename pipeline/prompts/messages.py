@@ -1,4 +1,4 @@
-"""What a conversation is made of before it is rendered: roles, efforts, and which messages make a prompt."""
+"""Defines conversations before they are rendered: roles, efforts, and which messages make a prompt."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from pipeline.prompts.tools import ToolCall, shown, tool_calls_of, tool_calls_pr
 EFFORTS = ("low", "medium", "high")
 INSTRUCTION_ROLES = ("system", "developer")
 ROLES = (*INSTRUCTION_ROLES, "user", "assistant", "tool")
-ASKING_ROLES = ("user", "tool")  # after them it is the model's turn
-THINKING = ("thinking", "reasoning_content", "reasoning")  # one thing: the template's name, then those of endpoints
+ASKING_ROLES = ("user", "tool")  # the model answers them
+THINKING = ("thinking", "reasoning_content", "reasoning")  # the template's name for analysis, then those of endpoints
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn. `role` is one of ROLES; Harmony renders system and developer alike, as instructions.
+    """Holds one turn; `role` is one of ROLES. Harmony renders system and developer alike, as instructions.
 
     `thinking` is the analysis of an assistant's turn, which the official template writes before a call until a later
     turn has answered, and drops elsewhere. A tool's message is the result of the call right before it, so that calls
@@ -28,7 +28,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """OpenAI's shape, what is absent left out: `message_of` reads it back."""
+        """Returns OpenAI's shape without absent fields; `message_of` reads it back."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.thinking is not None:
             fields["thinking"] = self.thinking
@@ -38,30 +38,30 @@ class Message:
 
 
 def message_of(fields: Mapping[str, Any]) -> Message:
-    """The message of an object that `messages_problem` has nothing against; fields that are null are absent."""
+    """Returns the message of an object in which `messages_problem` found nothing; null fields count as absent."""
     thoughts = [fields[key] for key in THINKING if fields.get(key)]
     calls = tool_calls_of(fields.get("tool_calls") or ())
     return Message(fields["role"], fields.get("content") or "", thoughts[0] if thoughts else None, calls)
 
 
 def effort_problem(effort: Any) -> str | None:
-    """What is wrong with a reasoning effort, or None."""
+    """Returns what is wrong with a reasoning effort, or None."""
     if effort in EFFORTS:
         return None
     return f"reasoning effort is {effort!r}; wanted one of {', '.join(EFFORTS)}"
 
 
 def messages_problem(messages: Any) -> str | None:
-    """What keeps `messages` from being a prompt that GPT-OSS can answer, or None.
+    """Returns why `messages` is not a prompt that GPT-OSS can answer, or None.
 
-    What the official template would drop or misread in silence is refused: instructions that do not come first, a
-    second call in one message, a result without its call, both an analysis and a text beside a call. The user or a
-    tool speaks last, because the answer is the model's to write.
+    Messages that the official template would silently drop or misread are refused: instructions that do not come
+    first, a second call in one message, a result without its call, both an analysis and a text beside a call. The
+    last message is the user's or a tool's, because the model writes the answer.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return f"messages is {shown(messages)}; wanted a non-empty list of role and content objects"
     for index, message in enumerate(messages):
-        problem = _message_problem(message) or _place_problem(messages, index)
+        problem = _message_problem(message) or _order_problem(messages, index)
         if problem is not None:
             return f"messages[{index}] {problem}"
     if messages[-1]["role"] not in ASKING_ROLES:
@@ -106,8 +106,8 @@ def _content_problem(content: Any, *, may_be_empty: bool) -> str | None:
     return None if may_be_empty or content.strip() else "has empty content; wanted text"
 
 
-def _place_problem(messages: Sequence[Mapping[str, Any]], index: int) -> str | None:
-    """What is wrong with where a message stands; the ones before it are known to be good."""
+def _order_problem(messages: Sequence[Mapping[str, Any]], index: int) -> str | None:
+    """Returns what is wrong with the position of a message after valid ones, or None."""
     message, before = messages[index], messages[index - 1] if index else {}
     if message["role"] in INSTRUCTION_ROLES and index > 0:
         return f"has role {message['role']!r} after other messages; wanted instructions in the first message only"

@@ -1,4 +1,4 @@
-"""Where prompts come from: two embedded generators, a JSONL file, a dataset on the hub or on disk."""
+"""Reads prompts from two embedded generators, a JSONL file, or a dataset on the hub or on disk."""
 
 import dataclasses
 import json
@@ -23,9 +23,9 @@ FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "p
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the target is asked, and the functions it may call.
+    """Holds the messages that the target answers, and the functions that it may call.
 
-    `prompt_id` is the sha256 of the canonical JSON of the messages, or of messages and tools; the effort is left out.
+    `prompt_id` is the sha256 of the canonical JSON of the messages, or of messages and tools, without the effort.
     """
 
     prompt_id: str
@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Distinct prompts in the source's order, and how many were dropped: repeated ones, and those over a limit."""
+    """Holds distinct prompts in the source's order; counts those dropped as repeated, or as over a limit."""
 
     prompts: tuple[Prompt, ...]
     num_duplicates: int
@@ -44,7 +44,7 @@ class PromptSet:
 
 
 def prompt_of(messages: Iterable[Message], effort: str | EffortMix, tools: Iterable[Tool] = ()) -> Prompt:
-    """The prompt made of `messages` and `tools`, with its id, and the effort drawn for that id from a mix."""
+    """Returns the prompt of `messages` and `tools`, with its id; from a mix its effort is drawn by that id."""
     messages, tools = tuple(messages), tuple(tools)
     content: Any = [message.as_dict() for message in messages]
     if tools:
@@ -54,25 +54,26 @@ def prompt_of(messages: Iterable[Message], effort: str | EffortMix, tools: Itera
 
 
 def limited(found: PromptSet, count: int | None) -> PromptSet:
-    """At most `count` prompts of a set: those whose ids come first when hashed once more, in the set's order.
+    """Returns at most `count` prompts of a set, in its order: those whose ids come first when hashed again.
 
-    The ids themselves decide who is held out. So a set's order does not matter, and more prompts hold the fewer.
+    The choice does not depend on the set's order, and a larger count includes the prompts of a smaller one. Ids are
+    hashed again because the ids themselves decide which prompts are held out.
     """
     if count is None or count >= len(found.prompts):
         return found
     chosen = sorted(found.prompts, key=lambda prompt: fingerprint_of(["count", prompt.prompt_id]))[:count]
-    kept = {prompt.prompt_id for prompt in chosen}
-    prompts = tuple(prompt for prompt in found.prompts if prompt.prompt_id in kept)
+    chosen_ids = {prompt.prompt_id for prompt in chosen}
+    prompts = tuple(prompt for prompt in found.prompts if prompt.prompt_id in chosen_ids)
     return PromptSet(prompts, found.num_duplicates, len(found.prompts) - len(prompts))
 
 
 def generated(seed: int, count: int, effort: str | EffortMix) -> PromptSet:
-    """The first `count` distinct prompts of the tiny target's corpus."""
+    """Returns the first `count` distinct prompts of the tiny target's corpus."""
     return _drawn(lambda index: conversation(seed, index).prompt, count, effort, "embedded corpus")
 
 
 def everyday(seed: int, count: int, effort: str | EffortMix) -> PromptSet:
-    """The first `count` distinct requests in plain English."""
+    """Returns the first `count` distinct requests in plain English."""
     return _drawn(lambda index: request(seed, index), count, effort, "generator of everyday requests")
 
 
@@ -93,10 +94,11 @@ def _drawn(write: Callable[[int], str], count: int, effort: str | EffortMix, sou
 
 
 def from_jsonl(path: Path, effort: str | EffortMix) -> PromptSet:
-    """Prompts of a JSONL file: rows `{"prompt": text}` or `{"messages": [...]}`, OpenAI's messages, and `tools`.
+    """Returns the prompts of a JSONL file: rows `{"prompt": text}` or `{"messages": [...]}`, with optional `tools`.
 
-    `tools` are OpenAI's too, as a list or as its JSON. A row's own `effort` or `reasoning_effort` goes before the
-    argument; other fields are not read. Raises one PipelineError with the number and problem of every bad line.
+    Messages and tools have OpenAI's shape; `tools` is a list or its JSON. A row's `effort` or `reasoning_effort`
+    overrides the argument; other fields are not read. Raises one PipelineError with the number and the problem of
+    every bad line.
     """
     _check_effort(effort)
     try:
@@ -116,7 +118,7 @@ def from_dataset(
     subset: str | None = None,
     revision: str | None = None,
 ) -> PromptSet:
-    """Prompts of one column (texts, or lists of messages) of a dataset, and of the columns in ROW_FIELDS that it has.
+    """Returns the prompts of one column of a dataset (texts, or lists of messages), with its columns in ROW_FIELDS.
 
     `name` is a hub id, a local json, jsonl, csv, parquet or txt file, or a local directory: of such files, or written
     by `save_to_disk`. A hub dataset can be revised in place: `revision` pins it. Raises PipelineError when it cannot be
@@ -135,7 +137,7 @@ def from_dataset(
 
 
 def _row_of(value: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """A row as JSONL has it. Tables give every object the keys of all: what is null in one was never there."""
+    """Returns a row in the shape of JSONL. Null values are removed: tables give every object the keys of all rows."""
     kind = "prompt" if isinstance(value, str) else "messages"
     return {kind: _without_nulls(value)} | {key: _without_nulls(field) for key, field in fields.items()}
 
@@ -147,7 +149,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _loaded(name: str, split: str, subset: str | None, revision: str | None) -> Any:
-    import datasets  # here: it takes a second to import and most runs do without it
+    import datasets  # imported late: it takes a second and most runs do without it
 
     path = Path(name)
     try:
@@ -166,7 +168,7 @@ def _loaded(name: str, split: str, subset: str | None, revision: str | None) -> 
 
 
 def _saved(loaded: Any, split: str) -> Any:
-    """The split of what `save_to_disk` wrote, which may be one without a name."""
+    """Returns the split of what `save_to_disk` wrote, which may be a single split without a name."""
     if not isinstance(loaded, dict):
         return loaded
     if split not in loaded:
@@ -202,7 +204,7 @@ def _collected(rows: Iterator[tuple[str, Any]], effort: str | EffortMix, source:
 
 
 def _without_spaces(prompt: Prompt) -> str:
-    """One text for prompts that differ in white space alone: of such only the first is kept."""
+    """Returns a key that is equal for prompts that differ in white space alone."""
     texts = [[message.role, message.content.split(), message.thinking] for message in prompt.messages]
     calls = [[call.as_dict() for call in message.tool_calls] for message in prompt.messages]
     return fingerprint_of([texts, calls, [tool.as_dict() for tool in prompt.tools]])
@@ -232,12 +234,12 @@ def _row_problem(row: Any) -> str | None:
 
 def _prompt_of_row(row: dict[str, Any], effort: str | EffortMix) -> Prompt:
     messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-    own = row.get("effort") or row.get("reasoning_effort")
-    return prompt_of(map(message_of, messages), own or effort, tools_of(_tools_in(row)))
+    row_effort = row.get("effort") or row.get("reasoning_effort")
+    return prompt_of(map(message_of, messages), row_effort or effort, tools_of(_tools_in(row)))
 
 
 def _tools_in(row: dict[str, Any]) -> Any:
-    """A row's tools; as they are when they are no JSON of any."""
+    """Returns a row's tools, parsed when they are JSON; a text that is no JSON is returned unchanged."""
     tools = row.get("tools")
     if not isinstance(tools, str):
         return [] if tools is None else tools

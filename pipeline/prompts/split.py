@@ -1,4 +1,4 @@
-"""Which prompts are for training and which for measuring, and the fingerprint of a prompt set."""
+"""Splits prompts into train and held-out by hash, and computes the fingerprint of a prompt set."""
 
 from collections.abc import Iterable
 
@@ -11,12 +11,12 @@ ID_RANGE = 2**64
 
 
 def is_heldout(prompt_id: str, heldout_fraction: float) -> bool:
-    """Whether a prompt is for measuring: a property of its messages, whatever source they come from."""
+    """Returns whether a prompt is held out, which depends on its messages alone and not on their source."""
     return int(prompt_id[:ID_DIGITS], 16) < heldout_fraction * ID_RANGE  # exact: int against float
 
 
 def split_by_hash(prompts: Iterable[Prompt], heldout_fraction: float) -> tuple[list[Prompt], list[Prompt]]:
-    """Train and heldout prompts, each in the order given; the same prompt never stands on both sides.
+    """Returns train and held-out prompts, each in the order of `prompts`; no prompt is in both.
 
     Raises PipelineError for a fraction outside of (0, 1) and when a side is empty.
     """
@@ -36,5 +36,5 @@ def split_by_hash(prompts: Iterable[Prompt], heldout_fraction: float) -> tuple[l
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """sha256 (hex) over ids and efforts, in order."""
+    """Returns the sha256 (hex) over ids and efforts, in order."""
     return fingerprint_of([[prompt.prompt_id, prompt.effort] for prompt in prompts])

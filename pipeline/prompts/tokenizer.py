@@ -1,4 +1,4 @@
-"""The tiny target's tokenizer, and the fingerprints of any tokenizer on disk."""
+"""Trains the tiny target's tokenizer; loads tokenizers and computes their fingerprints."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from pipeline.artifacts.hashing import file_sha256
 from pipeline.errors import PipelineError
 from pipeline.prompts.messages import EFFORTS
 
-Tokenizer = PreTrainedTokenizerBase  # what this program calls a tokenizer: transformers has one owner here
+Tokenizer = PreTrainedTokenizerBase  # other modules import it from here, so that transformers has one owner
 
 MASK_TOKEN = "<|reserved_200000|>"  # what the published GPT-OSS drafts use: dflash_config.mask_token_id 200000
 SPECIAL_TOKENS = (  # spelled and ordered as in o200k_harmony, gaps left out
@@ -39,16 +39,16 @@ TEMPLATE_WORDS = (
     "analysis",
     "final",
 )
-# one digit a token, so that sums are learned by place; words take the space before them, digits do not
+# each digit is a token, so that sums are learned digit by digit; words take the space before them, digits do not
 PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 NUM_BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens, the special ones last.
+    """Trains a byte-level BPE tokenizer of exactly `vocab_size` tokens, the special ones last.
 
     `texts` are plain (no special tokens); the words that the chat template adds to each conversation are
-    counted in. The same texts give the same tokenizer. Raises PipelineError when `vocab_size` cannot hold
+    included. The same texts give the same tokenizer. Raises PipelineError when `vocab_size` cannot hold
     the 256 bytes and the special tokens, or the texts cannot fill it.
     """
     smallest = NUM_BYTES + len(SPECIAL_TOKENS)
@@ -89,7 +89,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of an HF directory, without asking the hub; PipelineError when there is none."""
+    """Returns the tokenizer of an HF directory without using the hub; raises PipelineError when there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:
@@ -97,7 +97,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def special_token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
-    """The ids of control tokens by their spelling; PipelineError naming every one the tokenizer lacks."""
+    """Returns the ids of control tokens; raises PipelineError that names every one the tokenizer lacks."""
     added = tokenizer.get_added_vocab()
     texts = list(texts)
     missing = [text for text in texts if text not in added]
@@ -110,7 +110,7 @@ def special_token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
 
 
 def control_token_problem(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
-    """What is wrong with texts that go between control tokens, or None: they may not spell one."""
+    """Returns what is wrong with texts between control tokens, or None: they must not spell a control token."""
     control_tokens = tokenizer.get_added_vocab()
     found = sorted({token for text in texts for token in control_tokens if token in text})
     if not found:
@@ -119,12 +119,12 @@ def control_token_problem(tokenizer: Tokenizer, texts: Iterable[str]) -> str | N
 
 
 def config_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """What the `config.json` of a model with this tokenizer says of its begin, end and pad tokens."""
+    """Returns the entries of a model's `config.json` for this tokenizer's begin, end and pad tokens."""
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
-    """sha256 (hex) of the bytes of `tokenizer.json` in `directory`."""
+    """Returns the sha256 (hex) of the bytes of `tokenizer.json` in `directory`; raises PipelineError without one."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise PipelineError(f"no tokenizer.json in {directory}; give a directory made by save_pretrained")
@@ -132,7 +132,10 @@ def tokenizer_fingerprint(directory: Path) -> str:
 
 
 def chat_template_fingerprint(directory: Path) -> str:
-    """sha256 (hex) of the chat template's text: `chat_template.jinja`, or that of `tokenizer_config.json`."""
+    """Returns the sha256 (hex) of the chat template's text; raises PipelineError when there is none.
+
+    The text is `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
+    """
     path, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if path.is_file():
         return file_sha256(path)
@@ -151,7 +154,7 @@ def _with_template_words(texts: Iterable[str]) -> Iterator[str]:
         yield from TEMPLATE_WORDS
 
 
-@functools.cache  # every address and contract downstream asks, and GPT-OSS's tokenizer takes seconds to read
+@functools.cache  # every address and contract needs it, and GPT-OSS's tokenizer takes seconds to read
 def token_id(tokenizer: Path, changed_ns: int, token: str) -> int | None:
-    """The id of a token in the file tokenizer.json, which was changed at this time; None when it has none."""
+    """Returns the id of a token in a tokenizer.json, or None; a changed file has another `changed_ns`."""
     return FastTokenizer.from_file(str(tokenizer)).token_to_id(token)

@@ -1,4 +1,4 @@
-"""Functions that a conversation offers to the model, and calls of them, in the shape of OpenAI's API."""
+"""Defines the functions that a conversation offers to the model, and calls of them, in OpenAI's shape."""
 
 import dataclasses
 import json
@@ -6,26 +6,26 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NAME = re.compile(r"[A-Za-z0-9_.-]+")  # it stands in a header, where a space ends it
+NAME = re.compile(r"[A-Za-z0-9_.-]+")  # it is part of a header, where a space ends it
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-    """A call of the function `name`; `arguments` is a JSON object as text, spelled as it was written."""
+    """Holds a call of the function `name`; `arguments` is a JSON object as text, exactly as it was written."""
 
     name: str
     arguments: str
 
     def as_dict(self) -> dict[str, Any]:
-        """OpenAI's shape, without an id."""
+        """Returns OpenAI's shape, without an id."""
         return {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """A function that may be called; `parameters` is their JSON Schema as text, None for one without parameters.
+    """Holds a function that may be called; `parameters` is a JSON Schema as text, None without parameters.
 
-    The schema's own order is kept, because templates write properties in it.
+    The schema's order is preserved, because templates write properties in that order.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Tool:
     parameters: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """OpenAI's shape, which chat templates take too."""
+        """Returns OpenAI's shape, which chat templates take too."""
         function: dict[str, Any] = {"name": self.name, "description": self.description}
         if self.parameters is not None:
             function["parameters"] = json.loads(self.parameters)
@@ -41,10 +41,10 @@ class Tool:
 
 
 def tool_calls_problem(value: Any) -> str | None:
-    """What is wrong with the `tool_calls` of a message, or None.
+    """Returns what is wrong with the `tool_calls` of a message, or None.
 
-    There is one a message: the token that ends a call ends the turn, and the official template writes the first
-    alone.
+    A message has at most one call: the token that ends a call ends the turn, and the official template writes only
+    the first.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         return f"has tool_calls {shown(value)}; wanted a list of one call"
@@ -57,7 +57,7 @@ def tool_calls_problem(value: Any) -> str | None:
 
 
 def call_problem(name: Any, arguments: Any) -> str | None:
-    """What is wrong with the name and the arguments of a call, or None."""
+    """Returns what is wrong with the name and the arguments of a call, or None."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return f"calls a function named {shown(name)}; wanted letters, digits, dots, dashes and underscores"
     if isinstance(arguments, Mapping):
@@ -70,13 +70,13 @@ def call_problem(name: Any, arguments: Any) -> str | None:
 
 
 def tool_calls_of(value: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-    """The calls of a list without problem; arguments given as an object are written as JSON."""
+    """Returns the calls of a valid list; arguments that are an object are written as JSON."""
     functions = [call["function"] for call in value]
     return tuple(ToolCall(function["name"], json_text(function["arguments"])) for function in functions)
 
 
 def tools_problem(value: Any) -> str | None:
-    """What is wrong with the functions that a conversation offers, or None."""
+    """Returns what is wrong with the functions that a conversation offers, or None."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return f"tools is {shown(value)}; wanted a list of functions"
     problems = ((index, _tool_problem(tool)) for index, tool in enumerate(value))
@@ -104,7 +104,7 @@ def _tool_problem(tool: Any) -> str | None:
 
 
 def tools_of(value: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
-    """The functions of a list without problem; what templates do not write (`strict`) is left out."""
+    """Returns the functions of a valid list, without fields that templates do not write (`strict`)."""
     functions = [tool["function"] for tool in value]
     return tuple(
         Tool(
@@ -117,11 +117,11 @@ def tools_of(value: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
 
 
 def json_text(value: Any) -> str:
-    """JSON as chat templates write it (transformers' `tojson`); a text is taken to be JSON already."""
+    """Returns JSON as chat templates write it (transformers' `tojson`); a text is taken to be JSON already."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def shown(value: Any) -> str:
-    """A value in an error, cut short."""
+    """Returns a value's repr for an error, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""The engine's answers to rendered prompts."""
+"""Answers rendered prompts with our engine."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from pipeline.teacher_cache.render import RenderedPrompt
 
 @dataclasses.dataclass(frozen=True)
 class AnsweredPrompt:
-    """A prompt with the target's answer: all tokens, of which `prompt_tokens` are the prompt's."""
+    """Holds a prompt and its answer as tokens, of which the first `prompt_tokens` are the prompt's."""
 
     prompt: Prompt
     token_ids: tuple[int, ...]
@@ -26,7 +26,7 @@ class AnsweredPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class FailedPrompt:
-    """A prompt that got no answer, and why."""
+    """Holds a prompt that got no answer, and the reason."""
 
     prompt: Prompt
     reason: str
@@ -42,12 +42,13 @@ def answer_prompts(
     origin: AnswerOrigin = ENGINE,
     runtime: Runtime = SINGLE_DEVICE,
 ) -> list[AnsweredPrompt | FailedPrompt]:
-    """Returns the target's answers, in the order of `rows`; a prompt that the engine refuses has failed.
+    """Returns the target's answers in the order of `rows`, with a FailedPrompt for each that the engine refuses.
 
-    The engine is made anew, so that the answers depend on these rows alone and not on what ran before. Raises
-    PipelineError when it refuses all.
+    A new engine is built for each call, so that the answers depend on these rows alone and not on what ran before.
+    Raises PipelineError when the engine refuses all of them.
     """
     engine = Engine(target, None, engine_config, runtime)
+    keys: Sequence[tuple[int, int] | None]
     keys = origin.keys([row.prompt.prompt_id for row in rows]) or [None] * len(rows)
     requests = [
         Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens, sampling_key=key)
@@ -56,12 +57,12 @@ def answer_prompts(
     problems = {request.request_id: _problem(engine, request) for request in requests}
     if all(problems.values()):
         raise PipelineError(f"the target can answer none of {len(rows)} prompts; the first: {problems['0']}")
-    finished = {}
-    for one in engine.generate(request for request in requests if not problems[request.request_id]):
-        finished[one.request_id] = one
-        on_finished(one)
+    completions = {}
+    for completion in engine.generate(request for request in requests if not problems[request.request_id]):
+        completions[completion.request_id] = completion
+        on_finished(completion)
     return [
-        FailedPrompt(row.prompt, problem) if problem else _answered(row, finished[name])
+        FailedPrompt(row.prompt, problem) if problem else _answered(row, completions[name])
         for (name, problem), row in zip(problems.items(), rows, strict=True)
     ]
 
@@ -69,10 +70,11 @@ def answer_prompts(
 def _problem(engine: Engine, request: Request) -> str | None:
     try:
         engine.check(request)
-    except PipelineError as error:  # as in `render`
+    except PipelineError as error:  # the other prompts of the set can still be answered
         return str(error)
     return None
 
 
-def _answered(row: RenderedPrompt, finished: Completion) -> AnsweredPrompt:
-    return AnsweredPrompt(row.prompt, row.token_ids + finished.token_ids, len(row.token_ids), finished.finish_reason)
+def _answered(row: RenderedPrompt, completion: Completion) -> AnsweredPrompt:
+    token_ids = row.token_ids + completion.token_ids
+    return AnsweredPrompt(row.prompt, token_ids, len(row.token_ids), completion.finish_reason)

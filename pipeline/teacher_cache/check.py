@@ -1,12 +1,14 @@
-"""The acceptance check of a teacher cache: does what is stored train a draft that this target will accept?
+"""Checks a teacher cache by acceptance: would a draft trained on it be accepted by this target?
 
 The target reads every held-out text again. A draft that proposes exactly the labels of training must then be
-accepted whole (B tokens a round), a draft of random tokens hardly ever (about 1), and the stored features must
-be those the target gives now. A label, a token or a feature one place off fails one of the three.
+accepted whole (B tokens a round), a draft of random tokens hardly ever (about 1 token a round), and the stored
+features must equal those that the target computes now. A label, a token or a feature that is off by one position
+fails one of the three tests.
 
-A text that our engine drew with a seed is checked in the same way: its noise is known, and chooses every token again.
-Of an endpoint's text the noise, the kernels or the precision are not known. There the draft is checked against the
-text itself, which shows that labels stand where they belong, and the text against the target as a whole.
+A text that our engine sampled with a seed is checked in the same way, because its noise is known and selects the same
+tokens again. The noise, kernels and precision behind an endpoint's text are unknown. Such a draft is therefore checked
+against the text itself, which shows that the labels are at the right positions, and the text as a whole against the
+target.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ UNCOUNTED = -2  # never equal to a token or to NO_TOKEN
 
 @dataclasses.dataclass(frozen=True)
 class CacheCheck:
-    """Acceptance of the forced-gold and of the random draft, over rounds whose block fits whole."""
+    """Holds the acceptance of the gold and of the random draft, over rounds whose block fits whole."""
 
     gold: Acceptance
     random: Acceptance
@@ -57,13 +59,13 @@ def check_cache(
 ) -> CacheCheck:
     """Checks every sequence of a split; `prompts` are their rendered prompts, `recapture` runs the target again.
 
-    A token whose logit lies within `tie_gap` of the best counts as the target's own. `is_exact` (float32)
-    wants exactly B of the gold draft, otherwise 95% of it: in bfloat16 a text generated step by step and the
-    same text read at once differ now and then. An endpoint's text (`origin`) is taken for the target's own as long as
-    it is near enough as a whole. Raises PipelineError listing everything that fails.
+    A token whose logit lies within `tie_gap` of the best counts as the target's choice. With `is_exact` (float32) the
+    gold draft must reach B, otherwise 95% of B: in bfloat16 a text generated step by step and the same text read at
+    once differ now and then. An endpoint's text (`origin`) counts as the target's as long as it is near enough as a
+    whole. Raises PipelineError listing everything that fails.
     """
     block_size = draft.block_size
-    is_ours, divergence = origin.endpoint is None, Divergence()
+    is_from_engine, divergence = origin.endpoint is None, Divergence()
     random = np.random.default_rng(seed)
     gold, chance = acceptance.empty(block_size), acceptance.empty(block_size)
     wrong_prompts, num_tokens, num_off = [], 0, 0
@@ -74,14 +76,14 @@ def check_cache(
         if sequence.features is not None:
             errors = relative_errors(sequence.features, captured.features, split.layout.num_tapped).max(axis=1)
             num_off += int((errors > FEATURE_TOLERANCE).sum())
-        own = _own_tokens(sequence, captured, tie_gap if is_ours else np.inf)
-        if not is_ours:
+        target_ids = _target_ids(sequence, captured, tie_gap if is_from_engine else np.inf)
+        if not is_from_engine:
             divergence += Divergence.of(captured.shortfall[sequence.prompt_tokens - 1 : -1], origin, tie_gap)
         labels = gold_proposals(sequence, block_size)
         guesses = random.integers(0, draft.vocab_size, labels.shape, dtype=np.int32)
-        gold += score(sequence, labels, own, block_size)
-        chance += score(sequence, guesses, own, block_size)
-    problems = _problems(gold, chance, block_size, is_exact or not is_ours)
+        gold += score(sequence, labels, target_ids, block_size)
+        chance += score(sequence, guesses, target_ids, block_size)
+    problems = _problems(gold, chance, block_size, is_exact or not is_from_engine)
     refusal = divergence.problem(origin)
     if refusal is not None and refusal[1]:
         problems.append(refusal[0])
@@ -102,7 +104,10 @@ def check_cache(
 
 
 def gold_proposals(sequence: CachedSequence, block_size: int) -> Int[np.ndarray, "P drafted"]:
-    """What a draft would propose at every position that had learned the labels of training by heart (P: padded)."""
+    """Returns what a draft that knows the labels of training from memory would propose at every position.
+
+    P is the padded length; positions without a label hold UNCOUNTED.
+    """
     generated = np.zeros(padded_text_length(len(sequence.token_ids)), bool)
     generated[sequence.prompt_tokens : len(sequence.token_ids)] = True
     token_ids = np.zeros(len(generated), np.int32)  # padded: one program for many lengths
@@ -117,18 +122,18 @@ def gold_proposals(sequence: CachedSequence, block_size: int) -> Int[np.ndarray,
 def score(
     sequence: CachedSequence,
     proposals: Int[np.ndarray, "P drafted"],
-    own: Int[np.ndarray, " T"],
+    target_ids: Int[np.ndarray, " T"],
     block_size: int,
 ) -> Acceptance:
-    """The rounds of serving over a text: blocks follow each other from the first generated token on.
+    """Returns the acceptance of the rounds that serving would run over a text, from its first generated token on.
 
-    `proposals[a]` are drafted behind an anchor at position a; `own[p]` is the target's token for position
-    p + 1. Verification reads the target's rows anchor..anchor + B - 2, as the engine does. Rounds are left
-    out when their block, or the target's own token behind it, passes the end.
+    `proposals[a]` are drafted after an anchor at position a; `target_ids[p]` is the target's token for position
+    p + 1. Verification reads the target's rows anchor..anchor + B - 2, as the engine does. A round is left out
+    when its block, or the target's token after the block, passes the end of the text.
     """
     num_tokens = len(sequence.token_ids)
     padded = np.full(len(proposals) + block_size, NO_TOKEN)
-    padded[:num_tokens] = own
+    padded[:num_tokens] = target_ids
     rows = np.arange(len(proposals))[:, None] + np.arange(block_size - 1)
     accepted_at = np.asarray(acceptance.count_accepted(jnp.asarray(proposals), jnp.asarray(padded[rows])))
     rounds = acceptance.rounds_over_text(accepted_at, sequence.prompt_tokens, num_tokens)
@@ -137,7 +142,7 @@ def score(
     return Acceptance.of(whole, block_size)
 
 
-def _own_tokens(sequence: CachedSequence, captured: Captured, tie_gap: float) -> Int[np.ndarray, " T"]:
+def _target_ids(sequence: CachedSequence, captured: Captured, tie_gap: float) -> Int[np.ndarray, " T"]:
     following = np.append(sequence.token_ids[1:], NO_TOKEN)
     return np.where((captured.shortfall <= tie_gap) & (following != NO_TOKEN), following, captured.next_ids)
 

@@ -1,4 +1,4 @@
-"""Completes a teacher cache of which all shards are there: checks it, says what it holds, seals it."""
+"""Completes a teacher cache whose shards all exist: checks it, summarises it and seals it."""
 
 import dataclasses
 import functools
@@ -34,9 +34,9 @@ def complete(job: CacheJob, reports: Mapping[StoragePath, dict[str, Any]], teach
     """Checks the cache, writes its summary, seals it, and logs all three."""
     workspace, root, rows = job.workspace, job.root, job.rows
     beside = (HEADER, SUMMARY, PROMPTS, artifact.CONTRACT, artifact.MANIFEST)
-    # in a bucket another writer may be completing it too: what both write over is not removed
+    # in a bucket another writer may be completing the cache too: files that both write are not removed
     shards.clear_except(root, {*reports, *(root / name for name in beside)})
-    num_shards = {split: sum(one.split == split for one in job.plans) for split in SPLITS}
+    num_shards = {split: sum(plan.split == split for plan in job.plans) for split in SPLITS}
     write_header(root, job.layout, num_shards)
     failed = failures(reports)
     checked = _check(job, answered(rows["heldout"], failed), teacher)
@@ -46,39 +46,42 @@ def complete(job: CacheJob, reports: Mapping[StoragePath, dict[str, Any]], teach
     write_bytes(root / PROMPTS, prompt_lines(rows, failed))
     write_json(root / SUMMARY, summary)
     provenance = workspace.provenance(TEACHER_CACHE, {TARGET: workspace.target.fingerprint})
-    made = workspace.seal(
+    sealed = workspace.seal(
         TEACHER_CACHE,
         _contract(workspace.contract(TEACHER_CACHE, provenance), rows),
         {TARGET: workspace.target},
         listed=[*listed_files(num_shards), PROMPTS, SUMMARY],
     )
-    log_summary(tracker, summary, made.contract)
-    _log_checked(tracker, checked, summary, made)
+    log_summary(tracker, summary, sealed.contract)
+    _log_checked(tracker, checked, summary, sealed)
     log_verified(tracker, verified)
 
 
 def verify_share(
     workspace: Workspace, root: StoragePath, rows: Sequence[RenderedPrompt], teacher: Teacher
 ) -> CacheVerification | None:
-    """Has the target read a share of the train sequences again, where `teacher_cache.verify` asks for one."""
+    """Verifies a share of the train sequences with the target; returns None unless `teacher_cache.verify` asks for it.
+
+    Raises PipelineError when what the target computes differs from what is stored.
+    """
     config = workspace.config
     if not config.teacher_cache.verify:
         return None
     split = open_split(root, "train")
-    is_ours = teacher.origin.endpoint is None
+    is_from_engine = teacher.origin.endpoint is None
     return verify_cache(
         split,
         sample_indices(split.num_sequences, config.teacher_cache.verify, config.seed),
         [row.token_ids for row in rows],
         teacher.capture,
         functools.partial(channels, channel_tokens(workspace.tokenizer)),
-        tie_gap=TIE_GAP[teacher.precision] if is_ours else None,
+        tie_gap=TIE_GAP[teacher.precision] if is_from_engine else None,
         is_exact=teacher.precision == "float32",
     )
 
 
 def log_verified(tracker: Run, verified: CacheVerification | None) -> None:
-    """Logs what the target found when it read sequences again."""
+    """Logs the result of a verification, if there was one."""
     if verified is None:
         return
     tracker.log_metrics(
@@ -125,12 +128,12 @@ def _check(job: CacheJob, rows: Sequence[RenderedPrompt], teacher: Teacher) -> C
 
 
 def _contract(wanted: Contract, rows: Mapping[str, Sequence[RenderedPrompt]]) -> Contract:
-    """The contract with the efforts that were rendered: a row of a JSONL file may bring its own."""
-    efforts = {row.prompt.effort for several in rows.values() for row in several if row.skipped is None}
+    """Returns the contract with the efforts that were rendered: a row of a JSONL file may set its own."""
+    efforts = {row.prompt.effort for split_rows in rows.values() for row in split_rows if row.skipped is None}
     return dataclasses.replace(wanted, text=dataclasses.replace(wanted.text, reasoning_efforts=sorted(efforts)))
 
 
-def _log_checked(tracker: Run, checked: CacheCheck, summary: Mapping[str, Any], made: Artifact) -> None:
+def _log_checked(tracker: Run, checked: CacheCheck, summary: Mapping[str, Any], sealed: Artifact) -> None:
     tracker.log_metrics(
         {
             "teacher_cache/gold_accept_length": checked.gold.accept_length,
@@ -145,5 +148,5 @@ def _log_checked(tracker: Run, checked: CacheCheck, summary: Mapping[str, Any], 
         checked.gold.accept_length,
         checked.gold.block_size,
         checked.random.accept_length,
-        made.path,
+        sealed.path,
     )

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible endpoint is asked for a prompt, and the tokens that its reply stands for."""
+"""Writes requests to an OpenAI-compatible endpoint, and reads the tokens of its replies."""
 
 import dataclasses
 import enum
@@ -20,19 +20,19 @@ SHOWN_CHARACTERS = 200
 
 
 class EndpointApi(enum.Enum):
-    """`chat`: messages for text, which every endpoint has. `completions`: tokens for tokens, exact both ways."""
+    """Names an endpoint's API: `chat` exchanges messages and text, `completions` exact tokens."""
 
     chat = "/chat/completions"
     completions = "/completions"
 
 
 class BadReply(Exception):
-    """A reply that is no answer to its prompt: the message says why."""
+    """Reports a reply that is no answer to its prompt; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestTemplate:
-    """How prompts become requests. `extra` are further fields of every request, as the endpoint knows them."""
+    """Holds what all requests have in common; `extra` are further fields that the endpoint knows."""
 
     api: EndpointApi
     model: str
@@ -42,13 +42,13 @@ class RequestTemplate:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def body(self, row: RenderedPrompt) -> dict[str, Any]:
-        """The request for a prompt."""
+        """Returns the JSON body of the request for a prompt."""
         body: dict[str, Any] = {"model": self.model, "max_tokens": self.max_new_tokens}
         sampling = self.origin.sampling
         if sampling is None:
             body["temperature"] = 0
         else:
-            seed = key_of(self.origin.seed, row.prompt.prompt_id)[0] >> 1  # 31 bits: some take a signed int32
+            seed = key_of(self.origin.seed, row.prompt.prompt_id)[0] >> 1  # 31 bits: some endpoints take a signed int32
             body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed}
         if self.api is EndpointApi.completions:
             return body | {"prompt": list(row.token_ids), "return_token_ids": True, **self.extra}
@@ -57,46 +57,46 @@ class RequestTemplate:
             body["tools"] = [tool.as_dict() for tool in row.prompt.tools]
         if self.has_efforts:
             body["reasoning_effort"] = row.prompt.effort
-        return body | self.extra
+        return {**body, **self.extra}
 
 
 def _messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt's messages as the API wants them: calls have ids, earlier thoughts another name."""
+    """Returns a prompt's messages as the API wants them: calls get ids, thinking becomes `reasoning_content`."""
     messages = [message.as_dict() for message in prompt.messages]
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if "thinking" in message:
             message["reasoning_content"] = message.pop("thinking")
         for call in message.get("tool_calls", ()):
-            call["id"] = f"call_{place}"
+            call["id"] = f"call_{index}"
         if message["role"] == "tool":
-            message["tool_call_id"] = f"call_{place - 1}"  # a result stands right behind its call
+            message["tool_call_id"] = f"call_{index - 1}"  # a result follows its call directly
     return messages
 
 
 def reply_fields(reply: Any, api: EndpointApi) -> dict[str, Any]:
-    """The part of a reply that its tokens follow from; raises BadReply when it holds no answer."""
+    """Returns the fields of a reply that decide its tokens; raises BadReply when it holds no answer."""
     choices = reply.get("choices") if isinstance(reply, Mapping) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
         raise BadReply(f"the reply has no choices: {_shown(reply)}")
     choice = choices[0]
-    kept = {name: choice.get(name) for name in ("finish_reason", "token_ids")}
-    if kept["finish_reason"] not in (*STOPPED, CUT):
+    fields = {name: choice.get(name) for name in ("finish_reason", "token_ids")}
+    if fields["finish_reason"] not in (*STOPPED, CUT):
         raise BadReply(f"the answer ended with {_shown(choice.get('finish_reason'))}; wanted stop or length")
     if api is EndpointApi.chat and not isinstance(choice.get("message"), Mapping):
         raise BadReply(f"the reply has no message: {_shown(choice)}")
     if api is EndpointApi.chat:
         names = ("content", "reasoning_content", "reasoning", "tool_calls")
-        kept["message"] = {name: choice["message"].get(name) for name in names}
-    elif kept["token_ids"] is None:
+        fields["message"] = {name: choice["message"].get(name) for name in names}
+    elif fields["token_ids"] is None:
         raise BadReply("the reply has no token_ids; this endpoint needs teacher_cache.openai.api=chat")
     usage = reply.get("usage")
-    kept["num_prompt_tokens"] = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
-    kept["prompt_token_ids"] = choice.get("prompt_token_ids") or reply.get("prompt_token_ids")
-    return kept
+    fields["num_prompt_tokens"] = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    fields["prompt_token_ids"] = choice.get("prompt_token_ids") or reply.get("prompt_token_ids")
+    return fields
 
 
-class Reader:
-    """Replies to tokens, in the target's chat format."""
+class ReplyReader:
+    """Turns replies into tokens of the target's chat format."""
 
     def __init__(self, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         self._tokenizer = tokenizer
@@ -105,29 +105,31 @@ class Reader:
         self._vocabulary = len(tokenizer)
         self._max_new_tokens = max_new_tokens
 
-    def tokens(self, kept: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
-        """The answer's tokens and "stop" or "length" of a reply's `kept_of`; raises BadReply.
+    def tokens(self, fields: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
+        """Returns the answer's tokens, and "stop" or "length", from the `reply_fields` of a reply.
 
-        Tokens that the endpoint tells are taken as they are. Otherwise they are those of its text as the model
-        writes it, ended with the token that ends a turn unless it was cut off.
+        Tokens that the endpoint reports are taken as they are. Otherwise its text is rendered as the model writes it,
+        ended by the token that ends a turn unless the text was cut off. Raises BadReply.
         """
-        was_cut = kept["finish_reason"] == CUT
-        given = kept["token_ids"]
-        tokens = self._told(given) if given is not None else self._written(kept["message"], was_cut)
+        was_cut = fields["finish_reason"] == CUT
+        if fields["token_ids"] is not None:
+            tokens = self._reported(fields["token_ids"])
+        else:
+            tokens = self._rendered(fields["message"], was_cut)
         if not tokens:
             raise BadReply("the answer is empty")
         tokens = tokens[: self._max_new_tokens]
         return tuple(tokens), "stop" if tokens[-1] in self._stops else CUT
 
-    def _told(self, token_ids: Any) -> list[int]:
+    def _reported(self, token_ids: Any) -> list[int]:
         if not isinstance(token_ids, list) or not all(
             isinstance(token, int) and 0 <= token < self._vocabulary for token in token_ids
         ):
             raise BadReply(f"token_ids is {_shown(token_ids)}; wanted ids from 0 to {self._vocabulary - 1}")
-        ends = [place for place, token in enumerate(token_ids) if token in self._stops]
+        ends = [index for index, token in enumerate(token_ids) if token in self._stops]
         return token_ids[: ends[0] + 1] if ends else token_ids
 
-    def _written(self, message: Mapping[str, Any], was_cut: bool) -> list[int]:
+    def _rendered(self, message: Mapping[str, Any], was_cut: bool) -> list[int]:
         content = self._text(message, "content")
         analysis = self._text(message, "reasoning_content", "reasoning")
         calls = message["tool_calls"] or []

@@ -1,4 +1,4 @@
-"""What a teacher cache will take, logged before it is begun: bytes, free space and time."""
+"""Estimates what a teacher cache will take (bytes, free space and time) and logs it before work begins."""
 
 import dataclasses
 import logging
@@ -12,24 +12,28 @@ from pipeline.artifacts.storage import StoragePath
 from pipeline.progress import MIB
 from pipeline.store.layout import CacheLayout, estimated_bytes
 from pipeline.teacher_cache.render import RenderedPrompt
-from pipeline.teacher_cache.shards import Plan, Teacher
+from pipeline.teacher_cache.shards import ShardPlan, Teacher
 
 log = logging.getLogger("pipeline")
 
-TRIAL_WORTH = 16  # batches of answers, from which on a trial is made first
-TRIAL_TOKENS = (2, 18)  # of each answer: the time between is decoding's
+TRIAL_WORTH = 16  # full batches of answers; for fewer no trial is run
+TRIAL_TOKENS = (2, 18)  # per answer: the difference in time is decoding alone
 
 
 def require_space(
-    path: StoragePath, staging: Path, missing: Sequence[Plan], layout: CacheLayout, max_new_tokens: int
+    path: StoragePath, staging: Path, missing: Sequence[ShardPlan], layout: CacheLayout, max_new_tokens: int
 ) -> None:
-    """Logs what the `missing` shards take at most, and refuses a disk that cannot hold it.
+    """Logs what the `missing` shards take at most; raises PipelineError for a disk that cannot hold them.
 
-    A bucket needs room for one of them on this machine, in `staging`.
+    A bucket needs room for one shard on this machine, in `staging`.
     """
-    tokens = [sum(len(row.token_ids) + max_new_tokens for row in one.rows) for one in missing]
-    sizes = [estimated_bytes(count, len(one.rows), 1, layout) for count, one in zip(tokens, missing, strict=True)]
-    is_local = isinstance(path, Path)
+    tokens = [sum(len(row.token_ids) + max_new_tokens for row in plan.rows) for plan in missing]
+    sizes = [estimated_bytes(count, len(plan.rows), 1, layout) for count, plan in zip(tokens, missing, strict=True)]
+    free = (
+        f"{free_bytes(path) / MIB:.0f} MiB are free"
+        if isinstance(path, Path)
+        else "what a bucket can hold is not known"
+    )
     log.info(
         "teacher_cache: at most %d tokens of %d bytes (features: %s) in %d shards, %.1f MiB; %s",
         sum(tokens),
@@ -37,16 +41,16 @@ def require_space(
         layout.stored,
         len(missing),
         sum(sizes) / MIB,
-        f"{free_bytes(path) / MIB:.0f} MiB are free" if is_local else "what a bucket can hold is not known",
+        free,
     )
-    if is_local:
+    if isinstance(path, Path):
         require_free_space(path, sum(sizes), "the teacher cache")
     else:
         require_free_space(staging, max(sizes, default=0), "a shard on its way to the bucket")
 
 
 def log_time(teacher: Teacher, rows: Sequence[RenderedPrompt]) -> None:
-    """Logs how long the answers to `rows` will take, by a trial, which few answers are not worth."""
+    """Logs how long the answers to `rows` will take; runs a trial when there are enough answers to be worth it."""
     if teacher.endpoint_answers is not None or len(rows) < TRIAL_WORTH * teacher.engine.num_slots:
         log.info("teacher_cache: the time is known when the first shard is made")
         return
@@ -63,7 +67,7 @@ def log_time(teacher: Teacher, rows: Sequence[RenderedPrompt]) -> None:
 
 
 def trial(teacher: Teacher, rows: Sequence[RenderedPrompt]) -> tuple[float, float]:
-    """Returns the seconds of prefill for an answer and of decoding for a token, with all slots full."""
+    """Returns the seconds of prefill per answer and of decoding per token, with all slots full."""
 
     def seconds(num_tokens: int) -> float:
         started = time.perf_counter()
@@ -77,9 +81,9 @@ def trial(teacher: Teacher, rows: Sequence[RenderedPrompt]) -> tuple[float, floa
     return first / teacher.engine.num_slots, max(last - first, 0.0) / more
 
 
-def log_rest(seconds: float, first: Plan, rest: Sequence[Plan], report: Mapping[str, Any]) -> None:
-    """Logs what the rest will take, now that the first shard is made."""
-    share = sum(len(one.rows) for one in rest) / len(first.rows)
+def log_rest(seconds: float, first: ShardPlan, rest: Sequence[ShardPlan], report: Mapping[str, Any]) -> None:
+    """Logs what the other shards will take, estimated from the first."""
+    share = sum(len(plan.rows) for plan in rest) / len(first.rows)
     log.info(
         "teacher_cache: the first shard took %.0f s, compiling included; %d more take about %.1f hours and %.1f MiB",
         seconds,

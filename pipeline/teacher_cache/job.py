@@ -1,4 +1,4 @@
-"""What one command has to make of a teacher cache: prompts rendered, shards planned, the target that answers."""
+"""Plans the work of one teacher_cache command: renders prompts, plans shards, loads the target that answers."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ from pipeline.store.layout import NO_FEATURES, SPLITS, CacheLayout
 from pipeline.teacher_cache import shards
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt, render_prompts
-from pipeline.teacher_cache.shards import Plan, Teacher
+from pipeline.teacher_cache.shards import ShardPlan, Teacher
 from pipeline.teacher_cache.summary import PROMPTS
 from pipeline.teacher_cache.writers import Writer
 from pipeline.workspace import settings
@@ -33,24 +33,24 @@ log = logging.getLogger("pipeline")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheJob:
-    """What is to be made of which prompts, and where; a shard on its way to a bucket is built in `staging`."""
+    """Holds which shards are to be made of which prompts, and where; `staging` holds a shard before its upload."""
 
     workspace: Workspace
     path: StoragePath
     layout: CacheLayout
     rows: dict[str, list[RenderedPrompt]]
-    plans: list[Plan]
+    plans: list[ShardPlan]
     writer: Writer
     staging: Path
 
     @property
     def root(self) -> StoragePath:
-        """Where the cache is built."""
+        """Returns the directory or prefix in which the cache is built."""
         return artifact.scratch_of(self.path)
 
     @property
     def draft(self) -> DFlashConfig:
-        """The draft whose tapped layers are stored."""
+        """Returns the config of the draft whose tapped layers are stored."""
         return self.workspace.draft_config
 
 
@@ -61,7 +61,7 @@ def job_of(workspace: Workspace) -> CacheJob:
     path, decided = workspace.address(TEACHER_CACHE), workspace.settings(TEACHER_CACHE)
     rows = rendered_prompts(workspace)
     writer = Writer(config.teacher_cache.writer, config.teacher_cache.num_writers)
-    # resumed shards must be of these settings and of this very target
+    # a shard of an interrupted run is reused only with these settings and this very target
     made_from = {"settings": decided, "target": workspace.target.fingerprint}
     return CacheJob(
         workspace=workspace,
@@ -83,8 +83,8 @@ def rendered_prompts(workspace: Workspace) -> dict[str, list[RenderedPrompt]]:
         split: render_prompts(workspace.tokenizer, side, longest, split, date=prompts.date)
         for split, side in zip(SPLITS, sides, strict=True)
     }
-    skipped = [row for split in rows.values() for row in split if row.skipped]
-    used = {split: sum(row.skipped is None for row in several) for split, several in rows.items()}
+    skipped = [row for split_rows in rows.values() for row in split_rows if row.skipped]
+    used = {split: sum(row.skipped is None for row in split_rows) for split, split_rows in rows.items()}
     log.info(
         "teacher_cache: %d prompts = %d train + %d held out + %d skipped (and %d repeated, %d over prompts.count)",
         len(found.prompts),
@@ -139,16 +139,18 @@ def answer_origin(workspace: Workspace) -> AnswerOrigin:
     )
 
 
-def fetch_endpoint_answers(workspace: Workspace, missing: Sequence[Plan], reply_log: Path) -> Callable[..., Any] | None:
-    """Fetches the endpoint's answers to the prompts of all shards that are missing.
+def fetch_endpoint_answers(
+    workspace: Workspace, missing: Sequence[ShardPlan], reply_log: Path
+) -> Callable[..., Any] | None:
+    """Fetches the endpoint's answers to the prompts of all missing shards.
 
-    Returns what gives them prompt by prompt; None where our engine answers.
+    Returns a function that returns the answers to given prompts; None where our engine answers.
     """
     wanted = workspace.config.teacher_cache
     if settings.endpoint_host(workspace.config) is None:
         return None
-    from pipeline.teacher_cache.endpoint import Endpoint, EndpointClient  # here: openai takes a second to import
-    from pipeline.teacher_cache.endpoint_replies import EndpointApi, Reader, RequestTemplate
+    from pipeline.teacher_cache.endpoint import Endpoint, EndpointClient  # imported late: openai takes a second
+    from pipeline.teacher_cache.endpoint_replies import EndpointApi, ReplyReader, RequestTemplate
 
     endpoint = Endpoint(
         url=str(wanted.openai.url),
@@ -165,8 +167,8 @@ def fetch_endpoint_answers(workspace: Workspace, missing: Sequence[Plan], reply_
         has_efforts=chat_format_of(workspace.tokenizer).has_efforts,
         extra=wanted.openai.extra,
     )
-    client = EndpointClient(endpoint, template, Reader(workspace.tokenizer, template.max_new_tokens), reply_log)
-    client.fetch([row for one in missing for row in one.rows])
+    client = EndpointClient(endpoint, template, ReplyReader(workspace.tokenizer, template.max_new_tokens), reply_log)
+    client.fetch([row for plan in missing for row in plan.rows])
     return client.answer
 
 

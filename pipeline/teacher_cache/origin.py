@@ -1,4 +1,4 @@
-"""Who wrote the answers of a teacher cache, how their tokens were chosen, and whether the target would have."""
+"""Records who wrote the answers of a teacher cache and how, and measures whether the target agrees with them."""
 
 import dataclasses
 import math
@@ -10,20 +10,20 @@ from jaxtyping import Float
 from pipeline.model.layers.sampling import Sampling, key_of
 
 STANDARD_ERRORS = 3
-TOLD_SHARE, REFUSED_SHARE = 0.01, 0.05  # of greedy tokens: kernels and precisions differ in one of a hundred
-TOLD_NATS, REFUSED_NATS = 0.05, 0.25  # a token: a quantised server is 0.01 away, another size of a model about 0.5
+WARNED_SHARE, REFUSED_SHARE = 0.01, 0.05  # of greedy tokens: kernels and precisions differ in one of a hundred
+WARNED_NATS, REFUSED_NATS = 0.05, 0.25  # a token: a quantised server is 0.01 away, another size of a model about 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerOrigin:
-    """`endpoint` (a model and a host) is None where our engine answers, `sampling` where tokens are the most likely."""
+    """Holds who answers: `endpoint` (a model and a host) is None for our engine, `sampling` None for greedy tokens."""
 
     endpoint: str | None = None
     sampling: Sampling | None = None
     seed: int = 0
 
     def keys(self, names: Sequence[str]) -> list[tuple[int, int]] | None:
-        """The keys with which our engine draws the answers to the prompts of these names."""
+        """Returns the keys with which our engine samples the answers to these prompts; None without sampling."""
         if self.sampling is None or self.endpoint is not None:
             return None
         return [key_of(self.seed, name) for name in names]
@@ -34,7 +34,7 @@ ENGINE = AnswerOrigin()
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """How far an endpoint's tokens are from the target: `total` sums 0 or 1 a token (greedy), or nats (sampled)."""
+    """Measures how far an endpoint's tokens are from the target: sums of 0 or 1 (greedy) or of nats (sampled)."""
 
     num_tokens: int = 0
     total: float = 0.0
@@ -42,7 +42,7 @@ class Divergence:
 
     @classmethod
     def of(cls, shortfall: Float[np.ndarray, " tokens"], origin: AnswerOrigin, tie_gap: float) -> "Divergence":
-        """Of generated tokens by their shortfalls (`capture.Captured`)."""
+        """Returns the divergence of generated tokens from their shortfalls (`capture.Captured`)."""
         values = (shortfall > tie_gap) if origin.sampling is None else shortfall
         values = values.astype(np.float64)
         return cls(len(values), float(values.sum()), float((values**2).sum()))
@@ -54,22 +54,22 @@ class Divergence:
 
     @property
     def mean(self) -> float:
-        """A token's: the share of those that the target would not have chosen, or nats."""
+        """Returns the mean per token: the share that the target would not have chosen, or nats."""
         return self.total / self.num_tokens if self.num_tokens else 0.0
 
     @property
     def least(self) -> float:
-        """What the mean is at least, chance aside."""
+        """Returns a lower bound of the mean: STANDARD_ERRORS below it."""
         if not self.num_tokens:
             return 0.0
         variance = max(self.total_squares / self.num_tokens - self.mean**2, 1 / self.num_tokens)
         return self.mean - STANDARD_ERRORS * math.sqrt(variance / self.num_tokens)
 
     def problem(self, origin: AnswerOrigin) -> tuple[str, bool] | None:
-        """What to tell about an endpoint whose texts are not quite the target's, and whether to refuse them."""
+        """Returns what is wrong with an endpoint's texts and whether to refuse them; None when nothing is."""
         greedy = origin.sampling is None
-        told, refused = (TOLD_SHARE, REFUSED_SHARE) if greedy else (TOLD_NATS, REFUSED_NATS)
-        if self.least <= told:
+        warned, refused = (WARNED_SHARE, REFUSED_SHARE) if greedy else (WARNED_NATS, REFUSED_NATS)
+        if self.least <= warned:
             return None
         found = (
             f"{self.mean:.1%} of {self.num_tokens} generated tokens are not the target's choice, {refused:.0%} may be"

@@ -1,4 +1,4 @@
-"""Prompts to tokens, each usable or with the reason why it is skipped."""
+"""Renders prompts as tokens, and records why a prompt is skipped."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ SHOWN_SKIPS = 5
 
 @dataclasses.dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt and its tokens; `skipped` tells why it is left out, None when it is used."""
+    """Holds a prompt and its tokens; `skipped` is the reason why it is left out, None when it is used."""
 
     prompt: Prompt
     token_ids: tuple[int, ...]
@@ -23,7 +23,7 @@ class RenderedPrompt:
 def render_prompts(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], max_prompt_tokens: int, split: str, *, date: str
 ) -> list[RenderedPrompt]:
-    """Every prompt of a split in Harmony's tokens on the day `date`, each usable or marked with why it is skipped.
+    """Returns every prompt of a split as tokens on the day `date`, unusable ones with the reason in `skipped`.
 
     Raises PipelineError when none is usable.
     """
@@ -40,7 +40,7 @@ def render_prompts(
 def _render(tokenizer: Tokenizer, prompt: Prompt, max_prompt_tokens: int, date: str) -> RenderedPrompt:
     try:
         token_ids = tuple(prompt_token_ids(tokenizer, prompt, date=date))
-    except PipelineError as error:  # one unusable prompt of a large set is told, counted and left out
+    except PipelineError as error:  # one unusable prompt of a large set is reported, counted and left out
         return RenderedPrompt(prompt, (), str(error))
     if len(token_ids) > max_prompt_tokens:
         return RenderedPrompt(prompt, token_ids, f"{len(token_ids)} tokens, at most {max_prompt_tokens} are wanted")

@@ -1,4 +1,4 @@
-"""Replies that cost something, written down as they come: a kill loses at most what was on its way."""
+"""Writes replies of an endpoint to disk as they arrive: a kill loses at most the requests under way."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from pipeline.errors import PipelineError
 
 
 class ReplyLog:
-    """An append-only JSONL file of objects with a `key`; of two with one key the later counts.
+    """Holds an append-only JSONL file of objects with a `key`; of two objects with the same key the later counts.
 
-    Every line is on the disk when `append` returns. A last line that a kill has torn is cut off; PipelineError when
-    another line is no JSON.
+    Every line is on the disk when `append` returns. A last line that a kill left incomplete is removed. Raises
+    PipelineError when another line is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class ReplyLog:
         self._file.close()
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Write an entry down."""
+        """Appends an entry and waits until it is on the disk."""
         self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -1,4 +1,4 @@
-"""Shards: which prompts each holds, how one is made, and which of an interrupted run's are kept."""
+"""Plans and makes the shards of a teacher cache, and finds those that an interrupted run completed."""
 
 import dataclasses
 import functools
@@ -36,8 +36,8 @@ log = logging.getLogger("pipeline")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """One shard before it is made. `fingerprint` stands for all that decides its bytes."""
+class ShardPlan:
+    """Holds one shard before it is made; `fingerprint` covers everything that decides its bytes."""
 
     split: str
     path: StoragePath
@@ -47,9 +47,9 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The target and how it answers; without `tapped_layers` no features are taken.
+    """Holds the target and how it answers; without `tapped_layers` no features are captured.
 
-    `endpoint_answers` gives the answers of an endpoint, where that is their origin.
+    `endpoint_answers` returns the answers of an endpoint, where that is their origin.
     """
 
     target: TargetModel
@@ -88,65 +88,65 @@ class Teacher:
 
     @property
     def precision(self) -> str:
-        """float32 or bfloat16."""
+        """Returns the name of the weights' dtype: float32 or bfloat16."""
         return self.target.weights.embedding.dtype.name
 
 
 def plan_shards(
     root: StoragePath, rows: Mapping[str, Sequence[RenderedPrompt]], shard_sequences: int, settings: Mapping[str, Any]
-) -> list[Plan]:
-    """Cut the usable prompts of every split into shards, by position."""
+) -> list[ShardPlan]:
+    """Divides the usable prompts of every split into shards of `shard_sequences`, in order."""
     plans = []
     for split, all_rows in rows.items():
         usable = [row for row in all_rows if row.skipped is None]
-        for index, at in enumerate(range(0, len(usable), shard_sequences)):
-            part = tuple(usable[at : at + shard_sequences])
-            # the tokens too: a template that prints the day renders other prompts tomorrow
+        for index, first in enumerate(range(0, len(usable), shard_sequences)):
+            part = tuple(usable[first : first + shard_sequences])
+            # tokens are included because a template that prints the day renders other prompts tomorrow
             texts = [[row.prompt.prompt_id, row.prompt.effort, row.token_ids] for row in part]
             fingerprint = fingerprint_of([FORMAT, settings, texts])
-            plans.append(Plan(split, shard_path(root, split, index), part, fingerprint))
+            plans.append(ShardPlan(split, shard_path(root, split, index), part, fingerprint))
     return plans
 
 
-def reports_of_complete(plans: Sequence[Plan], *, verify: bool = True) -> dict[StoragePath, dict[str, Any]]:
-    """The reports of the shards that are there, complete and of these settings (`store.read_report`)."""
+def reports_of_complete(plans: Sequence[ShardPlan], *, verify: bool = True) -> dict[StoragePath, dict[str, Any]]:
+    """Returns the reports of the shards that are complete and made with these settings (`store.read_report`)."""
     with ThreadPoolExecutor(storage.AT_ONCE) as workers:
-        found = workers.map(lambda one: read_report(one.path, one.fingerprint, verify=verify), plans)
-        return {one.path: report for one, report in zip(plans, found, strict=True) if report is not None}
+        found = workers.map(lambda plan: read_report(plan.path, plan.fingerprint, verify=verify), plans)
+        return {plan.path: report for plan, report in zip(plans, found, strict=True) if report is not None}
 
 
-def clear_except(root: StoragePath, kept: Collection[StoragePath]) -> None:
-    """Delete everything where a cache is built but the shards to keep: its bytes must not tell of a kill."""
-    for stray in _pieces(root) - set(kept):
+def clear_except(root: StoragePath, complete: Collection[StoragePath]) -> None:
+    """Deletes everything in `root` except `complete`, so that a run that was killed leaves no trace in a cache."""
+    for stray in _pieces(root) - set(complete):
         storage.remove(stray)
 
 
 def _pieces(root: StoragePath) -> set[StoragePath]:
-    """Shards, begun ones too, and the files beside them."""
+    """Returns the paths of all shards, incomplete ones too, and of the files beside them."""
     if isinstance(root, BucketPath):
         return {functools.reduce(operator.truediv, name.split("/")[:2], root) for name in storage.list_files(root)}
-    splits = {root / split for split in SPLITS if (root / split).is_dir()}
-    return ({*root.iterdir()} - splits).union(*(split.iterdir() for split in splits))
+    splits = [root / split for split in SPLITS if (root / split).is_dir()]
+    return {path for directory in (root, *splits) for path in directory.iterdir() if path not in splits}
 
 
 def make_shard(
-    one: Plan,
+    plan: ShardPlan,
     teacher: Teacher,
     layout: CacheLayout,
     on_finished: Callable[[Completion], None],
     staging: Path | None = None,
 ) -> dict[str, Any]:
-    """Answer a shard's prompts, capture the features, write the shard; returns its report.
+    """Answers a shard's prompts, captures the features and writes the shard; returns its report.
 
     Raises PipelineError when features are not finite, when a float32 target contradicts its own text, or when an
     endpoint's text is not the target's.
     """
-    outcomes = teacher.answer(one.rows, on_finished)
+    outcomes = teacher.answer(plan.rows, on_finished)
     answers = [row for row in outcomes if isinstance(row, AnsweredPrompt)]
     lengths = [len(row.token_ids) for row in answers]
     offsets = np.cumsum([0, *lengths])
     token_ids = np.concatenate([np.array(row.token_ids, np.int32) for row in answers] or [np.empty(0, np.int32)])
-    spoken = np.concatenate(
+    channel_ids = np.concatenate(
         [channels(teacher.channel_tokens, np.array(row.token_ids), row.prompt_tokens) for row in answers]
         or [np.empty(0, np.uint8)]
     )
@@ -168,10 +168,10 @@ def make_shard(
             differing[index] = found
     _judge(differing, answers, teacher.precision)
     _judge_endpoint(divergence, teacher.origin)
-    report = _report(answers, spoken, differing)
+    report = _report(answers, channel_ids, differing)
     failed = [row for row in outcomes if isinstance(row, FailedPrompt)]
     if failed:
-        log.warning("teacher_cache: %d prompts of %s got no answer: %s", len(failed), one.path, failed[0].reason)
+        log.warning("teacher_cache: %d prompts of %s got no answer: %s", len(failed), plan.path, failed[0].reason)
         report["failed"] = [{"prompt_id": row.prompt.prompt_id, "reason": row.reason} for row in failed]
     if teacher.origin.endpoint is not None:
         report["divergence"] = dataclasses.asdict(divergence)
@@ -183,10 +183,10 @@ def make_shard(
         prompt_tokens=[row.prompt_tokens for row in answers],
     )
     return write_shard(
-        one.path,
-        ShardContents(rows=rows, token_ids=token_ids, channels=spoken, features=features),
+        plan.path,
+        ShardContents(rows=rows, token_ids=token_ids, channels=channel_ids, features=features),
         layout=layout,
-        fingerprint=one.fingerprint,
+        fingerprint=plan.fingerprint,
         report=report,
         staging=staging,
     )
@@ -202,8 +202,8 @@ def _require_finite(features: np.ndarray, row: AnsweredPrompt) -> None:
 
 
 def _judge(differing: Mapping[int, list[Disagreement]], answers: Sequence[AnsweredPrompt], precision: str) -> None:
-    """Near-ties are told; a float32 target that clearly contradicts its own text is a bug, and stops."""
-    found = [(one, answers[index]) for index, several in sorted(differing.items()) for one in several]
+    """Warns about near-ties; raises PipelineError for a float32 target that clearly contradicts its own text."""
+    found = [(disagreement, answers[index]) for index in sorted(differing) for disagreement in differing[index]]
     if not found:
         return
     worst, row = max(found, key=lambda pair: pair[0].gap)
@@ -230,9 +230,11 @@ def _judge_endpoint(divergence: Divergence, origin: AnswerOrigin) -> None:
 
 
 def _report(
-    answers: Sequence[AnsweredPrompt], spoken: UInt8[np.ndarray, " tokens"], differing: Mapping[int, list[Disagreement]]
+    answers: Sequence[AnsweredPrompt],
+    channel_ids: UInt8[np.ndarray, " tokens"],
+    differing: Mapping[int, list[Disagreement]],
 ) -> dict[str, Any]:
-    counts = Counter(spoken.tolist())
+    counts = Counter(channel_ids.tolist())
     num_tokens = sum(len(row.token_ids) for row in answers)
     return {
         "num_sequences": len(answers),
@@ -241,6 +243,8 @@ def _report(
         "num_tokens_by_channel": {channel.name: counts[channel] for channel in Channel},
         "num_stopped": sum(row.finish_reason == "stop" for row in answers),
         "disagreements": [
-            {"row": index, **dataclasses.asdict(one)} for index in sorted(differing) for one in differing[index]
+            {"row": index, **dataclasses.asdict(disagreement)}
+            for index in sorted(differing)
+            for disagreement in differing[index]
         ],
     }

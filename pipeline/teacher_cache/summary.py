@@ -1,6 +1,6 @@
-"""What a teacher cache says of itself: every prompt accounted for, and what was made of it.
+"""Summarises a teacher cache: what became of every prompt, and what the shards hold.
 
-No times, so that equal runs have equal bytes.
+A summary has no times, so that equal runs have equal bytes.
 """
 
 import json
@@ -13,57 +13,57 @@ from pipeline.prompts.sources import PromptSet
 from pipeline.store.layout import CacheLayout
 from pipeline.teacher_cache.origin import Divergence
 from pipeline.teacher_cache.render import RenderedPrompt
-from pipeline.teacher_cache.shards import Plan
+from pipeline.teacher_cache.shards import ShardPlan
 
 SUMMARY, PROMPTS = "summary.json", "prompts.jsonl"
 
 
 def failures(reports: Mapping[StoragePath, dict[str, Any]]) -> dict[str, str]:
-    """The prompts that got no answer, and why."""
-    return {one["prompt_id"]: one["reason"] for report in reports.values() for one in report.get("failed", ())}
+    """Returns the reasons of the prompts that got no answer, by prompt id."""
+    return {row["prompt_id"]: row["reason"] for report in reports.values() for row in report.get("failed", ())}
 
 
 def answered(rows: Sequence[RenderedPrompt], failed: Mapping[str, str]) -> list[RenderedPrompt]:
-    """The rows that have a sequence in the cache."""
+    """Returns the rows that have a sequence in the cache."""
     return [row for row in rows if row.skipped is None and row.prompt.prompt_id not in failed]
 
 
 def summarise(
     rows: Mapping[str, Sequence[RenderedPrompt]],
     found: PromptSet,
-    plans: Sequence[Plan],
+    plans: Sequence[ShardPlan],
     reports: Mapping[StoragePath, dict[str, Any]],
     *,
     tapped_layers: Sequence[int],
     layout: CacheLayout,
 ) -> dict[str, Any]:
-    """What summary.json says, from the prompts and the shards' reports."""
+    """Returns the content of summary.json, from the prompts and the shards' reports."""
     splits = {}
-    for split, several in rows.items():
-        made = [reports[one.path] for one in plans if one.split == split]
-        gaps = [item["gap"] for report in made for item in report["disagreements"]]
+    for split, split_rows in rows.items():
+        split_reports = [reports[plan.path] for plan in plans if plan.split == split]
+        gaps = [item["gap"] for report in split_reports for item in report["disagreements"]]
         splits[split] = {
-            "num_prompts": len(several),
-            "num_skipped": sum(row.skipped is not None for row in several),
-            "num_failed": sum(len(report.get("failed", ())) for report in made),
+            "num_prompts": len(split_rows),
+            "num_skipped": sum(row.skipped is not None for row in split_rows),
+            "num_failed": sum(len(report.get("failed", ())) for report in split_reports),
             "num_disagreements": len(gaps),
             "largest_gap": max(gaps, default=0.0),
             "num_tokens_by_channel": {
-                channel.name: sum(report["num_tokens_by_channel"][channel.name] for report in made)
+                channel.name: sum(report["num_tokens_by_channel"][channel.name] for report in split_reports)
                 for channel in Channel
             },
             **{
-                key: sum(report[key] for report in made)
+                key: sum(report[key] for report in split_reports)
                 for key in ("num_sequences", "num_tokens", "num_generated_tokens", "num_stopped")
             },
         }
         divergence = sum(
-            (Divergence(**report["divergence"]) for report in made if "divergence" in report), Divergence()
+            (Divergence(**report["divergence"]) for report in split_reports if "divergence" in report), Divergence()
         )
         if divergence.num_tokens:
             splits[split]["divergence"] = divergence.mean
         counted = (splits[split][f"num_{kind}"] for kind in ("sequences", "failed", "skipped"))
-        assert sum(counted) == len(several), splits[split]
+        assert sum(counted) == len(split_rows), splits[split]
     return {
         "splits": splits,
         "num_duplicates": found.num_duplicates,
@@ -72,7 +72,7 @@ def summarise(
         "num_tokens": sum(split["num_tokens"] for split in splits.values()),
         "num_skipped": sum(split["num_skipped"] for split in splits.values()),
         "num_failed": sum(split["num_failed"] for split in splits.values()),
-        "bytes": sum(reports[one.path]["bytes"] for one in plans),
+        "bytes": sum(reports[plan.path]["bytes"] for plan in plans),
         "features": layout.stored,
         "token_bytes": layout.token_bytes,
         "tapped_layers": list(tapped_layers),
@@ -80,7 +80,7 @@ def summarise(
 
 
 def prompt_lines(rows: Mapping[str, Sequence[RenderedPrompt]], failed: Mapping[str, str]) -> bytes:
-    """What prompts.jsonl says: a line for every prompt, used or not."""
+    """Returns the content of prompts.jsonl: a line for every prompt, used or not."""
     lines = [
         {
             "prompt_id": row.prompt.prompt_id,
@@ -92,13 +92,13 @@ def prompt_lines(rows: Mapping[str, Sequence[RenderedPrompt]], failed: Mapping[s
             "skipped": row.skipped,
             "failed": failed.get(row.prompt.prompt_id),
         }
-        for split, several in rows.items()
-        for row in several
+        for split, split_rows in rows.items()
+        for row in split_rows
     ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 def failures_of(root: StoragePath) -> dict[str, str]:
-    """The prompts of a complete cache that got no answer, and why."""
+    """Returns the reasons of a complete cache's prompts that got no answer, by prompt id."""
     lines = [json.loads(line) for line in (root / PROMPTS).read_text().split("\n") if line]
     return {line["prompt_id"]: line["failed"] for line in lines if line["failed"]}

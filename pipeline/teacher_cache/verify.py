@@ -1,4 +1,4 @@
-"""Train sequences read again by the live target: are their tokens, labels and features still what it gives?"""
+"""Verifies train sequences: the live target reads them again and must give the same tokens and features."""
 
 import dataclasses
 import math
@@ -14,15 +14,15 @@ from pipeline.store.layout import CachedSequence
 from pipeline.store.reader import CacheSplit
 from pipeline.teacher_cache.check import FEATURE_OUTLIERS, FEATURE_TOLERANCE, READ_SEQUENCES, Recapture
 
-TOKEN_OUTLIERS = 0.05  # generated tokens that a bfloat16 target may choose otherwise when it reads the whole text
+TOKEN_OUTLIERS = 0.05  # share of generated tokens that a bfloat16 target may choose otherwise in the whole text
 SHOWN = 5
 
-Spoken = Callable[[Int[np.ndarray, " T"], int], UInt8[np.ndarray, " T"]]
+FindChannels = Callable[[Int[np.ndarray, " T"], int], UInt8[np.ndarray, " T"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheVerification:
-    """How many sequences and tokens were read again, and the largest relative difference of a token's features."""
+    """Counts the sequences and tokens read again; holds the largest relative difference of a token's features."""
 
     num_sequences: int
     num_tokens: int
@@ -30,8 +30,8 @@ class CacheVerification:
 
 
 @dataclasses.dataclass
-class _Found:
-    """What a sequence differs in: its place, its tokens, those with other features and those with other choices."""
+class _Difference:
+    """Holds how a sequence differs: `num_off` tokens in their features, `num_other` in the target's choice."""
 
     where: str
     num_tokens: int
@@ -42,7 +42,7 @@ class _Found:
 
 
 def sample_indices(num_sequences: int, share: float, seed: int) -> list[int]:
-    """Which sequences are read again: a share of them, at least one, the same for the same seed."""
+    """Returns the sorted indices of the sequences to read again: a share of all, the same for the same seed."""
     count = min(num_sequences, math.ceil(share * num_sequences))
     return sorted(np.random.default_rng([seed, num_sequences]).permutation(num_sequences)[:count].tolist())
 
@@ -52,35 +52,36 @@ def verify_cache(
     chosen: Sequence[int],
     prompts: Sequence[Sequence[int]],
     recapture: Recapture,
-    spoken: Spoken,
+    find_channels: FindChannels,
     *,
     tie_gap: float | None,
     is_exact: bool,
 ) -> CacheVerification:
-    """Reads the `chosen` sequences again; `prompts` are all rendered prompts of the split, `spoken` gives channels.
+    """Reads the `chosen` sequences again and compares tokens, channels and features.
 
-    A generated token whose logit lies more than `tie_gap` below the best is not the target's own (None: an endpoint's
-    text, judged as a whole when it was stored). Unless `is_exact` (float32) a few tokens may differ, as `check`
-    lets them. Raises PipelineError naming shard and row of what differs.
+    `prompts` are all rendered prompts of the split; `find_channels` computes a text's channels.
+    A generated token whose logit lies more than `tie_gap` below the best is not the target's choice (None: an
+    endpoint's text, judged as a whole when it was stored). Unless `is_exact` (float32) a few tokens may differ, as in
+    `check`. Raises PipelineError naming shard and row of what differs.
     """
     found = []
-    for at in range(0, len(chosen), READ_SEQUENCES):
-        some = chosen[at : at + READ_SEQUENCES]
-        sequences = split.read(some)
-        texts, names = [sequence.token_ids.tolist() for sequence in sequences], [split.prompt_ids[i] for i in some]
-        for row, captured in recapture(texts, names):
-            index, sequence = some[row], sequences[row]
-            problem = _problem(sequence, prompts[index], spoken)
+    for first in range(0, len(chosen), READ_SEQUENCES):
+        indices = chosen[first : first + READ_SEQUENCES]
+        sequences = split.read(indices)
+        texts = [sequence.token_ids.tolist() for sequence in sequences]
+        for row, captured in recapture(texts, [split.prompt_ids[index] for index in indices]):
+            index, sequence = indices[row], sequences[row]
+            problem = _problem(sequence, prompts[index], find_channels)
             found.append(_compared(split.where(index), sequence, captured, split.layout.num_tapped, tie_gap, problem))
     _judge(found, is_exact)
-    num_tokens = sum(one.num_tokens for one in found)
-    return CacheVerification(len(found), num_tokens, max((one.worst for one in found), default=0.0))
+    num_tokens = sum(difference.num_tokens for difference in found)
+    return CacheVerification(len(found), num_tokens, max((difference.worst for difference in found), default=0.0))
 
 
-def _problem(sequence: CachedSequence, prompt: Sequence[int], spoken: Spoken) -> str | None:
+def _problem(sequence: CachedSequence, prompt: Sequence[int], find_channels: FindChannels) -> str | None:
     if sequence.token_ids[: sequence.prompt_tokens].tolist() != list(prompt):
         return "does not begin with its prompt"
-    if not np.array_equal(sequence.channels, spoken(sequence.token_ids, sequence.prompt_tokens)):
+    if not np.array_equal(sequence.channels, find_channels(sequence.token_ids, sequence.prompt_tokens)):
         return "has other channels than its control tokens say"
     return None
 
@@ -92,31 +93,33 @@ def _compared(
     num_tapped: int,
     tie_gap: float | None,
     problem: str | None,
-) -> _Found:
+) -> _Difference:
     worst, num_off = 0.0, 0
     if sequence.features is not None:
         errors = relative_errors(sequence.features, captured.features, num_tapped).max(axis=1)
         worst, num_off = float(errors.max()), int((~(errors <= FEATURE_TOLERANCE)).sum())
-    other = [] if tie_gap is None else disagreements(captured, sequence.token_ids.tolist(), sequence.prompt_tokens)
-    num_other = sum(one.gap > tie_gap for one in other)
-    return _Found(where, len(sequence.token_ids), worst, num_off, num_other, problem)
+    num_other = 0
+    if tie_gap is not None:
+        others = disagreements(captured, sequence.token_ids.tolist(), sequence.prompt_tokens)
+        num_other = sum(disagreement.gap > tie_gap for disagreement in others)
+    return _Difference(where, len(sequence.token_ids), worst, num_off, num_other, problem)
 
 
-def _judge(found: Sequence[_Found], is_exact: bool) -> None:
-    num_tokens = sum(one.num_tokens for one in found)
-    features_fail = sum(one.num_off for one in found) > (0 if is_exact else FEATURE_OUTLIERS * num_tokens)
-    tokens_fail = sum(one.num_other for one in found) > (0 if is_exact else TOKEN_OUTLIERS * num_tokens)
+def _judge(found: Sequence[_Difference], is_exact: bool) -> None:
+    num_tokens = sum(difference.num_tokens for difference in found)
+    features_fail = sum(difference.num_off for difference in found) > (0 if is_exact else FEATURE_OUTLIERS * num_tokens)
+    tokens_fail = sum(difference.num_other for difference in found) > (0 if is_exact else TOKEN_OUTLIERS * num_tokens)
     problems = []
-    for one in sorted(found, key=lambda one: (one.num_off + one.num_other, one.worst), reverse=True):
-        if one.problem is not None:
-            problems.append(f"{one.where} {one.problem}")
-        if one.num_off and features_fail:
+    for difference in sorted(found, key=lambda each: (each.num_off + each.num_other, each.worst), reverse=True):
+        if difference.problem is not None:
+            problems.append(f"{difference.where} {difference.problem}")
+        if difference.num_off and features_fail:
             problems.append(
-                f"{one.where}: the features of {one.num_off} of {one.num_tokens} tokens are not the target's "
-                f"(the worst is off by {one.worst:.1%})"
+                f"{difference.where}: the features of {difference.num_off} of {difference.num_tokens} tokens are not "
+                f"the target's (the worst is off by {difference.worst:.1%})"
             )
-        if one.num_other and tokens_fail:
-            problems.append(f"{one.where}: {one.num_other} tokens are not those that the target chooses")
+        if difference.num_other and tokens_fail:
+            problems.append(f"{difference.where}: {difference.num_other} tokens are not those that the target chooses")
     if problems:
         listed = "\n  ".join(problems[:SHOWN])
         raise PipelineError(

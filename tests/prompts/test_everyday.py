@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pipeline.prompts.everyday import passages
-from pipeline.prompts.everyday.requests import KINDS, request
+from pipeline.prompts.everyday.requests import REQUEST_WRITERS, request
 from pipeline.prompts.sources import everyday
 from pipeline.prompts.split import split_by_hash
 
@@ -53,7 +53,9 @@ def test_requests_are_short(requests):
     assert max(map(len, requests)) < 480
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", sorted(set(REQUEST_WRITERS), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__
+)
 def test_every_kind_of_request_varies(kind):
     texts = [kind(random.Random(f"test/{index}")) for index in range(400)]
     assert len(set(texts)) > 120

@@ -99,9 +99,9 @@ def test_a_bucket_holds_what_a_directory_holds(
             stage.run(in_bucket, tracker)
     assert not artifact.exists(root)
     stage.run(in_bucket, tracker)
-    made = _made_by(in_bucket)
-    assert made.path == root
-    assert made.fingerprint == cache.fingerprint
+    remade = _made_by(in_bucket)
+    assert remade.path == root
+    assert remade.fingerprint == cache.fingerprint
     assert storage.list_files(root) == storage.list_files(cache.path)
     assert not list((Path(in_bucket.output_dir) / TEACHER_CACHE).iterdir())
     found, wanted = (open_split(path, "train") for path in (root, cache.path))
@@ -109,7 +109,7 @@ def test_a_bucket_holds_what_a_directory_holds(
     for name in wanted_names(first):
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
     stage.run(in_bucket, tracker)  # it stands
-    assert _made_by(in_bucket) == made
+    assert _made_by(in_bucket) == remade
 
 
 def wanted_names(batch: dict[str, np.ndarray]) -> set[str]:
@@ -163,17 +163,17 @@ def test_writers_make_disjoint_shards_and_the_last_one_completes_the_cache(
     scratch = artifact.scratch_of(_address(config))
     _begin_from(cache, scratch, "train/00000", "train/00001")
     (scratch / "train" / "00001.partial").mkdir(parents=True)  # which the other one is writing now
-    make, made = shards.make_shard, []
-    monkeypatch.setattr(shards, "make_shard", lambda one, *rest: made.append(one.path) or make(one, *rest))
+    make, made_paths = shards.make_shard, []
+    monkeypatch.setattr(shards, "make_shard", lambda plan, *rest: made_paths.append(plan.path) or make(plan, *rest))
     first, second = _writers(config, 2)
     with caplog.at_level(logging.INFO, "pipeline"):
         stage.run(first, tracker)
     assert "this writer's 3 shards are complete; 1 of 5 are still missing, of the writers 1" in caplog.text
-    assert made == [scratch / "train" / "00000"]
+    assert made_paths == [scratch / "train" / "00000"]
     assert not artifact.exists(_address(config))
     assert (scratch / "train" / "00001.partial").is_dir()
     stage.run(second, tracker)
-    assert made == [scratch / "train" / "00000", scratch / "train" / "00001"]
+    assert made_paths == [scratch / "train" / "00000", scratch / "train" / "00001"]
     assert _made_by(config).fingerprint == cache.fingerprint
     assert [entry.name for entry in _address(config).parent.iterdir()] == [_address(config).name]
     stage.run(first, tracker)  # it stands for the other one too
@@ -187,14 +187,14 @@ def test_two_writers_that_end_at_the_same_time_complete_the_cache_once(
     make_shards, check = stage._make_shards, completion._check
 
     def made_together(*arguments: object) -> object:
-        made = make_shards(*arguments)
+        rate = make_shards(*arguments)
         together.wait()
-        return made
+        return rate
 
     monkeypatch.setattr(stage, "_make_shards", made_together)
     monkeypatch.setattr(completion, "_check", lambda *arguments: checks.append(1) or check(*arguments))
     with ThreadPoolExecutor(2) as both:
-        list(both.map(lambda one: stage.run(one, tracker), _writers(config, 2)))
+        list(both.map(lambda each: stage.run(each, tracker), _writers(config, 2)))
     assert len(checks) == 1
     assert _made_by(config).fingerprint == cache.fingerprint
     assert [entry.name for entry in _address(config).parent.iterdir()] == [_address(config).name]
@@ -208,7 +208,7 @@ def test_writers_that_complete_a_bucket_at_the_same_time_leave_one_cache(
     together, make_shards = threading.Barrier(2, timeout=120), stage._make_shards
     monkeypatch.setattr(stage, "_make_shards", lambda *args: (make_shards(*args), together.wait())[0])
     with ThreadPoolExecutor(2) as both:
-        list(both.map(lambda one: stage.run(one, tracker), _writers(in_bucket, 2)))
+        list(both.map(lambda each: stage.run(each, tracker), _writers(in_bucket, 2)))
     assert _made_by(in_bucket).fingerprint == cache.fingerprint
     assert storage.list_files(root) == storage.list_files(cache.path)
 
@@ -219,9 +219,9 @@ def test_two_processes_of_which_one_is_killed_make_the_cache_of_one(
 ) -> None:
     """From nothing, side by side; the second is ended by force and run again."""
     processes = []
-    for index, one in enumerate(_writers(config, 2)):
+    for index, writer_config in enumerate(_writers(config, 2)):
         pickled = tmp_path / f"{index}.pickle"
-        pickled.write_bytes(pickle.dumps(one))
+        pickled.write_bytes(pickle.dumps(writer_config))
         command = [sys.executable, "-c", STAGE_PROCESS, str(pickled)]
         processes.append(subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}))
     first = artifact.scratch_of(_address(config)) / "train" / "00001" / SHARD
@@ -243,8 +243,8 @@ def test_features_kept_as_int8_pass_the_check_and_take_half(
     config.teacher_cache.verify = 0.5
     with caplog.at_level(logging.INFO, "pipeline"):
         stage.run(config, tracker)
-    made = _made_by(config)
-    split, whole = open_split(made.path, "train"), open_split(cache.path, "train")
+    remade = _made_by(config)
+    split, whole = open_split(remade.path, "train"), open_split(cache.path, "train")
     assert split.layout.token_bytes == 4 + 1 + 80 + 2 * 4
     assert "tokens of 93 bytes (features: int8) in 5 shards" in caplog.text
     assert "MiB are free" in caplog.text
@@ -262,11 +262,11 @@ def test_a_cache_for_live_training_holds_the_same_tokens_and_no_features(
     config.train.features = FeatureSource.live
     config.teacher_cache.verify = 0.2
     stage.run(config, tracker)
-    made = _made_by(config)
-    assert made.settings["teacher_cache.features"] == "none"
-    assert not [name for name in storage.list_files(made.path) if "features" in name or "scales" in name]
+    remade = _made_by(config)
+    assert remade.settings["teacher_cache.features"] == "none"
+    assert not [name for name in storage.list_files(remade.path) if "features" in name or "scales" in name]
     assert tracker.metrics["teacher_cache/gold_accept_length"] == 4.0
-    split, whole = open_split(made.path, "train"), open_split(cache.path, "train")
+    split, whole = open_split(remade.path, "train"), open_split(cache.path, "train")
     assert tracker.metrics["teacher_cache/verified_sequences"] == np.ceil(0.2 * split.num_sequences)
     assert split.layout.token_bytes == 5
     stored, asked = split.read(range(5)), whole.read(range(5), features=False)

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from pipeline.engine.request import Completion
 from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.corpus import conversation
@@ -22,7 +23,7 @@ from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.prompts.tools import Tool, ToolCall
 from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt
 from pipeline.teacher_cache.endpoint import Endpoint, EndpointClient
-from pipeline.teacher_cache.endpoint_replies import EndpointApi, Reader, RequestTemplate
+from pipeline.teacher_cache.endpoint_replies import EndpointApi, ReplyReader, RequestTemplate
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt
 from tests.support.fake_endpoint import Fake, Reply, endpoint
@@ -48,12 +49,12 @@ def rows():
     ]
 
 
-def said(body):
+def answer_to(body):
     return f"I count: {body['messages'][-1]['content']}"
 
 
 def good(_path, body, _count):
-    message = {"role": "assistant", "content": said(body), "reasoning_content": "Easy."}
+    message = {"role": "assistant", "content": answer_to(body), "reasoning_content": "Easy."}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     return Reply({"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 9}})
 
@@ -62,20 +63,20 @@ def asked_about(body, *numbers):
     return body["messages"][-1]["content"] in [f"Count to {number}." for number in numbers]
 
 
-def correspondence(tokenizer, fake, journal, longest=80, **values):
+def endpoint_client(tokenizer, fake, log_path, longest=80, **values):
     options = {"url": fake.url, "key": KEY, "concurrency": 4, "timeout_seconds": 20.0, "retries": 2}
     origin = AnswerOrigin(endpoint="tiny at 127.0.0.1")
-    asking = RequestTemplate(
+    template = RequestTemplate(
         api=EndpointApi.chat, model="tiny", origin=origin, max_new_tokens=longest, has_efforts=True
     )
-    return EndpointClient(Endpoint(**(options | values)), asking, Reader(tokenizer, longest), journal)
+    return EndpointClient(Endpoint(**(options | values)), template, ReplyReader(tokenizer, longest), log_path)
 
 
 def outcomes(found, rows):
-    """Answers of rows, by fetching; and the ids of those that were told as finished."""
+    """Answers of rows, by fetching; and the ids of those that were reported as finished."""
     finished = []
     found.fetch(rows)
-    return found.answer(rows, lambda one: finished.append(one.request_id)), finished
+    return found.answer(rows, lambda completion: finished.append(completion.request_id)), finished
 
 
 def require_answered(tokenizer, row, outcome):
@@ -89,7 +90,7 @@ def test_every_row_gets_its_own_answer_in_order_several_at_once(tokenizer, rows,
         return good(path, body, count)
 
     with endpoint(slow) as fake:
-        found, finished = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
+        found, finished = outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl"), rows)
     for row, outcome in zip(rows, found, strict=True):
         require_answered(tokenizer, row, outcome)
     assert finished == [row.prompt.prompt_id for row in rows]
@@ -98,14 +99,27 @@ def test_every_row_gets_its_own_answer_in_order_several_at_once(tokenizer, rows,
     assert len(fake.bodies) == NUM_ROWS
 
 
+def test_every_answer_is_reported_as_a_completion_without_draft_rounds(tokenizer, rows, tmp_path):
+    completions = []
+    with endpoint(good) as fake:
+        client = endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl")
+        client.fetch(rows[:1])
+        (answered,) = client.answer(rows[:1], completions.append)
+    generated = answered.token_ids[answered.prompt_tokens :]
+    wanted = Completion(
+        request_id=rows[0].prompt.prompt_id, token_ids=generated, finish_reason="stop", accepted_per_round=()
+    )
+    assert completions == [wanted]
+
+
 def test_what_was_answered_is_not_asked_again_unless_the_question_changes(tokenizer, rows, tmp_path):
     with endpoint(good) as fake:
-        first, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
-        again, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
+        first, _ = outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl"), rows)
+        again, _ = outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl"), rows)
         assert first == again
         assert len(fake.bodies) == NUM_ROWS
         other = [RenderedPrompt(prompt_of(rows[0].prompt.messages, "high"), rows[0].token_ids, None)]
-        outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), other)
+        outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl"), other)
         assert len(fake.bodies) == NUM_ROWS + 1
 
 
@@ -124,9 +138,9 @@ def test_passing_trouble_is_passed_over(tokenizer, rows, tmp_path, trouble):
 
     with endpoint(script) as fake:
         started = time.monotonic()
-        found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal", timeout_seconds=1.5), rows[:5])
+        found, _ = outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl", timeout_seconds=1.5), rows[:5])
         seconds = time.monotonic() - started
-    assert all(isinstance(one, AnsweredPrompt) for one in found)
+    assert all(isinstance(outcome, AnsweredPrompt) for outcome in found)
     assert len(fake.bodies) == 6
     assert seconds > 0.15
 
@@ -152,18 +166,18 @@ def test_a_prompt_that_fails_is_told_and_the_others_are_answered(
     def script(path, body, count):
         return reply if asked_about(body, 7) else good(path, body, count)
 
-    journal = tmp_path / "journal"
+    log_path = tmp_path / "replies.jsonl"
     with endpoint(script) as fake, caplog.at_level(logging.DEBUG):
-        found, finished = outcomes(correspondence(tokenizer, fake, journal, timeout_seconds=1.5, retries=1), rows)
-    failed = [one for one in found if isinstance(one, FailedPrompt)]
-    assert [one.prompt for one in failed] == [rows[7].prompt]
+        found, finished = outcomes(endpoint_client(tokenizer, fake, log_path, timeout_seconds=1.5, retries=1), rows)
+    failed = [outcome for outcome in found if isinstance(outcome, FailedPrompt)]
+    assert [outcome.prompt for outcome in failed] == [rows[7].prompt]
     assert re.search(reason, failed[0].reason)
     assert len(found) == NUM_ROWS == len(finished) + 1
     assert "1 of 24 prompts got no answer" in caplog.text
-    assert sum("failed" in json.loads(line) for line in journal.read_text().splitlines()) == 1
+    assert sum("failed" in json.loads(line) for line in log_path.read_text().splitlines()) == 1
     output = capfd.readouterr()
-    for place in (journal.read_text(), caplog.text, output.out, output.err):
-        assert KEY not in place
+    for text in (log_path.read_text(), caplog.text, output.out, output.err):
+        assert KEY not in text
 
 
 REFUSED = {
@@ -177,7 +191,7 @@ REFUSED = {
 def test_what_every_request_will_meet_ends_the_run_at_once(tokenizer, rows, tmp_path, status, message, mend):
     reply = Reply({"error": {"message": message.format(KEY)}}, status)
     with endpoint(lambda *_: reply) as fake, pytest.raises(PipelineError, match=mend) as caught:
-        correspondence(tokenizer, fake, tmp_path / "journal").fetch(rows)
+        endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl").fetch(rows)
     assert f"tiny at 127.0.0.1 answers HTTP {status}" in str(caught.value)
     assert KEY not in str(caught.value)
     assert len(fake.bodies) <= 4
@@ -187,7 +201,7 @@ def test_nobody_there_is_one_error(tokenizer, rows, tmp_path):
     with endpoint(good) as fake:
         pass
     with pytest.raises(PipelineError, match=r"failed [34] of [34] prompts, at most 10% may fail") as caught:
-        correspondence(tokenizer, fake, tmp_path / "journal", retries=0).fetch(rows)
+        endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl", retries=0).fetch(rows)
     assert "no connection" in str(caught.value)
 
 
@@ -197,15 +211,15 @@ def test_more_failures_than_a_tenth_are_one_error_and_nothing_is_lost(tokenizer,
             return Reply(b"oops", 500)
         return Reply({"error": {"message": "no"}}, 400) if asked_about(body, 22) else good(path, body, count)
 
-    journal = tmp_path / "journal"
+    log_path = tmp_path / "replies.jsonl"
     with endpoint(script) as fake, pytest.raises(PipelineError) as caught:
-        correspondence(tokenizer, fake, journal, retries=0).fetch(rows)
-    told = str(caught.value)
-    assert "tiny at 127.0.0.1 failed 3 of" in told
-    assert "at most 10% may fail; the answers that came are kept: run the same command to go on" in told
-    assert "\n  2 prompts: HTTP 500" in told
-    assert "\n  1 prompts: HTTP 400" in told
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        endpoint_client(tokenizer, fake, log_path, retries=0).fetch(rows)
+    message = str(caught.value)
+    assert "tiny at 127.0.0.1 failed 3 of" in message
+    assert "at most 10% may fail; the answers that came are kept: run the same command to go on" in message
+    assert "\n  2 prompts: HTTP 500" in message
+    assert "\n  1 prompts: HTTP 400" in message
+    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
     assert len(lines) >= len(fake.bodies) - 3  # the other workers' requests were on their way
     assert sum("kept" in line for line in lines) == len(lines) - 3
 
@@ -218,10 +232,10 @@ def test_answers_that_came_before_an_error_are_there_when_the_endpoint_is_mended
 
     with endpoint(script) as fake:
         with pytest.raises(PipelineError, match="may fail"):
-            correspondence(tokenizer, fake, tmp_path / "journal", retries=0, concurrency=1).fetch(rows)
+            endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl", retries=0, concurrency=1).fetch(rows)
         assert len(fake.bodies) == 23  # the third failure is one too many
         broken.clear()
-        found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
+        found, _ = outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl"), rows)
         assert len(fake.bodies) == 23 + 4
     for row, outcome in zip(rows, found, strict=True):
         require_answered(tokenizer, row, outcome)
@@ -235,12 +249,12 @@ def test_a_prompt_that_fails_again_is_asked_again_and_does_not_end_the_run(token
 
     with endpoint(script) as fake:
         for _ in range(2):
-            found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
+            found, _ = outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl"), rows)
             assert found[7] == FailedPrompt(rows[7].prompt, "HTTP 400: no")
-            assert sum(isinstance(one, FailedPrompt) for one in found) == 1
+            assert sum(isinstance(outcome, FailedPrompt) for outcome in found) == 1
         assert len(fake.bodies) == NUM_ROWS + 1
         broken.clear()
-        found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
+        found, _ = outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl"), rows)
         assert len(fake.bodies) == NUM_ROWS + 2
     require_answered(tokenizer, rows[7], found[7])
 
@@ -257,7 +271,7 @@ def test_another_prompt_than_ours_is_told(tokenizer, rows, tmp_path, caplog):
         return reply
 
     with endpoint(script) as fake:
-        outcomes(correspondence(tokenizer, fake, tmp_path / "journal"), rows)
+        outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl"), rows)
     assert "tiny at 127.0.0.1 read 3 of 24 prompts as other tokens than they have here" in caplog.text
 
 
@@ -268,20 +282,22 @@ def test_the_text_of_our_own_servers_chat_becomes_the_tokens_that_its_engine_gav
     asked = [*rows[:3], RenderedPrompt(with_tools, (5, 6), None)]
 
     def script(request):
-        given = call if "# Tools" in tokenizer.decode(request.prompt_ids) else answer
-        return given[: request.max_new_tokens]
+        token_ids = call if "# Tools" in tokenizer.decode(request.prompt_ids) else answer
+        return token_ids[: request.max_new_tokens]
 
     for longest, reason in ((80, "stop"), (9, "length")):
         engine = FakeEngine(script, stop_token_ids(tokenizer), max_length=400)
         with serving(engine, tokenizer) as address:
             fake = Fake(f"{address}/v1")
-            found, _ = outcomes(correspondence(tokenizer, fake, tmp_path / "journal", longest=longest), asked)
+            found, _ = outcomes(endpoint_client(tokenizer, fake, tmp_path / "replies.jsonl", longest=longest), asked)
         for row, outcome in zip(asked[:3], found, strict=False):
             wanted = tuple(answer[:longest])
             assert outcome == AnsweredPrompt(row.prompt, row.token_ids + wanted, len(row.token_ids), reason)
-        made = found[3].token_ids[2:]
-        assert made == tuple(call[: len(made)])  # what was cut off right behind the analysis lacks the end of that
-        assert len(made) == len(call) if reason == "stop" else len(made) in (8, 9)
+        generated = found[3].token_ids[2:]
+        assert generated == tuple(
+            call[: len(generated)]
+        )  # what was cut off right behind the analysis lacks the end of that
+        assert len(generated) == len(call) if reason == "stop" else len(generated) in (8, 9)
 
 
 FETCHING = """
@@ -297,10 +313,10 @@ def test_kill_9_loses_at_most_what_was_on_its_way(tokenizer, rows, tmp_path):
     def script(path, body, count):
         return Reply(hangs=True) if held and asked_about(body, *range(12, NUM_ROWS)) else good(path, body, count)
 
-    journal = tmp_path / "journal"
+    log_path = tmp_path / "replies.jsonl"
     with endpoint(script) as fake:
-        pickled = tmp_path / "correspondence"
-        pickled.write_bytes(pickle.dumps((correspondence(tokenizer, fake, journal, concurrency=4), rows)))
+        pickled = tmp_path / "client"
+        pickled.write_bytes(pickle.dumps((endpoint_client(tokenizer, fake, log_path, concurrency=4), rows)))
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen([sys.executable, "-c", FETCHING, str(pickled)], env=environment)
         deadline = time.monotonic() + 120
@@ -310,10 +326,10 @@ def test_kill_9_loses_at_most_what_was_on_its_way(tokenizer, rows, tmp_path):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        with open(journal, "ab") as file:
+        with open(log_path, "ab") as file:
             file.write(b'{"key":"torn')
         held.clear()
-        found, _ = outcomes(correspondence(tokenizer, fake, journal), rows)
+        found, _ = outcomes(endpoint_client(tokenizer, fake, log_path), rows)
         assert len(fake.bodies) == 16 + 12
     for row, outcome in zip(rows, found, strict=True):
         require_answered(tokenizer, row, outcome)

@@ -9,7 +9,7 @@ from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
 from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.prompts.tools import Tool, ToolCall
-from pipeline.teacher_cache.endpoint_replies import BadReply, EndpointApi, Reader, RequestTemplate, reply_fields
+from pipeline.teacher_cache.endpoint_replies import BadReply, EndpointApi, ReplyReader, RequestTemplate, reply_fields
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt
 from tests.support.chatml import chatml_tokenizer
@@ -28,10 +28,10 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def reader(tokenizer):
-    return Reader(tokenizer, MAX_NEW_TOKENS)
+    return ReplyReader(tokenizer, MAX_NEW_TOKENS)
 
 
-def asking(api, origin=GREEDY, **values):
+def template(api, origin=GREEDY, **values):
     return RequestTemplate(
         **{"api": api, "model": "m", "origin": origin, "max_new_tokens": 9, "has_efforts": True} | values
     )
@@ -46,25 +46,25 @@ def tokens_of(reader, reply, api=EndpointApi.chat):
 
 
 def test_a_chat_request_has_messages_effort_and_nothing_random():
-    assert asking(EndpointApi.chat).body(ROW) == {
+    assert template(EndpointApi.chat).body(ROW) == {
         "model": "m",
         "max_tokens": 9,
         "temperature": 0,
         "messages": [{"role": "user", "content": "What is 2 + 2?"}],
         "reasoning_effort": "high",
     }
-    assert "reasoning_effort" not in asking(EndpointApi.chat, has_efforts=False).body(ROW)
+    assert "reasoning_effort" not in template(EndpointApi.chat, has_efforts=False).body(ROW)
 
 
 def test_a_completion_request_has_the_tokens_as_rendered_and_wants_tokens():
-    body = asking(EndpointApi.completions, extra={"top_k": 20}).body(ROW)
+    body = template(EndpointApi.completions, extra={"top_k": 20}).body(ROW)
     wanted = {"prompt": [5, 6, 7], "return_token_ids": True, "top_k": 20}
     assert body == {"model": "m", "max_tokens": 9, "temperature": 0, **wanted}
 
 
 def test_a_sampled_request_has_a_seed_of_its_own_that_a_rerun_repeats():
     other = RenderedPrompt(prompt_of([Message("user", "Hi")], "high"), (5,), None)
-    body, again, others = (asking(EndpointApi.chat, SAMPLED).body(row) for row in (ROW, ROW, other))
+    body, again, others = (template(EndpointApi.chat, SAMPLED).body(row) for row in (ROW, ROW, other))
     assert (body["temperature"], body["top_p"]) == (0.7, 0.9)
     assert body == again
     assert 0 <= body["seed"] < 2**31
@@ -78,7 +78,7 @@ def test_tools_and_calls_go_in_the_shape_of_the_api():
         "low",
         [Tool("lookup", "Finds", '{"type": "object", "properties": {}}')],
     )
-    body = asking(EndpointApi.chat).body(RenderedPrompt(prompt, (1,), None))
+    body = template(EndpointApi.chat).body(RenderedPrompt(prompt, (1,), None))
     assert [tool["function"]["name"] for tool in body["tools"]] == ["lookup"]
     _, called, result = body["messages"]
     assert called["reasoning_content"] == "I look."
@@ -131,7 +131,7 @@ def test_tokens_that_an_endpoint_tells_are_taken_as_they_are(reader, tokenizer):
 
 def test_a_plain_chat_format_has_content_and_the_token_that_ends_it():
     plain = chatml_tokenizer()
-    reader = Reader(plain, MAX_NEW_TOKENS)
+    reader = ReplyReader(plain, MAX_NEW_TOKENS)
     content = plain.encode("Hello", add_special_tokens=False)
     assert tokens_of(reader, chat(content="Hello")) == ((*content, plain.eos_token_id), "stop")
     assert tokens_of(reader, chat("length", content="Hello")) == (tuple(content), "length")

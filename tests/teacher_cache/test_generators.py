@@ -170,17 +170,17 @@ def test_our_own_server_gives_the_engines_cache(
     extra = {"return_token_ids": True} if api is OpenAIApi.chat else {}
     with serving(engine, tokenizer) as address:
         stage.run(asking(config, f"{address}/v1", monkeypatch, api=api, extra=extra), tracker)
-    made = made_by(config)
-    assert texts_of(made) == texts_of(cache)
-    assert np.array_equal(features_of(made), features_of(cache))
-    assert summary_of(made)["num_failed"] == 0
-    assert summary_of(made)["splits"]["train"]["divergence"] == 0
+    remade = made_by(config)
+    assert texts_of(remade) == texts_of(cache)
+    assert np.array_equal(features_of(remade), features_of(cache))
+    assert summary_of(remade)["num_failed"] == 0
+    assert summary_of(remade)["splits"]["train"]["divergence"] == 0
     assert tracker.metrics["teacher_cache/gold_accept_length"] == 4.0
     assert "other tokens" not in caplog.text
-    asked = {name.removeprefix("teacher_cache.openai."): value for name, value in made.settings.items()}
+    asked = {name.removeprefix("teacher_cache.openai."): value for name, value in remade.settings.items()}
     wanted = {"url": address.removeprefix("http://"), "model": MODEL, "api": api.value, "extra": extra}
     assert {name: asked.get(name) for name in wanted} == wanted
-    assert not list(Path(config.output_dir).rglob("*.jsonl"))[1:]  # prompts.jsonl alone: the journal is gone
+    assert not list(Path(config.output_dir).rglob("*.jsonl"))[1:]  # prompts.jsonl alone: the reply log is gone
 
 
 def by_heart(texts: dict[str, tuple[int, list[int]]], wrong: int = 0, failing: int = 0) -> object:
@@ -211,17 +211,17 @@ def test_prompts_that_fail_are_accounted_for_and_the_others_are_cached(
     config.teacher_cache.shard_sequences = 1  # the shards of the two that fail have nothing in them
     with endpoint(by_heart(texts, failing=2)) as fake, caplog.at_level(logging.DEBUG):
         stage.run(asking(config, fake.url, monkeypatch), tracker)
-    made, failed = made_by(config), list(texts)[:2]
-    assert texts_of(made) == {name: text for name, text in texts.items() if name not in failed}
-    lines = {line["prompt_id"]: line for line in lines_of(made)}
+    remade, failed = made_by(config), list(texts)[:2]
+    assert texts_of(remade) == {name: text for name, text in texts.items() if name not in failed}
+    lines = {line["prompt_id"]: line for line in lines_of(remade)}
     assert {name for name, line in lines.items() if line["failed"]} == set(failed)
     assert all("HTTP 400: " in lines[name]["failed"] for name in failed)
-    summary = summary_of(made)
+    summary = summary_of(remade)
     assert (summary["num_sequences"], summary["num_failed"], summary["num_skipped"]) == (24, 2, 0)
     assert tracker.metrics["teacher_cache/failed"] == 2
     assert tracker.metrics["teacher_cache/verified_sequences"] > 5
     stage.run(config, tracker)  # complete: verified again, and nobody asked
-    for file in made.path.rglob("*"):
+    for file in remade.path.rglob("*"):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
     assert KEY not in caplog.text
 

@@ -26,14 +26,21 @@ def test_a_prompt_that_the_engine_refuses_has_failed_and_the_others_are_answered
             some,
             EngineConfig(num_slots=4, max_length=46, prefill_chunk=40, stop_token_ids=(293,)),
             max_new_tokens=6,
-            on_finished=lambda one: finished.append(one.request_id),
+            on_finished=lambda completion: finished.append(completion.request_id),
         )
 
     found = outcomes(rows)
-    assert [type(one) for one in found] == [AnsweredPrompt, FailedPrompt, AnsweredPrompt, FailedPrompt, AnsweredPrompt]
-    assert [one.prompt for one in found] == [row.prompt for row in rows]
-    assert all(one.token_ids[: one.prompt_tokens] == ids for one, ids in zip(found, tokens, strict=True)
-               if isinstance(one, AnsweredPrompt))  # fmt: skip
+    assert [type(outcome) for outcome in found] == [
+        AnsweredPrompt,
+        FailedPrompt,
+        AnsweredPrompt,
+        FailedPrompt,
+        AnsweredPrompt,
+    ]
+    assert [outcome.prompt for outcome in found] == [row.prompt for row in rows]
+    for outcome, ids in zip(found, tokens, strict=True):
+        if isinstance(outcome, AnsweredPrompt):
+            assert outcome.token_ids[: outcome.prompt_tokens] == ids
     assert "the target knows 0..299" in found[1].reason
     assert "prompt has 41 tokens and 6 more are wanted" in found[3].reason
     assert len(finished) == 3

@@ -134,8 +134,8 @@ def test_a_run_ended_before_any_rename_resumes_to_the_same_bytes(
 ) -> None:
     """All shards but two are there already, so that a case costs little."""
     shutil.copytree(cache.path, _scratch(config))
-    for made in (stage.SUMMARY, stage.PROMPTS, HEADER, artifact.CONTRACT, artifact.MANIFEST):
-        (_scratch(config) / made).unlink()
+    for name in (stage.SUMMARY, stage.PROMPTS, HEADER, artifact.CONTRACT, artifact.MANIFEST):
+        (_scratch(config) / name).unlink()
     for last in ("train/00001", "heldout/00000"):
         shutil.rmtree(_scratch(config) / last)
     monkeypatch.setattr(os, "rename", _ending_before(name, count, os.rename))
@@ -180,11 +180,11 @@ def test_what_cannot_be_kept_is_made_again(
     else:
         header = json.loads((shard / SHARD).read_text())
         (shard / SHARD).write_text(json.dumps(header | {"fingerprint": "other"}))
-    made = []
+    made_paths = []
     make = shards.make_shard
-    monkeypatch.setattr(shards, "make_shard", lambda one, *rest: made.append(one.path) or make(one, *rest))
+    monkeypatch.setattr(shards, "make_shard", lambda plan, *rest: made_paths.append(plan.path) or make(plan, *rest))
     stage.run(config, tracker)
-    assert made == [shard]
+    assert made_paths == [shard]
     assert _made_by(config).fingerprint == cache.fingerprint
 
 
@@ -192,8 +192,8 @@ def test_prompts_that_are_too_long_are_skipped_and_listed(config: PipelineConfig
     config.teacher_cache.max_prompt_tokens = 60
     config.teacher_cache.max_new_tokens = 10
     stage.run(config, tracker)
-    made = _made_by(config)
-    lines = [json.loads(line) for line in (made.path / stage.PROMPTS).read_text().splitlines()]
+    cache = _made_by(config)
+    lines = [json.loads(line) for line in (cache.path / stage.PROMPTS).read_text().splitlines()]
     skipped = [line for line in lines if line["skipped"]]
     assert 0 < len(skipped) < 26 == len(lines)
     assert tracker.metrics["teacher_cache/skipped"] == len(skipped)
@@ -233,9 +233,9 @@ def test_rows_bring_efforts_and_tools_others_get_an_effort_of_the_mix_and_the_co
     lines = [json.loads(line) for line in (_made_by(config).path / "prompts.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if "tools" in line]
     assert (line["messages"], line["tools"], line["skipped"]) == (rows[0]["messages"], [tool], None)
-    made = _made_by(config)
-    assert made.contract["text"]["reasoning_efforts"] == ["high", "low"]
-    assert set(open_split(made.path, "train").efforts) == {"high", "low"}
+    cache = _made_by(config)
+    assert cache.contract["text"]["reasoning_efforts"] == ["high", "low"]
+    assert set(open_split(cache.path, "train").efforts) == {"high", "low"}
 
 
 def test_a_disk_too_small_is_refused_before_any_work(

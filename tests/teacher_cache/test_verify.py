@@ -33,10 +33,11 @@ def run_verify(cache: Artifact, target_directory: Path) -> Callable[..., CacheVe
     def run(change: Callable[[CachedSequence], CachedSequence] | None = None, **options: object) -> CacheVerification:
         split = open_split(cache.path, "train")
         read = split.read
-        prompts = [one.token_ids[: one.prompt_tokens].tolist() for one in read(range(split.num_sequences))]
+        prompts = [each.token_ids[: each.prompt_tokens].tolist() for each in read(range(split.num_sequences))]
         if change is not None:
             split.read = lambda indices: [
-                change(one) if index == CHANGED else one for index, one in zip(indices, read(indices), strict=True)
+                change(sequence) if index == CHANGED else sequence
+                for index, sequence in zip(indices, read(indices), strict=True)
             ]
         settings = {"tie_gap": 1e-3, "is_exact": True} | options
         recapture = lambda texts, _prompt_ids: capture(target, tapped, texts)  # noqa: E731

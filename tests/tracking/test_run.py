@@ -1,6 +1,8 @@
 import contextlib
+import getpass
 import logging
 import math
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -53,6 +55,19 @@ def test_a_run_holds_its_config_as_parameters_and_as_yaml(output_dir, stored):
     }
     assert found.data.tags["mlflow.source.git.commit"] == "abc123"
     assert yaml.safe_load((artifacts_of(output_dir, run) / "config.yaml").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("No username set"), KeyError("uid not found: 4711")], ids=["OSError", "KeyError"]
+)
+def test_a_user_without_a_name_is_recorded_by_number(output_dir, stored, monkeypatch, error):
+    def getuser():
+        raise error
+
+    monkeypatch.setattr(getpass, "getuser", getuser)
+    with a_run(output_dir) as run:
+        pass
+    assert stored(run.run_id).data.tags["mlflow.user"] == str(os.getuid())
 
 
 def test_the_metrics_that_checkpoints_are_compared_by_keep_their_names(output_dir, stored):

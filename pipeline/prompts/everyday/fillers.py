@@ -1,4 +1,4 @@
-"""What everyday requests are about. Every list is of one grammatical kind, told by its comment."""
+"""Lists what everyday requests are about; each list is of one grammatical kind, which its comment names."""
 
 # noun phrases: "how ... works", "explain ..."
 SUBJECTS = (

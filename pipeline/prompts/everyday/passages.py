@@ -1,4 +1,4 @@
-"""Short texts that a request brings along: reports, reviews, stories, plans and single sentences."""
+"""Generates short texts for requests: reports, reviews, stories, plans and single sentences."""
 
 import random
 from collections.abc import Callable
@@ -81,7 +81,7 @@ SLIPS = (  # a wrong sentence each, for requests to correct it
 
 
 def report(rng: random.Random) -> str:
-    """A piece of local news."""
+    """Returns a piece of local news."""
     month, year = rng.choice(MONTHS), rng.randint(1998, 2024)
     first, second = rng.sample(OUTCOMES, 2)
     return (
@@ -91,27 +91,27 @@ def report(rng: random.Random) -> str:
 
 
 def review(rng: random.Random) -> str:
-    """What a customer says about something bought."""
+    """Returns a customer's review of a product."""
     kind = rng.choice(("mixed", "good", "bad"))
     praise, blame = rng.sample(PRAISE, 2), rng.sample(BLAME, 2)
-    told = {
+    opinions = {
         "good": f"It {praise[0]} and {praise[1]}.",
         "bad": f"It {blame[0]} and {blame[1]}.",
         "mixed": f"It {praise[0]}, but it {blame[0]}.",
     }
     product = rng.choice(PRODUCTS)
-    return f"I bought {product} from this shop in {rng.choice(MONTHS)}. {told[kind]} {rng.choice(VERDICTS)}"
+    return f"I bought {product} from this shop in {rng.choice(MONTHS)}. {opinions[kind]} {rng.choice(VERDICTS)}"
 
 
 def find(rng: random.Random) -> str:
-    """A small story of something found."""
+    """Returns a small story about a find."""
     name = rng.choice(NAMES)
     first, second = rng.sample(REACTIONS, 2)
     return f"On a {rng.choice(DAYS)}, {name} found {rng.choice(FINDS)} {rng.choice(SPOTS)}. {first} {second}"
 
 
 def plan(rng: random.Random) -> str:
-    """What somebody means to do."""
+    """Returns somebody's plans."""
     name, other = rng.sample(NAMES, 2)
     hobby, later = rng.sample(ACTIVITIES, 2)
     return (

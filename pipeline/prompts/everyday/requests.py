@@ -1,4 +1,4 @@
-"""What people ask: one function per kind of request, each a few wordings over many things to ask about."""
+"""Generates what people ask: a function per kind of request draws a wording and what it is about."""
 
 import random
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pipeline.prompts.everyday import fillers, passages
 from pipeline.prompts.everyday.fillers import ACTIVITIES, NAMES, SUBJECTS
 
-Request = Callable[[random.Random], str]
+RequestWriter = Callable[[random.Random], str]
 
 
 def _worded(rng: random.Random, forms: tuple[str, ...], **slots: object) -> str:
@@ -14,7 +14,7 @@ def _worded(rng: random.Random, forms: tuple[str, ...], **slots: object) -> str:
 
 
 def explanation(rng: random.Random) -> str:
-    """Something to be explained, often to somebody."""
+    """Returns a request to explain something, often to somebody."""
     forms = (
         "Explain {subject} to {audience}.",
         "How would you explain {subject} to {audience}?",
@@ -32,7 +32,7 @@ def explanation(rng: random.Random) -> str:
 
 
 def ideas(rng: random.Random) -> str:
-    """A list of tips, mistakes or steps."""
+    """Returns a request for a list of tips, mistakes or steps."""
     forms = (
         "Give me {n} tips for {activity}.",
         "List {n} common mistakes in {activity}.",
@@ -50,24 +50,24 @@ def ideas(rng: random.Random) -> str:
 
 
 def comparison(rng: random.Random) -> str:
-    """Two or three things of one kind, side by side."""
-    one, two, three = rng.sample(rng.choice([kind for kind in fillers.RIVALS if len(kind) > 2]), 3)
+    """Returns a request to compare two or three things of a kind."""
+    first, second, third = rng.sample(rng.choice([kind for kind in fillers.RIVALS if len(kind) > 2]), 3)
     forms = (
-        "Compare {one} and {two}.",
-        "What are the main differences between {one} and {two}?",
-        "Which is better, {one} or {two}? Give reasons.",
-        "List the advantages and disadvantages of {one} compared with {two}.",
-        "What do {one} and {two} have in common?",
-        "Compare {one}, {two} and {three} in a few sentences.",
-        "My friend prefers {one} and I prefer {two}. Who is right?",
-        "When would you choose {one}, and when {two}?",
-        "Make a table that compares {one}, {two} and {three}.",
+        "Compare {first} and {second}.",
+        "What are the main differences between {first} and {second}?",
+        "Which is better, {first} or {second}? Give reasons.",
+        "List the advantages and disadvantages of {first} compared with {second}.",
+        "What do {first} and {second} have in common?",
+        "Compare {first}, {second} and {third} in a few sentences.",
+        "My friend prefers {first} and I prefer {second}. Who is right?",
+        "When would you choose {first}, and when {second}?",
+        "Make a table that compares {first}, {second} and {third}.",
     )
-    return _worded(rng, forms, one=one, two=two, three=three)
+    return _worded(rng, forms, first=first, second=second, third=third)
 
 
 def story(rng: random.Random) -> str:
-    """A story, a poem, a scene or a beginning."""
+    """Returns a request for a story, a poem, a scene or a beginning."""
     forms = (
         "Write a {mood} story about {hero} who {turn} {place}.",
         "Write a short poem about {hero} {place}.",
@@ -86,7 +86,7 @@ def story(rng: random.Random) -> str:
 
 
 def letter(rng: random.Random) -> str:
-    """An email, a note or a message."""
+    """Returns a request for an email, a note or a message."""
     forms = (
         "Write a {tone} email to {recipient} {purpose}.",
         "Help me write a {tone} message to {recipient} {purpose}.",
@@ -101,7 +101,7 @@ def letter(rng: random.Random) -> str:
 
 
 def reading(rng: random.Random) -> str:
-    """A short text to be summed up, questioned, continued or judged."""
+    """Returns a request to summarise, question, continue or judge a short text."""
     forms = (
         "Summarise this text in one sentence: {text}",
         "{text}\n\nWhat is this text about?",
@@ -118,7 +118,7 @@ def reading(rng: random.Random) -> str:
 
 
 def wording(rng: random.Random) -> str:
-    """A sentence to be changed, corrected or translated."""
+    """Returns a request to change, correct or translate a sentence."""
     sentence = rng.choice(passages.SENTENCES)
     forms = (
         'Rewrite this sentence so that it sounds more {tone}: "{sentence}"',
@@ -136,7 +136,7 @@ def wording(rng: random.Random) -> str:
 
 
 def code(rng: random.Random) -> str:
-    """A small program."""
+    """Returns a request for a small program."""
     forms = (
         "Write a {language} function that {task}.",
         "How do I write a {language} program that {task}?",
@@ -151,7 +151,7 @@ def code(rng: random.Random) -> str:
 
 
 def advice(rng: random.Random) -> str:
-    """Somebody with a problem."""
+    """Returns a request for advice on a problem."""
     forms = (
         "I {situation}. What should I do?",
         "I {situation}. Can you help me?",
@@ -165,57 +165,57 @@ def advice(rng: random.Random) -> str:
 
 
 def vocabulary(rng: random.Random) -> str:
-    """One or two words."""
-    one, two = rng.sample(fillers.WORDS, 2)
+    """Returns a question about one or two words."""
+    first, second = rng.sample(fillers.WORDS, 2)
     forms = (
-        'What does the word "{one}" mean?',
-        'Use the word "{one}" in three sentences.',
-        'What is the difference between "{one}" and "{two}"?',
-        'Give synonyms and antonyms of "{one}".',
-        'Write a short dialogue that uses the words "{one}" and "{two}".',
-        'Explain the word "{one}" to {audience}.',
-        'Make a riddle whose answer is the word "{one}".',
+        'What does the word "{first}" mean?',
+        'Use the word "{first}" in three sentences.',
+        'What is the difference between "{first}" and "{second}"?',
+        'Give synonyms and antonyms of "{first}".',
+        'Write a short dialogue that uses the words "{first}" and "{second}".',
+        'Explain the word "{first}" to {audience}.',
+        'Make a riddle whose answer is the word "{first}".',
     )
-    return _worded(rng, forms, one=one, two=two, audience=rng.choice(fillers.AUDIENCES))
+    return _worded(rng, forms, first=first, second=second, audience=rng.choice(fillers.AUDIENCES))
 
 
 def cooking(rng: random.Random) -> str:
-    """A recipe or something about one."""
-    one, two = rng.sample(fillers.DISHES, 2)
+    """Returns a request for a recipe, or a question about one."""
+    first, second = rng.sample(fillers.DISHES, 2)
     forms = (
-        "How do I make {one} {limit}?",
-        "Give me a recipe for {one} {limit}.",
-        "What ingredients do I need for {one} {limit}?",
-        "What goes well with {one}?",
-        "Plan a dinner with {one} and {two}.",
-        "Write a shopping list for {one} and {two}.",
-        "What can I cook instead of {one} {limit}?",
-        "My guests do not like {one}. What else could I serve {limit}?",
+        "How do I make {first} {limit}?",
+        "Give me a recipe for {first} {limit}.",
+        "What ingredients do I need for {first} {limit}?",
+        "What goes well with {first}?",
+        "Plan a dinner with {first} and {second}.",
+        "Write a shopping list for {first} and {second}.",
+        "What can I cook instead of {first} {limit}?",
+        "My guests do not like {first}. What else could I serve {limit}?",
     )
-    return _worded(rng, forms, one=one, two=two, limit=rng.choice(fillers.LIMITS))
+    return _worded(rng, forms, first=first, second=second, limit=rng.choice(fillers.LIMITS))
 
 
 def travel(rng: random.Random) -> str:
-    """A country, a trip, a week."""
-    one, two = rng.sample(fillers.COUNTRIES, 2)
+    """Returns a question about a country or a trip."""
+    first, second = rng.sample(fillers.COUNTRIES, 2)
     forms = (
-        "Plan a trip of {days} days to {one} for {group}.",
-        "What should {group} see in {one}?",
-        "Tell me about the history of {one}.",
-        "What is {one} known for?",
-        "What is the food like in {one}?",
-        "What is the weather like in {one} in {month}?",
-        "Should we go to {one} or to {two} in {month}?",
-        "Write a postcard from {one}.",
-        "What should I pack for {days} days in {one} in {month}?",
-        "Which customs should a visitor to {one} know?",
+        "Plan a trip of {days} days to {first} for {group}.",
+        "What should {group} see in {first}?",
+        "Tell me about the history of {first}.",
+        "What is {first} known for?",
+        "What is the food like in {first}?",
+        "What is the weather like in {first} in {month}?",
+        "Should we go to {first} or to {second} in {month}?",
+        "Write a postcard from {first}.",
+        "What should I pack for {days} days in {first} in {month}?",
+        "Which customs should a visitor to {first} know?",
     )
     slots = {"days": rng.randint(3, 14), "group": rng.choice(fillers.GROUPS), "month": rng.choice(passages.MONTHS)}
-    return _worded(rng, forms, one=one, two=two, **slots)
+    return _worded(rng, forms, first=first, second=second, **slots)
 
 
 def selling(rng: random.Random) -> str:
-    """Something to be described, named or advertised."""
+    """Returns a request to describe, name or advertise something."""
     forms = (
         "Write a slogan for {product}.",
         "Write a product description for {product}.",
@@ -231,40 +231,40 @@ def selling(rng: random.Random) -> str:
 
 
 def debate(rng: random.Random) -> str:
-    """Reasons for and against."""
-    one, two = rng.sample(fillers.DEBATES, 2)
+    """Returns a request for reasons for and against something."""
+    first, second = rng.sample(fillers.DEBATES, 2)
     forms = (
-        "What are the pros and cons of {one}?",
-        "Write a short essay about {one}.",
-        "Argue against {one} in one paragraph.",
-        "Argue in favour of {one} in one paragraph.",
-        "Should there be more rules about {one}?",
-        "How have people's views on {one} changed?",
-        "Write a discussion between two friends about {one}.",
-        "What does {one} have to do with {two}?",
-        "Write three questions for a debate about {one}.",
+        "What are the pros and cons of {first}?",
+        "Write a short essay about {first}.",
+        "Argue against {first} in one paragraph.",
+        "Argue in favour of {first} in one paragraph.",
+        "Should there be more rules about {first}?",
+        "How have people's views on {first} changed?",
+        "Write a discussion between two friends about {first}.",
+        "What does {first} have to do with {second}?",
+        "Write three questions for a debate about {first}.",
     )
-    return _worded(rng, forms, one=one, two=two)
+    return _worded(rng, forms, first=first, second=second)
 
 
 def biography(rng: random.Random) -> str:
-    """A person whom many know."""
-    one, two = rng.sample(fillers.FIGURES, 2)
+    """Returns a question about a well-known person."""
+    first, second = rng.sample(fillers.FIGURES, 2)
     forms = (
-        "Who was {one}?",
-        "Why is {one} still remembered today?",
-        "Write a short biography of {one} for {audience}.",
-        "What could {one} and {two} have talked about?",
-        "Write a diary entry of {one}.",
-        "What can we learn from the life of {one}?",
-        "Write five quiz questions about {one}.",
-        "Describe the time in which {one} lived.",
+        "Who was {first}?",
+        "Why is {first} still remembered today?",
+        "Write a short biography of {first} for {audience}.",
+        "What could {first} and {second} have talked about?",
+        "Write a diary entry of {first}.",
+        "What can we learn from the life of {first}?",
+        "Write five quiz questions about {first}.",
+        "Describe the time in which {first} lived.",
     )
-    return _worded(rng, forms, one=one, two=two, audience=rng.choice(fillers.AUDIENCES))
+    return _worded(rng, forms, first=first, second=second, audience=rng.choice(fillers.AUDIENCES))
 
 
 def schedule(rng: random.Random) -> str:
-    """A plan for a day, a week or a month."""
+    """Returns a request for a plan for a day, a week or a month."""
     forms = (
         "Make a weekly schedule for somebody who {goal} and enjoys {activity}.",
         "Write a plan for one month for {name}, who {goal}.",
@@ -278,21 +278,23 @@ def schedule(rng: random.Random) -> str:
 
 
 def sums(rng: random.Random) -> str:
-    """A word problem."""
-    one, two = rng.sample(NAMES, 2)
+    """Returns a word problem."""
+    first, second = rng.sample(NAMES, 2)
     forms = (
-        "{one} buys {a} pencils for {b} cents each. How much does {one} pay?",
-        "{one} has {c} stamps and gives {a} to {two}. How many are left?",
+        "{first} buys {a} pencils for {b} cents each. How much does {first} pay?",
+        "{first} has {c} stamps and gives {a} to {second}. How many are left?",
         "A train leaves at {b} o'clock and travels for {a} hours. When does it arrive?",
-        "{one} reads {a} pages a day. How long does a book of {c} pages take?",
-        "{one} and {two} share {c} sweets equally. How many does each of them get?",
-        "{one} earns {c} euros a week and saves {a} of them. How much is saved after {b} weeks?",
+        "{first} reads {a} pages a day. How long does a book of {c} pages take?",
+        "{first} and {second} share {c} sweets equally. How many does each of them get?",
+        "{first} earns {c} euros a week and saves {a} of them. How much is saved after {b} weeks?",
         "A garden is {a} metres long and {b} metres wide. How large is it, and how long is its fence?",
     )
-    return _worded(rng, forms, one=one, two=two, a=rng.randint(2, 12), b=rng.randint(2, 11), c=rng.randint(20, 200))
+    return _worded(
+        rng, forms, first=first, second=second, a=rng.randint(2, 12), b=rng.randint(2, 11), c=rng.randint(20, 200)
+    )
 
 
-KINDS: tuple[Request, ...] = (
+REQUEST_WRITERS: tuple[RequestWriter, ...] = (
     explanation, explanation, ideas, ideas, comparison, story, story, letter, letter, reading, reading, wording, code,
     code, advice, advice, vocabulary, cooking, travel, selling, debate, biography, schedule, sums,
 )  # fmt: skip
@@ -303,6 +305,6 @@ ENDINGS = ("",) * 16 + (
 
 
 def request(seed: int, index: int) -> str:
-    """The `index`-th request of the sequence `seed`."""
+    """Returns the `index`-th request of the sequence `seed`."""
     rng = random.Random(f"everyday/{seed}/{index}")
-    return rng.choice(KINDS)(rng) + rng.choice(ENDINGS)
+    return rng.choice(REQUEST_WRITERS)(rng) + rng.choice(ENDINGS)

@@ -1,4 +1,4 @@
-"""A question with everything its answer is made of; every family of the corpus returns one."""
+"""Defines the question and the parts of its answer that every family of the corpus returns."""
 
 import dataclasses
 import random
@@ -11,7 +11,7 @@ COLORS = ("red", "blue", "green", "black", "white")
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """`steps` are always thought, `plan` from medium effort on, `check` at high effort."""
+    """Holds a question and its answer; `steps` are always thought, `plan` from medium effort, `check` at high."""
 
     question: str
     plan: str
@@ -21,11 +21,11 @@ class Exchange:
 
 
 def worded(rng: random.Random, forms: Sequence[tuple[str, str]], **slots: object) -> tuple[str, str]:
-    """Pick one (question, answer) form and fill its slots: the answer's wording follows the question's."""
+    """Returns a question and its answer: one form is drawn, and its slots are filled."""
     question, answer = rng.choice(forms)
     return question.format(**slots), answer.format(**slots)
 
 
 def listed(items: Sequence[object]) -> str:
-    """`3, 5, 8`"""
+    """Returns the items as text, separated by commas: `3, 5, 8`."""
     return ", ".join(str(item) for item in items)

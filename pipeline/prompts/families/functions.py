@@ -1,4 +1,4 @@
-"""Small Python functions, and what small Python loops print."""
+"""Generates exchanges about small Python functions and loops."""
 
 import random
 
@@ -21,7 +21,7 @@ OPERATIONS = (
 
 
 def definition(rng: random.Random) -> Exchange:
-    """A function of one line."""
+    """Returns an exchange that asks for a function of one line."""
     name, x, k = rng.choice(FUNCTIONS), rng.choice(ARGUMENTS), rng.randint(1, 20)
     task, expression = (text.format(x=x, k=k) for text in rng.choice(OPERATIONS))
     code = f"```python\ndef {name}({x}):\n    return {expression}\n```"
@@ -37,7 +37,7 @@ def definition(rng: random.Random) -> Exchange:
 
 
 def branch(rng: random.Random) -> Exchange:
-    """A function that returns one of two numbers."""
+    """Returns an exchange that asks for a function that returns one of two numbers."""
     name, x = rng.choice(FUNCTIONS), rng.choice(ARGUMENTS)
     k, yes, no = rng.randint(1, 9), rng.randint(0, 9), rng.randint(0, 9)
     word, sign = rng.choice((("more", ">"), ("less", "<")))
@@ -56,7 +56,7 @@ def branch(rng: random.Random) -> Exchange:
 
 
 def loop(rng: random.Random) -> Exchange:
-    """What a `for` loop over a range prints."""
+    """Returns an exchange that asks what a `for` loop over a range prints."""
     first, step = rng.randint(0, 9), rng.choice((1, 1, 2))
     times = rng.randint(3, 5)
     last = first + step * times

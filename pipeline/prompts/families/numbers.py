@@ -1,4 +1,4 @@
-"""Arithmetic told step by step, digit by digit, so that no step needs more than a small table."""
+"""Generates exchanges of arithmetic, digit by digit, so that no step needs more than a small table."""
 
 import random
 
@@ -6,7 +6,7 @@ from pipeline.prompts.families.exchange import NAMES, THINGS, Exchange, worded
 
 
 def addition(rng: random.Random) -> Exchange:
-    """Two numbers of two digits, ones first, then tens with the carry."""
+    """Returns an exchange that adds two numbers of two digits, ones first, then tens with the carry."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     forms = (
         ("What is {a} + {b}?", "{a} + {b} = {c}"),
@@ -24,7 +24,7 @@ def addition(rng: random.Random) -> Exchange:
 
 
 def subtraction(rng: random.Random) -> Exchange:
-    """Two numbers of two digits, never borrowing."""
+    """Returns an exchange that subtracts two numbers of two digits without borrowing."""
     b_tens, b_ones = rng.randint(1, 8), rng.randint(0, 8)
     a_tens, a_ones = rng.randint(b_tens, 9), rng.randint(b_ones, 9)
     a, b = 10 * a_tens + a_ones, 10 * b_tens + b_ones
@@ -43,7 +43,7 @@ def subtraction(rng: random.Random) -> Exchange:
 
 
 def multiplication(rng: random.Random) -> Exchange:
-    """One digit times one digit, as a walk through the multiples."""
+    """Returns an exchange that multiplies two small numbers by listing the multiples."""
     a, b = rng.randint(2, 9), rng.choice((2, 3, 4, 5, 10))
     forms = (
         ("What is {a} x {b}?", "{a} x {b} = {c}"),
@@ -61,7 +61,7 @@ def multiplication(rng: random.Random) -> Exchange:
 
 
 def story(rng: random.Random) -> Exchange:
-    """Somebody has things, gets some and gives some away."""
+    """Returns an exchange in which somebody has things, gets some and gives some away."""
     name, other = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     start, more = rng.randint(2, 9), rng.randint(2, 9)
@@ -113,7 +113,7 @@ UNITS = (
 
 
 def conversion(rng: random.Random) -> Exchange:
-    """A few of a large unit in a small one, added up one at a time."""
+    """Returns an exchange that converts a large unit into a small one."""
     large, small, factor = rng.choice(UNITS)
     n = rng.randint(2, 9)
     forms = (

@@ -1,4 +1,4 @@
-"""Counting, continuing, sorting and choosing from lists of small numbers."""
+"""Generates exchanges that count, continue, sort and choose from lists of small numbers."""
 
 import random
 
@@ -6,7 +6,7 @@ from pipeline.prompts.families.exchange import Exchange, listed, worded
 
 
 def counting(rng: random.Random) -> Exchange:
-    """Count up or down by a fixed step."""
+    """Returns an exchange that counts up or down by a fixed step."""
     step, length = rng.choice((1, 1, 1, 2, 2, 5, 10)), rng.randint(6, 9)
     down = rng.random() < 0.4
     low = rng.randint(1, 30)
@@ -36,21 +36,21 @@ def counting(rng: random.Random) -> Exchange:
 
 
 def continuation(rng: random.Random) -> Exchange:
-    """Find the step of a sequence and write its next members."""
+    """Returns an exchange that finds the step of a sequence and continues it."""
     step, start = rng.choice((1, 2, 3, 5, 10)), rng.randint(1, 20)
     sign = "-" if rng.random() < 0.3 else "+"
     shown = [start + step * i for i in range(7)]
     if sign == "-":
         shown.reverse()
-    given, following = shown[:4], shown[4:]
+    beginning, following = shown[:4], shown[4:]
     forms = (
-        ("What comes next: {given}?", "The next numbers are {following}."),
-        ("Continue the list {given} with 3 more.", "{given}, {following}"),
-        ("Find the next 3 numbers after {given}.", "{following}"),
-        ("Here is a list: {given}. What are the next 3?", "Next are {following}."),
+        ("What comes next: {beginning}?", "The next numbers are {following}."),
+        ("Continue the list {beginning} with 3 more.", "{beginning}, {following}"),
+        ("Find the next 3 numbers after {beginning}.", "{following}"),
+        ("Here is a list: {beginning}. What are the next 3?", "Next are {following}."),
     )
-    question, answer = worded(rng, forms, given=listed(given), following=listed(following))
-    last = given[-1]
+    question, answer = worded(rng, forms, beginning=listed(beginning), following=listed(following))
+    last = beginning[-1]
     walk = []
     for number in following:
         walk.append(f"{last} {sign} {step} = {number}.")
@@ -60,7 +60,7 @@ def continuation(rng: random.Random) -> Exchange:
 
 
 def ordering(rng: random.Random) -> Exchange:
-    """Sort a few different digits, taking one at a time."""
+    """Returns an exchange that sorts a few different digits."""
     items = rng.sample(range(1, 10), rng.randint(4, 6))
     down = rng.random() < 0.4
     order = sorted(items, reverse=down)
@@ -85,7 +85,7 @@ def ordering(rng: random.Random) -> Exchange:
 
 
 def extreme(rng: random.Random) -> Exchange:
-    """The largest or smallest of a list, comparing from left to right."""
+    """Returns an exchange that finds the largest or smallest of a list, from left to right."""
     items = rng.sample(range(1, 10), rng.randint(4, 5))
     want_max = rng.random() < 0.5
     word, choose = ("largest", max) if want_max else ("smallest", min)
@@ -98,21 +98,21 @@ def extreme(rng: random.Random) -> Exchange:
     )
     question, answer = worded(rng, forms, word=word, items=listed(items), best=best)
     running = [choose(items[: i + 1]) for i in range(len(items))]
-    steps = " ".join(f"See {item}, keep {kept}." for item, kept in zip(items, running, strict=True))
+    steps = " ".join(f"See {item}, keep {extreme_so_far}." for item, extreme_so_far in zip(items, running, strict=True))
     return Exchange(question, f"Keep the {word} so far.", steps, f"So it is {best}.", answer)
 
 
 def parity(rng: random.Random) -> Exchange:
-    """Keep the even or the odd members of a list of digits."""
+    """Returns an exchange that selects the even or the odd members of a list of digits."""
     items = rng.sample(range(1, 10), 5)
     word, rest = ("even", 0) if rng.random() < 0.5 else ("odd", 1)
-    kept = [item for item in items if item % 2 == rest]  # five different digits hold both kinds
+    matching = [item for item in items if item % 2 == rest]  # five different digits hold both kinds
     forms = (
-        ("Which of {items} are {word}?", "The {word} numbers are {kept}."),
-        ("Keep the {word} numbers: {items}", "{kept}"),
-        ("List the {word} numbers in {items}.", "{word}: {kept}"),
-        ("Find all {word} numbers in the list {items}.", "They are {kept}."),
+        ("Which of {items} are {word}?", "The {word} numbers are {matching}."),
+        ("Keep the {word} numbers: {items}", "{matching}"),
+        ("List the {word} numbers in {items}.", "{word}: {matching}"),
+        ("Find all {word} numbers in the list {items}.", "They are {matching}."),
     )
-    question, answer = worded(rng, forms, items=listed(items), word=word, kept=listed(kept))
+    question, answer = worded(rng, forms, items=listed(items), word=word, matching=listed(matching))
     steps = " ".join(f"{item} is {'odd' if item % 2 else 'even'}." for item in items)
-    return Exchange(question, "Look at each number.", steps, f"There are {len(kept)} {word} numbers.", answer)
+    return Exchange(question, "Look at each number.", steps, f"There are {len(matching)} {word} numbers.", answer)

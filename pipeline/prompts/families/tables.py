@@ -1,12 +1,13 @@
-"""Small markdown tables and JSON objects made from what the question lists."""
+"""Generates exchanges that ask for small markdown tables and JSON objects."""
 
 import random
+from collections.abc import Sequence
 
 from pipeline.prompts.families.exchange import COLORS, NAMES, THINGS, Exchange, worded
 
 
 def pairs_table(rng: random.Random) -> Exchange:
-    """A table of two columns, in the order given."""
+    """Returns an exchange that asks for a table of two columns, in the order of the question."""
     first, second, keys = rng.choice(
         (
             ("name", "age", NAMES),
@@ -16,20 +17,20 @@ def pairs_table(rng: random.Random) -> Exchange:
         )
     )
     rows = [(key, rng.randint(1, 20)) for key in rng.sample(keys, rng.randint(2, 3))]
-    given = ", ".join(f"{key} {value}" for key, value in rows)
+    pairs = ", ".join(f"{key} {value}" for key, value in rows)
     forms = (
-        ("Make a table with {first} and {second}: {given}.", "{table}"),
-        ("Write a table of {first} and {second} for {given}.", "Here it is:\n{table}"),
-        ("Show {given} as a table with columns {first} and {second}.", "The table:\n{table}"),
+        ("Make a table with {first} and {second}: {pairs}.", "{table}"),
+        ("Write a table of {first} and {second} for {pairs}.", "Here it is:\n{table}"),
+        ("Show {pairs} as a table with columns {first} and {second}.", "The table:\n{table}"),
     )
     table = _table((first, second), rows)
-    question, answer = worded(rng, forms, first=first, second=second, given=given, table=table)
-    steps = f"There are {len(rows)} rows: {given}."
+    question, answer = worded(rng, forms, first=first, second=second, pairs=pairs, table=table)
+    steps = f"There are {len(rows)} rows: {pairs}."
     return Exchange(question, f"The columns are {first} and {second}.", steps, "Keep the order.", answer)
 
 
 def times_table(rng: random.Random) -> Exchange:
-    """A few rows of one number's multiples."""
+    """Returns an exchange that asks for a few rows of a times table."""
     k, first = rng.choice((2, 3, 4, 5, 10)), rng.randint(1, 6)
     rows = [(n, k * n) for n in range(first, first + rng.randint(3, 4))]
     forms = (
@@ -43,7 +44,7 @@ def times_table(rng: random.Random) -> Exchange:
 
 
 def json_object(rng: random.Random) -> Exchange:
-    """An object with a name, a number and a color."""
+    """Returns an exchange that asks for an object with a name, a number and a color."""
     name, number, color = rng.choice(NAMES), rng.randint(1, 99), rng.choice(COLORS)
     field = rng.choice(("age", "count", "points"))
     text = f'{{"name": "{name}", "{field}": {number}, "color": "{color}"}}'
@@ -57,6 +58,6 @@ def json_object(rng: random.Random) -> Exchange:
     return Exchange(question, "The object has 3 fields.", steps, "Use quotes for text.", answer)
 
 
-def _table(header: tuple[str, str], rows: list[tuple[object, int]]) -> str:
+def _table(header: tuple[str, str], rows: Sequence[tuple[object, int]]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |"]
     return "\n".join(lines + [f"| {key} | {value} |" for key, value in rows])

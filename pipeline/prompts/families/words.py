@@ -1,4 +1,4 @@
-"""Letters, repeated words, colors and days."""
+"""Generates exchanges about letters, repeated words, colors and days."""
 
 import random
 import string
@@ -9,7 +9,7 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 
 def letters(rng: random.Random) -> Exchange:
-    """Write a few letters backwards or as one word."""
+    """Returns an exchange that writes a few letters forwards or backwards."""
     items = rng.sample(string.ascii_uppercase, rng.randint(4, 6))
     backwards = rng.random() < 0.5
     result = items[::-1] if backwards else items
@@ -28,7 +28,7 @@ def letters(rng: random.Random) -> Exchange:
 
 
 def repetition(rng: random.Random) -> Exchange:
-    """Write a word, or two in turn, a number of times."""
+    """Returns an exchange that repeats a word, or two in turn."""
     words = rng.sample((*COLORS, *NAMES), rng.choice((1, 2)))
     times = rng.randint(3, 8)
     phrase = " and ".join(words)
@@ -47,7 +47,7 @@ def repetition(rng: random.Random) -> Exchange:
 
 
 def tally(rng: random.Random) -> Exchange:
-    """How often one color stands in a short row of colors."""
+    """Returns an exchange that counts a color in a short row of colors."""
     pair = rng.sample(COLORS, 2)
     row = [rng.choice(pair) for _ in range(rng.randint(4, 7))]
     wanted = rng.choice(pair)
@@ -67,7 +67,7 @@ def tally(rng: random.Random) -> Exchange:
 
 
 def weekday(rng: random.Random) -> Exchange:
-    """Step forwards or backwards through the week."""
+    """Returns an exchange that steps forwards or backwards through the week."""
     start, days = rng.randrange(7), rng.randint(2, 7)
     sign, word = (1, "after") if rng.random() < 0.6 else (-1, "before")
     walk = [DAYS[(start + sign * i) % 7] for i in range(1, days + 1)]

@@ -72,7 +72,7 @@ def test_every_candidate_is_drawn_about_equally_often():
     np.testing.assert_allclose(counts[2:11], 1000, rtol=0.1)
 
 
-def test_slots_learn_the_generated_tokens_at_their_own_positions():
+def test_block_positions_learn_the_generated_tokens_that_stand_there():
     random = np.random.default_rng(0)
     token_ids = random.integers(0, 50, (3, 11))
     generated = np.array([[0] * 3 + [1] * 8, [0] * 2 + [1] * 5 + [0] * 4, [1] * 11], bool)

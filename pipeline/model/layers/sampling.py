@@ -22,7 +22,7 @@ class Sampling:
     top_p: float = 1.0
 
 
-def key_of(seed: int, name: str) -> tuple[int, int]:
+def sampling_key(seed: int, name: str) -> tuple[int, int]:
     """The key of the text called `name` in a run of `seed`: what its tokens depend on beside model and prompt."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])

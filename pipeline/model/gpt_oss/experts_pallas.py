@@ -96,7 +96,7 @@ def packed_experts(
         packed,
         (down_bias, gate_bias, up_bias),
         steps=1,
-        chunk=_blocks(summed, 1) * mxfp4.ROWS,
+        chunk=_blocks(summed, 1) * mxfp4.TILE_ROWS,
         scratch=[*factors, pltpu.VMEM((_padded_tokens(inputs.shape[0]), rows), inputs.dtype)],
         interpret=interpret,
     )
@@ -137,7 +137,7 @@ def _tile_rows(rows: int, row_bytes: int) -> int:
 
 def _blocks(rows: int, multiple: int) -> int:
     """How many blocks of packed rows are unpacked at a time: a divisor of how many there are."""
-    count = rows // mxfp4.ROWS
+    count = rows // mxfp4.TILE_ROWS
     return max(size for size in range(multiple, UNPACKED_BLOCKS + 1, multiple) if count % size == 0)
 
 
@@ -261,7 +261,7 @@ def _packed_kernel(
     expert = pl.ds(hit[pl.program_id(0)], 1)
     gates, ups = gates + gate_bias[expert], ups + up_bias[expert]
     hidden[...] = (_swiglu(gates, ups, limit) * taken).astype(hidden.dtype)
-    rows = back * mxfp4.ROWS
+    rows = back * mxfp4.TILE_ROWS
 
     def add_back(step: Int[Array, ""], _: None) -> None:
         some = hidden[:, pl.ds(pl.multiple_of(step * rows, LANES), rows)]
@@ -272,7 +272,7 @@ def _packed_kernel(
 
 def _unpacked(words, factors, step: Int[Array, ""], count: int, dtype: jnp.dtype) -> Float[Array, "rows N"]:
     """`count` blocks of rows of one expert, from block step * count on."""
-    size = mxfp4.ROWS // mxfp4.ROWS_OF_WORD
+    size = mxfp4.TILE_ROWS // mxfp4.ROWS_OF_WORD
     some = words[0, pl.ds(pl.multiple_of(step * count * size, size), count * size)]
     parts = []
     for block in range(count):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.model.layers.sampling import Sampling, sampling_key, noise, nucleus, sample
+from pipeline.model.layers.sampling import Sampling, noise, nucleus, sample, sampling_key
 from pipeline.model.parallel.shards import UNSHARDED
 from tests.support.paths import PROGRAMS, ROOT
 

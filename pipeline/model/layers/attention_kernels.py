@@ -29,7 +29,7 @@ def on_tpu(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Returns float32 values and log-sums of causal attention; a position sees at most `window` positions with itself."""
+    """Returns float32 values and log-sums of causal attention; a position sees `window` positions, itself included."""
     batch, length, num_heads, width = queries.shape
     groups = keys.shape[2]
     heads = num_heads // groups

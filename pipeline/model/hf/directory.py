@@ -198,7 +198,8 @@ class _Reader:
             return None
         parts: dict[Any, np.ndarray] = {}  # several devices may hold the same part
 
-        def part(index: Index) -> np.ndarray:
+        def part(index: Index | None) -> np.ndarray:
+            assert index is not None
             bounds = tuple(edges.indices(size)[:2] for edges, size in zip(index, shape.shape, strict=True))
             if bounds not in parts:
                 array = self._read(source, tuple(slice(*edges) for edges in bounds))

@@ -129,7 +129,7 @@ def draft_block(
     draft_cache: KVCache,
     execution: Execution,
 ) -> Int[Array, "B drafted"]:
-    """Returns the draft's K-1 tokens behind each anchor, from the context committed before it."""
+    """Returns the draft's tokens [B, K-1] behind each anchor, from the context committed before it."""
     config = draft.config
     ids = blocks.block_token_ids(anchor, config.mask_token_id, config.block_size)
     embeddings = gpt_oss.embed(target.weights, ids, execution.shards)

@@ -54,7 +54,7 @@ def denoise(
     context: KVCache,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "B K D"]:
-    """Returns the final hidden states of one block per row, whose anchor is at position `start`.
+    """Returns the final hidden states [B, K, D] of one block per row, whose anchor is at position `start`.
 
     The block sees the context before it. `embeddings` are the target's for [anchor, mask, ...]; the target's head turns
     the result into logits, and block position k predicts the token at `start` + k.
@@ -79,7 +79,9 @@ def denoise_blocks(
     gather: GatherWeights = no_gather,
     num_devices: int = 1,
 ) -> Float[Array, "B A K D"]:
-    """Returns what `denoise` does for A blocks per sequence, as in training, each over the context `visible` to it.
+    """Returns the final hidden states [B, A, K, D] of A blocks per sequence, each over the context `visible` to it.
+
+    Training calls this, where serving calls `denoise`.
 
     With `remat` a layer's inner values are computed again in the backward pass instead of being stored. `gather` turns
     the sharded weights of a layer (or of the draft without its layers) into those that are computed with, and again in

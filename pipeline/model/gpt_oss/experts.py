@@ -60,7 +60,7 @@ class FusedExpertWeights:
 def route(
     inputs: Float[Array, "M D"], weights: ExpertsWeights | FusedExpertWeights, experts_per_token: int
 ) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
-    """Returns the shares, float32, and indices of each token's k best experts: a softmax over their logits alone."""
+    """Returns shares, float32, and indices [M, k] of each token's best experts: a softmax over their logits alone."""
     logits = product(inputs, weights.router) + weights.router_bias  # in float32: bfloat16 logits would tie more often
     best, indices = jax.lax.top_k(logits, experts_per_token)
     return jax.nn.softmax(best, axis=-1), indices
@@ -82,7 +82,7 @@ def mixture(
     limit: float,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "M D"]:
-    """Returns the sum of each token's experts by their shares."""
+    """Returns the sum [M, D] of each token's experts by their shares, in the precision of the inputs."""
     shares, indices = route(inputs, weights, experts_per_token)
     if isinstance(weights, FusedExpertWeights):
         outputs = fused_experts(inputs, weights, shares, indices, limit, execution.shards)
@@ -101,7 +101,10 @@ def fused_experts(
     limit: float,
     shards: Shards = UNSHARDED,
 ) -> Float[Array, "M D"]:
-    """Runs every token through every expert, those not chosen with share zero; returns this shard's part of the sum."""
+    """Runs every token through every expert, those not chosen with share zero.
+
+    Returns this shard's part of the sum, float32 [M, D].
+    """
     num_experts, local = weights.router_bias.shape[0], weights.gate_bias.shape[0]
     share = share_of_experts(shares, indices, 0, num_experts)
     row_share = jnp.repeat(share, local * shards.model // num_experts, axis=1)  # of every row of every expert
@@ -117,7 +120,7 @@ def fused_experts(
 def share_of_experts(
     shares: Float[Array, "M k"], indices: Int[Array, "M k"], first: Int[Array, ""] | int, num_experts: int
 ) -> Float[Array, "M e"]:
-    """Returns each token's share of the experts first .. first + num_experts - 1; 0 for those it did not choose."""
+    """Returns each token's shares [M, num_experts] of the experts from `first` on, 0 of those it did not choose."""
     chosen = indices[..., None] == first + jnp.arange(num_experts)
     return jnp.where(chosen, shares[..., None], 0).sum(axis=1)
 
@@ -149,7 +152,7 @@ def per_expert(
 ) -> Float[Array, "M D"]:
     """Runs few tokens, all of them through each expert that any of them hits; only these experts are read, and once.
 
-    Returns this shard's part of the sum, in float32.
+    Returns this shard's part of the sum, float32 [M, D].
     """
     num_experts = weights.down_bias.shape[0]
     first = execution.shards.over(EXPERT).offset(num_experts)
@@ -189,7 +192,8 @@ def grouped_gemm(
 ) -> Float[Array, "M D"]:
     """Runs many tokens: sorts them by expert and multiplies group by group.
 
-    A shard's own experts come first; tokens of other experts add zero. Returns this shard's part of the sum.
+    A shard's own experts come first; tokens of other experts add zero. Returns this shard's part of the sum, float32
+    [M, D].
     """
     num_tokens, per_token = indices.shape
     num_local, num_experts = weights.down_bias.shape[0], weights.router_bias.shape[0]

@@ -50,7 +50,7 @@ def experts(
     limit: float,
     interpret: bool = False,
 ) -> Float[Array, "M D"]:
-    """Returns the sum over the first `num_hit` experts of `hit` by each token's share, in float32."""
+    """Returns the sum over the first `num_hit` experts of `hit` by each token's share, float32 [M, D]."""
     num_experts, rows, width = gate.shape
     tile = _tile_rows(rows, 3 * width * gate.dtype.itemsize)
     steps = rows // tile

@@ -1,4 +1,8 @@
-"""GPT-OSS: one forward function for prefill, decode, verify, capture and training."""
+"""GPT-OSS: one forward function for prefill, decode, verify, capture and training.
+
+Shape letters, those of docs/conventions.md: B rows, T positions, R cache rows, S entries, N query heads, G key/value
+heads, H head width, D model width, L tapped layers, V vocabulary, and W the part of it that a shard has.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -82,19 +86,19 @@ def forward(
 
 
 def embed(weights: GptOssWeights, token_ids: Int[Array, "*batch"], shards: Shards) -> Float[Array, "*batch D"]:
-    """Returns the tokens' rows of the embedding, which may be split over the vocabulary."""
+    """Returns the tokens' rows [*batch, D] of the embedding, which may be split over the vocabulary."""
     if not shards.is_split:
         return weights.embedding[token_ids]
     return shards.sum(shards.over().rows(weights.embedding, token_ids))
 
 
 def logits(weights: GptOssWeights, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-    """Returns next-token logits of normed final hidden states, float32; on a shard, of its W vocabulary rows."""
+    """Returns next-token logits of normed final hidden states, float32 [*batch, V]; on a shard, [*batch, W]."""
     return product(hidden, weights.head)
 
 
 def next_tokens(weights: GptOssWeights, hidden: Float[Array, "*batch D"], shards: Shards) -> Int[Array, "*batch"]:
-    """Returns the most likely next token of each position."""
+    """Returns the most likely next token [*batch] of each position."""
     return shards.argmax(logits(weights, hidden))
 
 

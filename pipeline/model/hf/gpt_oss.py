@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.weights import WeightFormat, is_fused
-from pipeline.model.hf.safetensors_files import BYTES, Expected, Index
+from pipeline.model.hf.safetensors_files import BYTE_KINDS, Expected, Index
 from pipeline.model.hf.tensor_source import Source, transposed, unchanged
 from pipeline.model.layers import mxfp4
 from pipeline.model.layers.mxfp4 import BLOCK
@@ -77,7 +77,7 @@ def expected_target_tensors(config: GptOssConfig, *, packed: bool) -> dict[str, 
             f"{_DOWN}_blocks": (e, d, f // BLOCK, BLOCK // 2),
             f"{_DOWN}_scales": (e, d, f // BLOCK),
         }
-        tensors |= {f"model.layers.{index}.{name}": Expected(shape, BYTES) for index in range(config.num_hidden_layers)
+        tensors |= {f"model.layers.{index}.{name}": Expected(shape, BYTE_KINDS) for index in range(config.num_hidden_layers)
                   for name, shape in bytes_of_layer.items()}  # fmt: skip
     top = {"embedding": (config.vocab_size, d), "norm": (d,), "head": (config.vocab_size, d)}
     return tensors | {_TOP[name]: Expected(shape) for name, shape in top.items()}

@@ -14,8 +14,8 @@ from pipeline.errors import PipelineError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOATS = ("F32", "BF16", "F16")
-BYTES = ("U8",)
+FLOAT_KINDS = ("F32", "BF16", "F16")
+BYTE_KINDS = ("U8",)
 
 Index = tuple[slice, ...]
 
@@ -25,7 +25,7 @@ class Expected:
     """Holds what a tensor must be: its shape, and the names that the file format may have for its kind of number."""
 
     shape: tuple[int, ...]
-    kinds: tuple[str, ...] = FLOATS
+    kinds: tuple[str, ...] = FLOAT_KINDS
 
 
 @dataclasses.dataclass(frozen=True)

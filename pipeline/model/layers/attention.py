@@ -38,7 +38,7 @@ def cache_positions(num_positions: int) -> int:
 
 
 def union(parts: Sequence[Part], sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N H"]:
-    """Returns attention over the keys of all parts together, and over a sink per query head, in float32.
+    """Returns attention over the keys of all parts and over a sink per query head, float32 [B, T, N, H].
 
     Source: transformers GptOssAttention (the sink joins the softmax and is dropped before the values).
     """
@@ -194,7 +194,7 @@ def block_attention(
     *,
     num_devices: int = 1,
 ) -> Float[Array, "B A K N H"]:
-    """Returns attention of A blocks of K positions over their sequence's context and over themselves, both ways.
+    """Returns attention [B, A, K, N, H] of A blocks over their sequence's context and over themselves, both ways.
 
     Every position of a block sees the same context (`visible`); blocks do not see each other. Many blocks run a few at
     a time and again in the backward pass, so that each of the `num_devices` over which rows and heads are split holds

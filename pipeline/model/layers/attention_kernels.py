@@ -29,7 +29,10 @@ def on_tpu(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Returns float32 values and log-sums of causal attention; a position sees `window` positions, itself included."""
+    """Returns values [B, T, N, H] and log-sums [B, T, N], float32, of causal attention.
+
+    With a `window`, a position sees as many positions, itself included.
+    """
     batch, length, num_heads, width = queries.shape
     groups = keys.shape[2]
     heads = num_heads // groups

@@ -41,13 +41,13 @@ def empty(num_entries: Sequence[int], num_rows: int, num_heads: int, head_dim: i
 
 
 def entry_positions(start: Int[Array, " B"], num_entries: int) -> Int[Array, "B S"]:
-    """Returns the position in every entry of rows that are filled up to `start`; negative for an empty entry."""
+    """Returns the position [B, S] in every entry of rows that are filled up to `start`; negative in an empty entry."""
     last = start[:, None] - 1
     return last - (last - jnp.arange(num_entries)) % num_entries
 
 
 def take_rows(array: Float[Array, "R S G H"], rows: Int[Array, " B"] | None) -> Float[Array, "B S G H"]:
-    """Returns the rows at indices `rows`, or all in order when None; an index past the last row gives any row."""
+    """Returns rows [B, S, G, H] by index, or all in order when None; an index past the last row gives any row."""
     return array if rows is None else jnp.take(array, rows, axis=0, mode="clip")
 
 

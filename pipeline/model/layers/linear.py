@@ -42,7 +42,7 @@ def einsum(equation: str, *operands: Array) -> Array:
 
 
 def product(inputs: Float[Array, "*batch in"], matrix: Matrix) -> Float[Array, "*batch out"]:
-    """Returns inputs @ matrix, in float32."""
+    """Returns inputs @ matrix, float32 [*batch, out]."""
     if isinstance(matrix, TransposedMatrix):
         outputs = einsum("...i,oi->...o", inputs, matrix.array)
     else:
@@ -61,7 +61,7 @@ def _not_fused(outputs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def linear(
     inputs: Float[Array, "*batch in"], matrix: Matrix, bias: Float[Array, " out"] | None = None
 ) -> Float[Array, "*batch out"]:
-    """Returns inputs @ matrix + bias, in the precision of the inputs."""
+    """Returns inputs @ matrix + bias [*batch, out], in the precision of the inputs."""
     outputs = product(inputs, matrix)
     return (outputs if bias is None else outputs + bias).astype(inputs.dtype)
 
@@ -72,7 +72,7 @@ def linear_over_shards(
     bias: Float[Array, " out"] | None = None,
     shards: Shards = UNSHARDED,
 ) -> Float[Array, "*batch out"]:
-    """Returns inputs @ matrix + bias, where each shard holds a part of `in`; every shard gets the whole sum."""
+    """Returns inputs @ matrix + bias [*batch, out]; each shard holds a part of `in`, and gets the whole sum."""
     outputs = shards.sum(product(inputs, matrix))
     return (outputs if bias is None else outputs + bias).astype(inputs.dtype)
 

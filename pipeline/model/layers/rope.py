@@ -115,7 +115,7 @@ def angles(
 def rotate(
     heads: Float[Array, "*batch N H"], cos: Float[Array, "*batch half"], sin: Float[Array, "*batch half"]
 ) -> Float[Array, "*batch N H"]:
-    """Rotates every head by its position's angles, the first half of its dimensions against the second."""
+    """Rotates heads [*batch, N, H] by their position's angles, the first half of a head against the second."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)  # bf16 angles lose whole radians
     cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

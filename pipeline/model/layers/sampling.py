@@ -35,9 +35,9 @@ def sample(
     sampling: Sampling,
     shards: Shards,
 ) -> Int[Array, " B"]:
-    """Returns the token at each row's position, drawn with Gumbel noise: the argmax of logits / temperature + noise.
+    """Returns a token [B] for each row's position, drawn with Gumbel noise: argmax(logits / temperature + noise).
 
-    `logits` are float32, the vocabulary split over the shards of the model. The noise of a token depends on the row's
+    `logits` are float32 [B, W], the vocabulary split over the shards of the model. The noise of a token depends on the row's
     key, the position and the token's id alone, so that neither other rows nor the number of shards change the draw.
     """
     scaled = logits / sampling.temperature
@@ -48,7 +48,7 @@ def sample(
 def noise(
     keys: UInt32[Array, "B two"], positions: Int[Array, " B"], num_local: int, shards: Shards
 ) -> Float[Array, "B local"]:
-    """Returns standard Gumbel noise for every row and every token of this shard's part of the vocabulary.
+    """Returns standard Gumbel noise [B, W] for every row and every token of this shard's part of the vocabulary.
 
     It is made of 32 random bits each: `jax.random.gumbel` has 23, too few for the tail of 201,088 tokens.
     """
@@ -64,7 +64,7 @@ def noise(
 
 
 def nucleus(logits: Float[Array, "B local"], top_p: float, shards: Shards) -> Bool[Array, "B local"]:
-    """Returns which tokens are among the fewest, the likeliest first, that hold `top_p` of the probability.
+    """Returns which tokens [B, W] are among the fewest, the likeliest first, that hold `top_p` of the probability.
 
     A token is in the nucleus when the likelier tokens hold less than `top_p`; equally likely tokens are in or out
     together. Bisection over the bits of a float32 finds the last one: sorting 201,088 logits costs many times as much.

@@ -68,8 +68,11 @@ def expected_target_tensors(config: GptOssConfig, *, packed: bool) -> dict[str, 
     }
     if not packed:
         layer |= {_GATE_UP: (e, d, 2 * f), _DOWN: (e, f, d)}
-    tensors = {f"model.layers.{index}.{name}": Expected(shape) for index in range(config.num_hidden_layers)
-             for name, shape in layer.items()}  # fmt: skip
+    tensors = {
+        f"model.layers.{index}.{name}": Expected(shape)
+        for index in range(config.num_hidden_layers)
+        for name, shape in layer.items()
+    }
     if packed:
         bytes_of_layer = {
             f"{_GATE_UP}_blocks": (e, 2 * f, d // BLOCK, BLOCK // 2),
@@ -77,8 +80,11 @@ def expected_target_tensors(config: GptOssConfig, *, packed: bool) -> dict[str, 
             f"{_DOWN}_blocks": (e, d, f // BLOCK, BLOCK // 2),
             f"{_DOWN}_scales": (e, d, f // BLOCK),
         }
-        tensors |= {f"model.layers.{index}.{name}": Expected(shape, BYTE_KINDS) for index in range(config.num_hidden_layers)
-                  for name, shape in bytes_of_layer.items()}  # fmt: skip
+        tensors |= {
+            f"model.layers.{index}.{name}": Expected(shape, BYTE_KINDS)
+            for index in range(config.num_hidden_layers)
+            for name, shape in bytes_of_layer.items()
+        }
     top = {"embedding": (config.vocab_size, d), "norm": (d,), "head": (config.vocab_size, d)}
     return tensors | {_TOP[name]: Expected(shape) for name, shape in top.items()}
 

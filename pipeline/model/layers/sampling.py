@@ -37,8 +37,8 @@ def sample(
 ) -> Int[Array, " B"]:
     """Returns a token [B] for each row's position, drawn with Gumbel noise: argmax(logits / temperature + noise).
 
-    `logits` are float32 [B, W], the vocabulary split over the shards of the model. The noise of a token depends on the row's
-    key, the position and the token's id alone, so that neither other rows nor the number of shards change the draw.
+    `logits` are float32 [B, W], the vocabulary split over the shards of the model. The noise of a token depends on the
+    row's key, the position and the token's id alone, so that neither other rows nor the number of shards change it.
     """
     scaled = logits / sampling.temperature
     noisy = scaled + noise(keys, positions, logits.shape[-1], shards)

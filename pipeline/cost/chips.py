@@ -7,7 +7,7 @@ from pipeline.progress import GIB
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip has: bytes of HBM, bytes a second from it, and bfloat16 operations a second.
+    """Holds what a chip has: bytes of HBM, bytes a second from it, and bfloat16 operations a second.
 
     Source: cloud.google.com/tpu/docs, the pages of v5e, v5p and v6e (system architecture); NVIDIA's data sheets of
     A100, H100 and H200 (SXM, without sparsity).
@@ -26,8 +26,8 @@ CHIPS = {
     "h100": Chip(80 * GIB, 3350e9, 989e12),
     "h200": Chip(141 * GIB, 4800e9, 989e12),
 }
-# part of what JAX calls a device's kind -> which chip it is
-KINDS = {
+# a part of JAX's `device_kind` -> the chip's name in CHIPS
+NAME_OF_KIND = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5p": "v5p",
@@ -41,6 +41,6 @@ KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip behind JAX's `device_kind`; None for one that is not known here, as every CPU."""
-    names = [name for kind, name in KINDS.items() if kind in device_kind]
+    """Returns the chip that JAX's `device_kind` names; None for one that is not listed, such as a CPU."""
+    names = [name for kind, name in NAME_OF_KIND.items() if kind in device_kind]
     return CHIPS[names[0]] if names else None

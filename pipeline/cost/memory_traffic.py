@@ -1,25 +1,28 @@
-"""How many bytes a step must read at least: the weights it needs once, and what is cached of every row."""
+"""How many bytes a step must at least read: once each weight that it needs, and the cached entries of every row."""
 
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
 
 PACKED_BYTES = 0.5 + 1 / 32  # of a value in MXFP4: half a byte, and a 32nd of its block's scale
-FLOAT_BYTES = 2
+FLOAT_BYTES = 2  # of a value in bfloat16
 
 
 def experts_hit(config: GptOssConfig, num_tokens: int) -> float:
-    """How many of a layer's experts some token chooses, on average, if tokens choose at random."""
+    """Returns how many of a layer's experts are chosen by any of the tokens, on average, if tokens choose at random."""
     share = config.num_experts_per_tok / config.num_local_experts
     return config.num_local_experts * (1 - (1 - share) ** num_tokens)
 
 
 def target_bytes(config: GptOssConfig, num_rows: int, tokens_per_row: int, context: int, *, packed: bool) -> float:
-    """Bytes that one pass of the target over `tokens_per_row` tokens of each row reads; bfloat16 but packed experts."""
+    """Returns the bytes that one pass of the target over `tokens_per_row` tokens of each row reads.
+
+    Everything is bfloat16, but experts are MXFP4 when `packed`. Each row has `context` cached tokens.
+    """
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     attention = heads * config.hidden_size * FLOAT_BYTES
     num_tokens = num_rows * tokens_per_row
-    of_expert = 3 * config.hidden_size * config.intermediate_size * (PACKED_BYTES if packed else FLOAT_BYTES)
-    experts = experts_hit(config, num_tokens) * of_expert
+    expert_bytes = 3 * config.hidden_size * config.intermediate_size * (PACKED_BYTES if packed else FLOAT_BYTES)
+    experts = experts_hit(config, num_tokens) * expert_bytes
     router = config.hidden_size * config.num_local_experts * FLOAT_BYTES
     head = config.vocab_size * config.hidden_size * FLOAT_BYTES
     return (
@@ -28,14 +31,14 @@ def target_bytes(config: GptOssConfig, num_rows: int, tokens_per_row: int, conte
 
 
 def target_cache_bytes(config: GptOssConfig, num_rows: int, context: int) -> float:
-    """Keys and values of `context` tokens of each row, of which sliding layers see a window."""
-    position = 2 * config.num_key_value_heads * config.head_dim * FLOAT_BYTES
+    """Returns the bytes of keys and values of `context` tokens of each row, of which sliding layers see a window."""
+    position_bytes = 2 * config.num_key_value_heads * config.head_dim * FLOAT_BYTES
     seen = sum(min(context, config.sliding_window) if sliding else context for sliding in config.sliding)
-    return float(num_rows * seen * position)
+    return float(num_rows * seen * position_bytes)
 
 
 def draft_bytes(config: DFlashConfig, num_rows: int, context: int) -> float:
-    """Bytes read by one pass of the draft over a block of each row, the target's head included, in bfloat16."""
+    """Returns the bytes that one pass of the draft over a block of each row reads; bfloat16, with the target's head."""
     heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     layer = config.hidden_size * (heads + 3 * config.intermediate_size)
     weights = config.num_hidden_layers * layer + config.feature_size * config.hidden_size

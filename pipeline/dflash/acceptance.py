@@ -1,7 +1,7 @@
-"""The acceptance rule and every metric made from it; no other module defines one.
+"""The acceptance rule and every metric that follows from it; no other module defines one.
 
-A round drafts B-1 tokens behind an anchor. Accepted are the leading ones that the target would have produced itself;
-the round yields one token more, the target's own. A round that a stop token or the length limit cuts short counts with
+A round drafts K-1 tokens behind an anchor and accepts the leading ones that the target would have produced itself; it
+yields one token more, the target's own. A round that a stop token or the length limit cuts short counts with
 what it yielded, so that the sum of accepted + 1 over the rounds is the number of tokens generated after the first (the
 count of `dflash_generate` and of SGLang). Source: docs/dflash.md#metrics; DFlash paper, tau.
 """
@@ -17,7 +17,7 @@ MEMORISED = 1.3  # accept_length on train texts over that on held-out ones
 
 
 def count_accepted(drafted: Int[Array, "*batch drafted"], chosen: Int[Array, "*batch drafted"]) -> Int[Array, "*batch"]:
-    """Returns how many leading drafted tokens equal the target's own at the same positions (0..B-1)."""
+    """Returns how many leading drafted tokens equal the target's own at the same positions (0..K-1)."""
     return jnp.cumprod((drafted == chosen).astype(jnp.int32), axis=-1).sum(axis=-1)
 
 
@@ -53,16 +53,16 @@ def rounds_over_text(accepted_at: Int[np.ndarray, " positions"], first_anchor: i
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """Counts over rounds, to be added up with `+`; the metrics are read off the sum.
+    """Counts rounds by their accepted tokens. Counts are added with `+`, and the metrics are read off the sum.
 
-    `histogram[k]` is the number of rounds that accepted exactly k tokens, k = 0..B-1.
+    `histogram[k]` is the number of rounds that accepted exactly k tokens, k = 0..K-1.
     """
 
     histogram: tuple[int, ...]
 
     @classmethod
     def of(cls, accepted: Sequence[int], block_size: int) -> "Acceptance":
-        """Counts rounds from the accepted tokens of each (0..B-1)."""
+        """Counts rounds from the accepted tokens of each, 0..K-1; raises ValueError for more than that."""
         counts = np.bincount(np.asarray(accepted, dtype=np.int64), minlength=block_size)
         if len(counts) != block_size:
             raise ValueError(
@@ -75,33 +75,33 @@ class Acceptance:
 
     @property
     def block_size(self) -> int:
-        """B: the anchor and B-1 drafted tokens."""
+        """K: the anchor and K-1 drafted tokens."""
         return len(self.histogram)
 
     @property
     def num_rounds(self) -> int:
-        """Rounds counted."""
+        """The number of rounds."""
         return sum(self.histogram)
 
     @property
     def num_accepted(self) -> int:
-        """Drafted tokens accepted, over all rounds."""
+        """The number of accepted drafted tokens, over all rounds."""
         return sum(accepted * count for accepted, count in enumerate(self.histogram))
 
     @property
     def accept_length(self) -> float:
-        """Mean tokens a round yields, the target's own included (1..B); nan without rounds."""
+        """The mean number of tokens that a round yields, the target's own included (1..K); nan without rounds."""
         return 1 + self.num_accepted / self.num_rounds if self.num_rounds else float("nan")
 
     @property
     def accept_rate(self) -> float:
-        """Accepted share of the drafted tokens (0..1); nan without rounds."""
+        """The accepted share of the drafted tokens (0..1); nan without rounds."""
         drafted = self.num_rounds * (self.block_size - 1)
         return self.num_accepted / drafted if drafted else float("nan")
 
     @property
     def accept_rate_at_k(self) -> tuple[float, ...]:
-        """For k = 1..B-1: the share of rounds whose first k drafted tokens were all accepted."""
+        """The share of rounds whose first k drafted tokens were all accepted, for k = 1..K-1; nan without rounds."""
         if not self.num_rounds:
             return (float("nan"),) * (self.block_size - 1)
         return tuple(sum(self.histogram[k:]) / self.num_rounds for k in range(1, self.block_size))
@@ -118,10 +118,13 @@ def empty(block_size: int) -> Acceptance:
 
 
 def memorises(trained: float, heldout: float) -> bool:
-    """Returns whether accept_length is so much higher on train texts than on held-out ones that a draft memorises."""
+    """Returns whether a draft memorises: accept_length on train texts is more than MEMORISED times the held-out one."""
     return trained > MEMORISED * heldout
 
 
 def speedup(dflash_tokens_per_second: float, plain_tokens_per_second: float) -> float:
-    """Returns DFLASH decode speed over plain decode speed: same prompts, lengths, machine and run; nan without any."""
+    """Returns DFLASH decode speed over plain decode speed; nan when the latter is 0.
+
+    Both are measured with the same prompts and lengths, on the same machine and in the same run.
+    """
     return dflash_tokens_per_second / plain_tokens_per_second if plain_tokens_per_second else float("nan")

@@ -21,9 +21,9 @@ from pipeline.model.parallel.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class CompiledSteps:
-    """Jitted `steps.prefill`, `plain_step` and `dflash_round`; they donate the state they are given.
+    """Holds `steps.prefill`, `plain_step` and `dflash_round` compiled; each of them donates its state.
 
-    `forced_round` is `dflash_round` with tokens that are forced.
+    `forced_round` is `dflash_round` with forced tokens.
     """
 
     prefill: Callable[..., tuple[EngineState, StepOutput]]
@@ -32,9 +32,9 @@ class CompiledSteps:
     forced_round: Callable[..., tuple[EngineState, StepOutput]]
 
 
-@functools.cache  # engines of equal models share what was compiled
+@functools.cache  # engines of equal models share their programs
 def compile_single(execution: Execution, sampling: Sampling | None = None) -> CompiledSteps:
-    """Returns the steps on the device that holds the weights; with `sampling`, prefill and the plain step sample."""
+    """Returns the steps for the device that holds the weights; with `sampling`, prefill and the plain step sample."""
     return CompiledSteps(
         *(
             placement.jit_sharded(step, None, None, None, donated=(state,))
@@ -50,7 +50,7 @@ def compile_mesh(
     runtime: Runtime,
     sampling: Sampling | None = None,
 ) -> CompiledSteps:
-    """Returns the steps on all shards of a mesh; of models and state only the shapes matter."""
+    """Returns the steps for all shards of the runtime's mesh; of models and state only the shapes matter."""
     targets = placement.target_specs(target)
     drafts = None if draft is None else placement.draft_specs(draft)
     states, rows, replicated = state_specs(state), placement.ROWS, placement.REPLICATED
@@ -80,22 +80,22 @@ def state_specs(state: EngineState) -> EngineState:
 def allocate_state(
     target: TargetModel, draft: DraftModel | None, config: EngineConfig, mesh: Mesh | None
 ) -> EngineState:
-    """Returns the empty state, every part of it from the beginning on the shard (or beside the weights) that holds it.
+    """Returns the empty state, every part of it on the shard that will hold it, or on the device of the weights.
 
-    Left to JAX to place, it would look otherwise than what a step returns, and a program would compile twice.
+    If JAX placed it, its sharding would differ from that of a step's result, and programs would compile twice.
     """
 
-    def make() -> EngineState:
+    def build() -> EngineState:
         return empty_state(target, draft, config)
 
     if mesh is None:
-        return jax.jit(make, out_shardings=target.weights.embedding.sharding)()
-    specs = state_specs(jax.eval_shape(make))
-    return jax.jit(make, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
+        return jax.jit(build, out_shardings=target.weights.embedding.sharding)()
+    specs = state_specs(jax.eval_shape(build))
+    return jax.jit(build, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))()
 
 
 def _steps(execution: Execution, sampling: Sampling | None) -> list[tuple[Callable[..., Any], int]]:
-    """Each step with the index of its state among its arguments."""
+    """Returns each step with the index of its state among its arguments."""
     prefill = functools.partial(steps.prefill, execution=execution, sampling=sampling)
     plain = functools.partial(steps.plain_step, execution=execution, sampling=sampling)
     drafted = functools.partial(steps.dflash_round, execution=execution)

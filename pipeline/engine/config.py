@@ -1,4 +1,4 @@
-"""How an engine is set up."""
+"""The sizes of an engine, and how it chooses tokens."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ from pipeline.model.layers.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The sizes of an engine and how it chooses tokens.
+    """Holds the sizes of an engine and how it chooses tokens. Raises PipelineError on values that are out of range.
 
-    `max_length` bounds prompt plus generated tokens of a request; prompts run in chunks of `prefill_chunk`. A
-    generation ends with a token of `stop_token_ids` (included in the answer) or at its length. Without `sampling`
-    tokens are the most likely ones; with it they are drawn, and depend on a request's key and prompt alone.
+    `max_length` bounds the prompt plus the generated tokens of a request; prompts run in chunks of `prefill_chunk`
+    tokens. A generation ends with a token of `stop_token_ids` (included in the answer) or at its length. Without
+    `sampling`, tokens are the most likely ones; with it they are drawn, and depend on a request's key and prompt alone.
     """
 
     num_slots: int
@@ -22,7 +22,7 @@ class EngineConfig:
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        """Raises PipelineError on sizes or a sampling that cannot be."""
+        """Checks the values."""
         sizes = {"num_slots": self.num_slots, "max_length": self.max_length, "prefill_chunk": self.prefill_chunk}
         wrong = [f"{name} is {value}; it must be positive" for name, value in sizes.items() if value < 1]
         sampling = self.sampling

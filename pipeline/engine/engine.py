@@ -1,9 +1,10 @@
-"""The decoding loop: batched decoding, greedy or sampled, plain or with a draft, requests coming and going."""
+"""The decoding loop: batched, greedy or sampled, plain or with a draft; requests come and go between steps."""
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineTimes:
-    """Where an engine's time went. A prompt's first token counts to prefill."""
+    """Holds the tokens and seconds of an engine's two phases. The first token of an answer counts to prefill."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -33,11 +34,11 @@ class EngineTimes:
 
 
 class Engine:
-    """Decoding over a fixed number of slots; owned by one thread.
+    """An engine decodes requests over a fixed number of slots. One thread owns it.
 
-    With a draft, each step is one DFLASH round; without one, one token. With a mesh in `runtime`, weights are sharded
-    as `placement.shardings` says, and every process of a mesh over several hosts drives an engine alike. Raises
-    PipelineError when target, draft, configuration and mesh do not go together.
+    With a draft, each step is one DFLASH round; without one, it is one token. With a mesh in `runtime`, weights must be
+    sharded as `placement.target_shardings` and `draft_shardings` say, and every process of a mesh over several hosts
+    must drive its engine alike. Raises PipelineError when target, draft, configuration and mesh do not go together.
     """
 
     def __init__(
@@ -73,16 +74,20 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a slot yet."""
+        """The number of requests without a slot."""
         return self._scheduler.num_waiting
 
     @property
     def num_running(self) -> int:
-        """Requests with a slot."""
+        """The number of requests with a slot."""
         return len(self._scheduler.running)
 
     def check(self, request: Request) -> None:
-        """Raises PipelineError when a request cannot be run: empty, too long, not the target's tokens, or no key."""
+        """Raises PipelineError when a request cannot be run.
+
+        It may be empty or too long, hold tokens that the target does not know, lack a sampling key or have one that
+        greedy decoding cannot use, or have the id of another request.
+        """
         prompt, new = len(request.prompt_ids), request.max_new_tokens
         if prompt == 0 or new < 1:
             raise PipelineError(f"prompt has {prompt} tokens and max_new_tokens is {new}; both must be at least 1")
@@ -92,9 +97,9 @@ class Engine:
                 f"{self.config.max_length}: shorten either, or raise its max_length"
             )
         vocab_size = self._target.config.vocab_size
-        outside = [token for token in request.prompt_ids if not 0 <= token < vocab_size]
-        if outside:
-            raise PipelineError(f"prompt has token ids {outside[:5]}; the target knows 0..{vocab_size - 1}")
+        unknown = [token for token in request.prompt_ids if not 0 <= token < vocab_size]
+        if unknown:
+            raise PipelineError(f"prompt has token ids {unknown[:5]}; the target knows 0..{vocab_size - 1}")
         if (request.sampling_key is None) != (self.config.sampling is None):
             found, wanted = ("no key", "samples") if request.sampling_key is None else ("a key", "decodes greedily")
             raise PipelineError(f"request {request.request_id!r} has {found}; the engine {wanted}")
@@ -113,14 +118,14 @@ class Engine:
             self._scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:
-        """Forgets a request, waiting or running; unknown ids are no error (it may just have finished)."""
+        """Forgets a request, waiting or running; an unknown id is no error, for the request may just have finished."""
         slot = self._scheduler.drop(request_id)
         if slot is not None:
             state = self._state
             self._state = dataclasses.replace(state, active=state.active.at[slot].set(False))
 
     def step(self) -> list[StepUpdate]:
-        """Prefills what has just found a slot, then runs one round; returns what every request got."""
+        """Prefills the requests that have just got a slot, then runs one round; returns what every request got."""
         updates = []
         waiting = admitted = self._scheduler.admit()
         started = time.perf_counter()
@@ -143,11 +148,11 @@ class Engine:
         before = self.acceptance, self.times
         key = None if self.config.sampling is None else (0, 0)
         list(self.generate([Request(request_id="warm-up", prompt_ids=(0,), max_new_tokens=2, sampling_key=key)]))
-        self.decode_round()  # a first token that stops the generation would leave this one for the first request
+        self.decode_round()  # if the first token stops the generation, no round has run yet
         self.acceptance, self.times = before
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Runs requests through the slots, yielding each as it finishes."""
+        """Runs requests through the slots and yields each one's completion when it finishes."""
         source = iter(requests)
         tokens: dict[str, list[int]] = {}
         accepted: dict[str, list[int]] = {}
@@ -198,7 +203,7 @@ class Engine:
     def _next_group(
         self, admitted: Sequence[tuple[int, Request]]
     ) -> tuple[dict[int, tuple[int, Request]], list[tuple[int, Request]]]:
-        """Requests that are prefilled together, by their row in the step, and those left over.
+        """Returns the requests that are prefilled together, by their row in the step, and those that are left over.
 
         Each shard has rows for its own slots.
         """
@@ -215,14 +220,15 @@ class Engine:
 
     def _chunk_of(self, group: Mapping[int, tuple[int, Request]], start: int) -> PrefillChunk:
         rows, columns = self._num_shards * self._rows_of_shard, self.config.prefill_chunk
+        full: Callable[..., Any] = np.full  # a jitted step takes NumPy's arrays as it takes JAX's
         chunk = PrefillChunk(
-            rows=np.full(rows, self._slots_of_shard, np.int32),  # past the last slot: dropped
-            token_ids=np.zeros((rows, columns), np.int32),
-            start=np.full(rows, start, np.int32),
-            num_tokens=np.ones(rows, np.int32),
-            budget=np.zeros(rows, np.int32),
-            is_last=np.zeros(rows, bool),
-            keys=None if self.config.sampling is None else np.zeros((rows, 2), np.uint32),
+            rows=full(rows, self._slots_of_shard, np.int32),  # past the last slot: dropped
+            token_ids=full((rows, columns), 0, np.int32),
+            start=full(rows, start, np.int32),
+            num_tokens=full(rows, 1, np.int32),
+            budget=full(rows, 0, np.int32),
+            is_last=full(rows, False, bool),
+            keys=None if self.config.sampling is None else full((rows, 2), 0, np.uint32),
         )
         for row, (slot, request) in group.items():
             part = request.prompt_ids[start : start + columns]

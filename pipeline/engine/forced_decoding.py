@@ -1,4 +1,4 @@
-"""The engine along texts that are given, where greedy decoding would write something else."""
+"""The engine along answers that are known in advance, where greedy decoding could write others."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,40 +18,40 @@ NO_TOKEN = -1  # behind the end of a text: no drafted token equals it
 class ForcedDecodingEngine(Engine):
     """An engine with a draft whose requests are all `ForcedRequest`s: their answers stand for the target's choices.
 
-    Prefill, draft, verification and roll-back are the engine's own; only which tokens count as right is given. A text
-    ends at its last token: the stop tokens of `config` are not looked at.
+    Prefill, draft, verification and roll-back are those of `Engine`; only the tokens that count as correct are forced.
+    A generation ends with the last forced token: the stop tokens of `config` have no effect.
     """
 
     def __init__(
         self, target: TargetModel, draft: DraftModel, config: EngineConfig, runtime: Runtime = SINGLE_DEVICE
     ) -> None:
         super().__init__(target, draft, dataclasses.replace(config, stop_token_ids=()), runtime)
-        self._num_given: dict[str, int] = {}
+        self._num_forced: dict[str, int] = {}
 
     def prefill_first_tokens(self, group: Mapping[int, tuple[int, Request]]) -> list[StepUpdate]:
-        """As the engine's, but for the first tokens, which are the answers'."""
+        """Prefills as `Engine` does, and replaces the first tokens by those of the answers."""
         updates = super().prefill_first_tokens(group)
         slots = [slot for slot, _ in group.values()]
         first = {request.request_id: _forced(request)[0] for _, request in group.values()}
         anchor = self._state.anchor.at[np.array(slots)].set(np.array(list(first.values()), np.int32))
         self._state = dataclasses.replace(self._state, anchor=anchor)
-        self._num_given |= dict.fromkeys(first, 1)
+        self._num_forced |= dict.fromkeys(first, 1)
         return [dataclasses.replace(update, token_ids=(first[update.request_id],)) for update in updates]
 
     def decode_round(self) -> list[StepUpdate]:
-        """As the engine's, with the tokens that follow in the answers for what the target would choose."""
-        shape = (self.config.num_slots, self.block_size)
-        forced_ids = np.full(shape, NO_TOKEN, np.int32)
+        """Runs one DFLASH round in which the next tokens of the answers stand for what the target would choose."""
+        assert self.block_size is not None, "an engine of forced requests has a draft"
+        forced_ids = np.full((self.config.num_slots, self.block_size), NO_TOKEN, np.int32)
         for slot, request in self._scheduler.running.items():
-            start = self._num_given[request.request_id]
-            part = _forced(request)[start : start + shape[1]]
+            start = self._num_forced[request.request_id]
+            part = _forced(request)[start : start + self.block_size]
             forced_ids[slot, : len(part)] = part
         self._state, output = self._steps.forced_round(
             self._target, self._draft, self._state, self._stop_ids, forced_ids
         )
         updates = self._collect_round(output)
         for update in updates:
-            self._num_given[update.request_id] += len(update.token_ids)
+            self._num_forced[update.request_id] += len(update.token_ids)
         return updates
 
 

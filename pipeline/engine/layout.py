@@ -9,5 +9,5 @@ def rows_of_shard(num_slots: int) -> int:
 
 
 def num_positions(max_length: int, prefill_chunk: int, block_size: int) -> int:
-    """Returns the positions of a slot whose requests have at most `max_length`: a write never passes a row's end."""
+    """Returns the positions of a slot's row for requests of at most `max_length`, so that no write passes its end."""
     return max_length + max(prefill_chunk, block_size)

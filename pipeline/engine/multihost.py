@@ -1,4 +1,4 @@
-"""An engine over several hosts: the primary takes requests, the others do what it does, step by step."""
+"""An engine over several hosts: the primary takes requests, and the others repeat its steps."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ ADD, CANCEL, IDLE, END = "add", "cancel", "idle", "end"
 
 
 class PrimaryEngine(Engine):
-    """The primary's engine. From `start_broadcasting` on, every step sends the other hosts what was asked since.
+    """An engine that sends its requests and cancellations to the other hosts at every step.
 
-    Before, all hosts drive their engines alike (to warm up).
+    It does so from `start_broadcasting` on; until then all hosts must drive their engines alike (to warm up).
     """
 
     def __init__(
@@ -29,30 +29,30 @@ class PrimaryEngine(Engine):
         self._is_broadcasting = False
 
     def start_broadcasting(self) -> None:
-        """From now on the other hosts are in `follow_primary`."""
+        """Sends every step from now on; the other hosts must be in `follow_primary`."""
         self._is_broadcasting = True
 
     def add_all(self, requests: Sequence[Request]) -> None:
-        """As `Engine.add_all`, on all hosts."""
+        """Does what `Engine.add_all` does, on all hosts."""
         super().add_all(requests)
         if self._is_broadcasting:
             self._orders += [[ADD, dataclasses.asdict(request)] for request in requests]
 
     def cancel(self, request_id: str) -> None:
-        """As `Engine.cancel`, on all hosts."""
+        """Does what `Engine.cancel` does, on all hosts."""
         super().cancel(request_id)
         if self._is_broadcasting:
             self._orders.append([CANCEL, request_id])
 
     def step(self) -> list[StepUpdate]:
-        """As `Engine.step`, on all hosts."""
+        """Does what `Engine.step` does, on all hosts."""
         if self._is_broadcasting:
             distributed.broadcast_from_primary(self._orders)
             self._orders = []
         return super().step()
 
     def broadcast_idle(self) -> None:
-        """Tells the others that there is nothing to do: what waits too long for a message gives up."""
+        """Sends the other hosts that there is nothing to do, for a host that waits too long for a message gives up."""
         distributed.broadcast_from_primary([*self._orders, [IDLE, None]])
         self._orders = []
 
@@ -62,7 +62,7 @@ class PrimaryEngine(Engine):
 
 
 def follow_primary(engine: Engine) -> None:
-    """Does what the primary's engine does until that ends."""
+    """Repeats on this host's engine what the primary's does, until `shut_down_followers`."""
     while True:
         orders = distributed.broadcast_from_primary(None)
         for order, value in orders:

@@ -1,13 +1,13 @@
-"""What an engine is asked, and what it answers."""
+"""The requests that an engine takes, and what it returns for them."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt to continue by at most `max_new_tokens` tokens.
+    """Holds a prompt to continue by at most `max_new_tokens` tokens.
 
-    `sampling_key` (`sampling.key_of`) is given where tokens are sampled, and only there.
+    `sampling_key` (`sampling.sampling_key`) is set where tokens are sampled, and only there.
     """
 
     request_id: str
@@ -18,16 +18,17 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForcedRequest(Request):
-    """A prompt with its whole answer, of `max_new_tokens` tokens: what the target is taken to choose."""
+    """Holds a prompt and its whole answer, `max_new_tokens` tokens that stand for the target's choices."""
 
     forced_ids: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepUpdate:
-    """What one step gave one request.
+    """Holds what one step gave one request.
 
-    `num_accepted` counts the drafted tokens that a DFLASH round accepted; None for prefill and plain steps.
+    `finish_reason` is "stop" or "length", or None while the request goes on. `num_accepted`
+    counts the drafted tokens that a DFLASH round accepted; None for prefill and plain steps.
     """
 
     request_id: str
@@ -38,7 +39,7 @@ class StepUpdate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A request's whole answer; `accepted_per_round` has one entry for each DFLASH round."""
+    """Holds a request's whole answer; `accepted_per_round` has one number for each DFLASH round."""
 
     request_id: str
     token_ids: tuple[int, ...]

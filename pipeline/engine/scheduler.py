@@ -1,10 +1,10 @@
-"""Which request sits in which slot. Knows no arrays; the engine knows no policy."""
+"""Which request sits in which slot. The scheduler knows no arrays, and the engine no policy."""
 
 from pipeline.engine.request import Request
 
 
 class Scheduler:
-    """First come, first served, over a fixed number of slots."""
+    """Gives a fixed number of slots to requests, in the order of their arrival."""
 
     def __init__(self, num_slots: int) -> None:
         self._free = list(reversed(range(num_slots)))
@@ -14,7 +14,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a slot yet."""
+        """The number of requests without a slot."""
         return len(self._waiting)
 
     def knows(self, request_id: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the device holds between steps, a chunk to prefill, and what a step returns."""
+"""The arrays of the engine's steps: its state between them, a chunk of prompts to prefill, and a step's output."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
@@ -15,7 +15,7 @@ from pipeline.model.layers.pytree import pytree_dataclass
 
 @pytree_dataclass()
 class EngineState:
-    """What the device holds between steps.
+    """Holds what the device keeps between steps, for B slots.
 
     `length` counts a slot's committed positions; `anchor` is the token at that position, certain but not yet in any
     cache; `remaining` is how many more tokens the request may get; `keys` are the sampling keys of the requests, None
@@ -33,10 +33,11 @@ class EngineState:
 
 @pytree_dataclass()
 class PrefillChunk:
-    """A chunk of R prompts, the first `num_tokens` of its C columns real, for the slots `rows`.
+    """Holds C columns of R prompts, of which the first `num_tokens` are real, for the slots `rows`.
 
-    `is_last` marks prompts that end here: they get their first token and start decoding with a `budget` of tokens.
-    Rows that are not needed carry a number past the shard's last slot.
+    `start` is the position of the first column. `is_last` marks prompts that end in this chunk: they get their first
+    token and start decoding with a `budget` of tokens. Rows that are not needed carry a number past the shard's last
+    slot.
     """
 
     rows: Int[Array, " R"]
@@ -50,7 +51,7 @@ class PrefillChunk:
 
 @pytree_dataclass()
 class StepOutput:
-    """What a step returns to the host: tokens [B, K], how many of each row count, and which rows are done."""
+    """Holds what a step returns to the host: tokens, how many of each row count, and which rows are finished."""
 
     token_ids: Int[Array, "B K"]
     num_tokens: Int[Array, " B"]

@@ -33,7 +33,10 @@ def prefill(
     execution: Execution,
     sampling: Sampling | None = None,
 ) -> tuple[EngineState, StepOutput]:
-    """Runs one chunk of prompts into their slots; prompts that end in it get their first token."""
+    """Runs one chunk of R prompts into their slots; prompts that end in it get their first token.
+
+    Returns the new state and the tokens [R, 1].
+    """
     rows, start, shards = chunk.rows, chunk.start, execution.shards
     tapped = () if draft is None else draft.config.tapped_layers
     out = gpt_oss.forward(
@@ -47,7 +50,9 @@ def prefill(
         execution=execution,
     )
     draft_cache = state.draft_cache
+    assert out.cache is not None
     if draft is not None:
+        assert draft_cache is not None
         positions = blocks.block_positions(start, chunk.token_ids.shape[1])
         new = dflash.context(draft, out.features, positions, shards)
         draft_cache = dflash.extend(draft_cache, new, start, rows)
@@ -61,7 +66,7 @@ def prefill(
         length=state.length.at[rows].set(start + chunk.num_tokens, mode="drop"),
         remaining=state.remaining.at[rows].set(chunk.budget - 1, mode="drop"),
         active=state.active.at[rows].set(chunk.is_last & ~finished, mode="drop"),
-        keys=None if sampling is None else state.keys.at[rows].set(chunk.keys, mode="drop"),
+        keys=None if state.keys is None else state.keys.at[rows].set(chunk.keys, mode="drop"),
     )
     return state, _replicate(StepOutput(first[:, None], chunk.is_last.astype(jnp.int32), finished), shards)
 
@@ -74,9 +79,13 @@ def plain_step(
     execution: Execution,
     sampling: Sampling | None = None,
 ) -> tuple[EngineState, StepOutput]:
-    """Decodes one token for every active slot: the most likely, or one drawn as `sampling` says."""
+    """Decodes one token for each active one of B slots: the most likely one, or one drawn as `sampling` says.
+
+    Returns the new state and the tokens [B, 1].
+    """
     shards = execution.shards
     out = gpt_oss.forward(target, state.anchor[:, None], state.length, state.cache, execution=execution)
+    assert out.cache is not None
     tokens = _next_tokens(target.weights, out.hidden, state.length + 1, state.keys, sampling, shards)
     num_tokens = jnp.ones_like(state.length)
     return _commit(state, tokens, num_tokens, stop_ids, (out.cache, state.draft_cache), shards)
@@ -91,17 +100,20 @@ def dflash_round(
     *,
     execution: Execution,
 ) -> tuple[EngineState, StepOutput]:
-    """Drafts a block, verifies it with the target, accepts the longest agreeing prefix, commits it: 1..K tokens.
+    """Drafts a block for each of B slots, verifies it with the target and commits the longest agreeing prefix.
 
     Both caches are written for the whole block and `length` advances by what was accepted, which drops the rest: their
     positions are written again before anything sees them. `forced_ids` are the tokens that follow each anchor in a
-    text that is given: they stand for what the target would choose (forced_decoding.py).
+    known answer and stand for what the target would choose (forced_decoding.py). Returns the new state and the tokens
+    [B, K], of which 1..K of each row count.
     """
+    assert state.draft_cache is not None
     config, shards = draft.config, execution.shards
     positions = blocks.block_positions(state.length, config.block_size)
     drafted = draft_block(target, draft, state.anchor, state.length, state.draft_cache, execution)
     block = jnp.concatenate([state.anchor[:, None], drafted], axis=1)
     out = gpt_oss.forward(target, block, state.length, state.cache, config.tapped_layers, execution=execution)
+    assert out.cache is not None
     chosen = gpt_oss.next_tokens(target.weights, out.hidden, shards) if forced_ids is None else forced_ids
     num_accepted = acceptance.count_accepted(drafted, chosen[:, :-1])
     new = dflash.context(draft, out.features, positions, shards)
@@ -117,7 +129,7 @@ def draft_block(
     draft_cache: KVCache,
     execution: Execution,
 ) -> Int[Array, "B drafted"]:
-    """Returns the draft's K-1 tokens behind each anchor, from the context committed before it."""
+    """Returns the draft's tokens [B, K-1] behind each anchor, from the context committed before it."""
     config = draft.config
     ids = blocks.block_token_ids(anchor, config.mask_token_id, config.block_size)
     embeddings = gpt_oss.embed(target.weights, ids, execution.shards)
@@ -133,9 +145,10 @@ def _next_tokens(
     sampling: Sampling | None,
     shards: Shards,
 ) -> Int[Array, "*rows"]:
-    """One token for each row, the most likely or one drawn."""
+    """Returns one token for each row, the most likely one or a drawn one."""
     if sampling is None:
         return gpt_oss.next_tokens(weights, hidden, shards)
+    assert keys is not None
     logits = gpt_oss.logits(weights, hidden).reshape(len(hidden), -1)
     return sampling_layer.sample(logits, keys, positions, sampling, shards).reshape(hidden.shape[:-1])
 
@@ -148,7 +161,7 @@ def _commit(
     caches: tuple[KVCache, KVCache | None],
     shards: Shards,
 ) -> tuple[EngineState, StepOutput]:
-    """Takes the first `num_tokens` of each active row, ended at a stop token or at the row's budget."""
+    """Commits the first `num_tokens` of each active row, cut at a stop token or at the row's budget."""
     allowed = jnp.minimum(num_tokens, state.remaining)
     counted, stopped = acceptance.cut_at_stop(tokens, allowed, stop_ids)
     counted = jnp.where(state.active, counted, 0)
@@ -168,5 +181,5 @@ def _commit(
 
 
 def _replicate(output: StepOutput, shards: Shards) -> StepOutput:
-    """The rows of all shards, which every host reads."""
+    """Returns the rows of all shards, for every host reads them."""
     return jax.tree.map(shards.all_rows, output)

@@ -1,4 +1,4 @@
-"""Which part of every array lies on which device of a mesh."""
+"""Which part of every array is on which device of a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,9 +25,10 @@ from pipeline.model.layers.mxfp4 import Packed
 from pipeline.model.parallel.shards import DATA, EXPERT, MODEL, TENSOR, Shards
 
 Tree = TypeVar("Tree")
-CACHE = PartitionSpec(DATA, None, MODEL, None)  # rows, positions, key/value heads, head width
-ROWS = PartitionSpec(DATA)
-REPLICATED = PartitionSpec()
+Partition = Any  # a PartitionSpec, which stands where a tree of weights has an array
+CACHE: Partition = PartitionSpec(DATA, None, MODEL, None)  # [R, S, G, H]
+ROWS: Partition = PartitionSpec(DATA)
+REPLICATED: Partition = PartitionSpec()
 
 # what of a weight is split over the shards of the model: a matrix's outputs, its inputs, or all of a vector
 _LAYER = {
@@ -40,12 +41,12 @@ _LAYER = {
     "output": "inputs",
     "sinks": "vector",
 }
-_WIDE = {"gate": "outputs", "gate_bias": "vector", "up": "outputs", "up_bias": "vector", "down": "inputs"}
+_FUSED_EXPERTS = {"gate": "outputs", "gate_bias": "vector", "up": "outputs", "up_bias": "vector", "down": "inputs"}
 _DRAFT_LAYER = _LAYER | {"gate": "outputs", "up": "outputs", "down": "inputs"}
 
 
 def make_mesh(shards: Shards, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of these sizes; PipelineError when there are more or fewer devices than it has places."""
+    """Returns the mesh of these sizes; raises PipelineError when there are more or fewer devices than it has shards."""
     devices = jax.devices() if devices is None else devices
     wanted = shards.data * shards.model
     if wanted != len(devices):
@@ -57,7 +58,7 @@ def make_mesh(shards: Shards, devices: list[Any] | None = None) -> Mesh:
 
 
 def require_divisible_target(config: GptOssConfig, weight_format: WeightFormat) -> None:
-    """Raise one PipelineError that lists every size of a target that the mesh of `form` does not divide."""
+    """Raises one PipelineError that lists every size of a target that the mesh of its weight format does not divide."""
     shards = weight_format.shards
     model, expert = (shards.model, "mesh.expert x mesh.tensor"), (shards.expert, "mesh.expert")
     sizes = [
@@ -74,11 +75,14 @@ def require_divisible_target(config: GptOssConfig, weight_format: WeightFormat) 
 
 
 def require_divisible_draft(config: DFlashConfig, shards: Shards) -> None:
-    """As `require_divisible` for a draft."""
-    names = {"key/value heads": config.num_key_value_heads, "rows": config.intermediate_size,
-             "features": config.feature_size}  # fmt: skip
+    """Raises one PipelineError that lists every size of a draft that the mesh does not divide."""
     model = (shards.model, "mesh.expert x mesh.tensor")
-    _require_even("draft", [(name, size, *model) for name, size in names.items()])
+    sizes = [
+        ("key/value heads", config.num_key_value_heads, *model),
+        ("rows", config.intermediate_size, *model),
+        ("features", config.feature_size, *model),
+    ]
+    _require_even("draft", sizes)
 
 
 def _require_even(what: str, sizes: list[tuple[str, int, int, str]]) -> None:
@@ -90,9 +94,10 @@ def _require_even(what: str, sizes: list[tuple[str, int, int, str]]) -> None:
 def jit_sharded(
     step: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any, *, donated: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
-    """A step that is written for one shard as one program: on every shard of a mesh, or on one device.
+    """Returns a step that is written for one shard as one program: for every shard of a mesh, or for one device.
 
-    What `out_specs` calls the same on all shards must be so: JAX cannot see it of gathered arrays.
+    What `out_specs` calls equal on all shards must be equal: JAX does not check it, for it cannot see it of gathered
+    arrays.
     """
     if mesh is None:
         return jax.jit(step, donate_argnums=donated)
@@ -104,14 +109,14 @@ def target_specs(target: TargetModel) -> TargetModel:
     """Returns the partition of every array of a target (or of its shapes)."""
     weights = target.weights
 
-    def layer(one: LayerWeights) -> LayerWeights:
-        experts = one.experts
-        split = _split(experts, _WIDE) if isinstance(experts, FusedExpertWeights) else _experts(experts)
-        return dataclasses.replace(_split(one, _LAYER), experts=split)
+    def partition(layer: LayerWeights) -> LayerWeights:
+        experts = layer.experts
+        split = _split(experts, _FUSED_EXPERTS) if isinstance(experts, FusedExpertWeights) else _experts(experts)
+        return dataclasses.replace(_split(layer, _LAYER), experts=split)
 
     specs = GptOssWeights(
-        embedding=PartitionSpec(MODEL, None),
-        layers=tuple(map(layer, weights.layers)),
+        embedding=_partition(MODEL, None),
+        layers=tuple(map(partition, weights.layers)),
         norm=REPLICATED,
         head=_matrix(weights.head, "outputs"),
     )
@@ -153,10 +158,10 @@ def draft_shardings(config: DFlashConfig, dtype: DTypeLike, mesh: Mesh) -> Draft
 
 
 def shardings(weights: Tree, specs: Tree, mesh: Mesh) -> Tree:
-    """Returns the sharding, and where it matters the layout, of every array of weights.
+    """Returns the sharding of every array of weights, and the layout of those that are read row by row.
 
-    What is read row by row, experts by kernels and the embedding by tokens, is laid out row by row; a TPU would choose
-    what pads least, and copy the whole at every step to where it can be read.
+    Kernels read experts and tokens read the embedding row by row. A TPU would choose the layout that pads least, and at
+    every step copy the whole array to one that can be read.
     """
 
     def sharding_of(path: Any, leaf: Any, spec: PartitionSpec) -> NamedSharding | Format:
@@ -167,11 +172,16 @@ def shardings(weights: Tree, specs: Tree, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(sharding_of, weights, specs)
 
 
+def _partition(*axes: str | tuple[str, ...] | None) -> Partition:
+    return PartitionSpec(*axes)
+
+
 def _experts(weights: ExpertsWeights) -> ExpertsWeights:
-    rows = PartitionSpec(EXPERT, TENSOR, None)  # of all three matrices, [E, F, D]
-    gate, down, bias = rows, rows, PartitionSpec(EXPERT, TENSOR)
+    """Returns the partition of every array of single experts."""
+    rows = _partition(EXPERT, TENSOR, None)  # of all three matrices, [E, F, D]
+    gate, down, bias = rows, rows, _partition(EXPERT, TENSOR)
     if isinstance(weights.gate, Packed):  # gate and up are [E, D, F]
-        columns = PartitionSpec(EXPERT, None, TENSOR)
+        columns = _partition(EXPERT, None, TENSOR)
         gate, down = Packed(columns, columns), Packed(rows, rows)
     return ExpertsWeights(
         router=_matrix(weights.router, None),
@@ -181,27 +191,27 @@ def _experts(weights: ExpertsWeights) -> ExpertsWeights:
         up=gate,
         up_bias=bias,
         down=down,
-        down_bias=PartitionSpec(EXPERT, None),
+        down_bias=_partition(EXPERT, None),
     )
 
 
 def _split(node: Any, table: dict[str, str]) -> Any:
-    """A dataclass of partitions in the place of one of weights; nodes inside it are left."""
+    """Returns a dataclass of weights with partitions in the place of arrays; inner dataclasses stay as they are."""
     fields = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
-    made = {}
+    partitions: dict[str, Any] = {}
     for name, value in fields.items():
         if value is None or (dataclasses.is_dataclass(value) and not isinstance(value, TransposedMatrix)):
-            made[name] = value
+            partitions[name] = value
         elif table.get(name) == "vector":
-            made[name] = PartitionSpec(MODEL)
+            partitions[name] = PartitionSpec(MODEL)
         else:
-            made[name] = _matrix(value, table.get(name))
-    return type(node)(**made)
+            partitions[name] = _matrix(value, table.get(name))
+    return type(node)(**partitions)
 
 
 def _matrix(matrix: Any, split: str | None) -> Any:
     """Returns the partition of a matrix [in, out], however it is stored."""
-    specs = {"outputs": PartitionSpec(None, MODEL), "inputs": PartitionSpec(MODEL, None), None: REPLICATED}
+    specs = {"outputs": _partition(None, MODEL), "inputs": _partition(MODEL, None), None: REPLICATED}
     if isinstance(matrix, TransposedMatrix):
-        return TransposedMatrix(PartitionSpec(*specs[split][::-1]))
+        return TransposedMatrix(_partition(*specs[split][::-1]))
     return specs[split]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.model.layers.sampling import key_of
+from pipeline.model.layers.sampling import sampling_key
 from pipeline.prompts.chat_format import chat_format_of, stop_token_ids
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.sources import Prompt
@@ -48,7 +48,7 @@ class RequestTemplate:
         if sampling is None:
             body["temperature"] = 0
         else:
-            seed = key_of(self.origin.seed, row.prompt.prompt_id)[0] >> 1  # 31 bits: some endpoints take a signed int32
+            seed = sampling_key(self.origin.seed, row.prompt.prompt_id)[0] >> 1  # 31 bits: some take a signed int32
             body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed}
         if self.api is EndpointApi.completions:
             return body | {"prompt": list(row.token_ids), "return_token_ids": True, **self.extra}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from pipeline.model.layers.sampling import Sampling, key_of
+from pipeline.model.layers.sampling import Sampling, sampling_key
 
 STANDARD_ERRORS = 3
 WARNED_SHARE, REFUSED_SHARE = 0.01, 0.05  # of greedy tokens: kernels and precisions differ in one of a hundred
@@ -26,7 +26,7 @@ class AnswerOrigin:
         """Returns the keys with which our engine samples the answers to these prompts; None without sampling."""
         if self.sampling is None or self.endpoint is not None:
             return None
-        return [key_of(self.seed, name) for name in names]
+        return [sampling_key(self.seed, name) for name in names]
 
 
 ENGINE = AnswerOrigin()

@@ -83,7 +83,7 @@ class Teacher:
         """Yields the features of the answers to these prompts, and the target's own choices (`capture.capture`)."""
         keys = self.origin.keys(prompt_ids)
         return capture(
-            self.target, self.tapped_layers, texts, drawn=self.origin.sampling, keys=keys, runtime=self.runtime
+            self.target, self.tapped_layers, texts, sampling=self.origin.sampling, keys=keys, runtime=self.runtime
         )
 
     @property

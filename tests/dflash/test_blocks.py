@@ -8,7 +8,7 @@ from pipeline.dflash import blocks
 from pipeline.errors import PipelineError
 
 
-def test_the_anchor_enters_in_slot_0_and_masks_in_the_others():
+def test_the_anchor_enters_at_position_0_and_masks_at_the_others():
     ids = blocks.block_token_ids(jnp.array([[7, 8, 9], [4, 5, 6]]), 99, 4)
     assert ids.shape == (2, 3, 4)
     assert ids[1, 2].tolist() == [6, 99, 99, 99]
@@ -72,24 +72,24 @@ def test_every_candidate_is_drawn_about_equally_often():
     np.testing.assert_allclose(counts[2:11], 1000, rtol=0.1)
 
 
-def test_slots_learn_the_generated_tokens_at_their_own_positions():
+def test_block_positions_learn_the_generated_tokens_that_stand_there():
     random = np.random.default_rng(0)
     token_ids = random.integers(0, 50, (3, 11))
     generated = np.array([[0] * 3 + [1] * 8, [0] * 2 + [1] * 5 + [0] * 4, [1] * 11], bool)
     anchors = np.array([[3, 9], [2, 5], [0, 10]])
     labels, counts = blocks.block_labels(jnp.asarray(token_ids), jnp.asarray(generated), jnp.asarray(anchors), 4)
     assert labels.shape == counts.shape == (3, 2, 4)
-    for row, block, slot in np.ndindex(3, 2, 4):
-        at = anchors[row, block] + slot
-        wanted = slot > 0 and at < 11 and bool(generated[row, at])
-        assert bool(counts[row, block, slot]) == wanted
+    for row, block, position in np.ndindex(3, 2, 4):
+        at = anchors[row, block] + position
+        wanted = position > 0 and at < 11 and bool(generated[row, at])
+        assert bool(counts[row, block, position]) == wanted
         if wanted:
-            assert labels[row, block, slot] == token_ids[row, at]
+            assert labels[row, block, position] == token_ids[row, at]
     assert counts.sum() == 3 + 1 + 3 + 1 + 3
 
 
 @pytest.mark.parametrize("decay", [2.0, 4.0, 7.0])
-def test_slot_weights_are_the_papers(decay):
+def test_position_weights_are_the_papers(decay):
     weights = blocks.position_weights(8, decay)
     assert weights.dtype == np.float32
     np.testing.assert_allclose(weights, [0, *np.exp([-k / decay for k in range(7)])], rtol=1e-6)

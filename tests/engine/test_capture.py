@@ -123,9 +123,9 @@ def test_the_noise_of_a_drawn_text_chooses_it_again_and_that_of_another_text_doe
     target, answers = drawn_texts
     keys = DRAWN.keys([one.prompt.prompt_id for one in answers])
     texts = [one.token_ids for one in answers]
-    found = dict(capture(target, TAPPED, texts, drawn=DRAWN.sampling, keys=keys))
+    found = dict(capture(target, TAPPED, texts, sampling=DRAWN.sampling, keys=keys))
     greedy = dict(capture(target, TAPPED, texts))
-    other = dict(capture(target, TAPPED, texts, drawn=DRAWN.sampling, keys=keys[1:] + keys[:1]))
+    other = dict(capture(target, TAPPED, texts, sampling=DRAWN.sampling, keys=keys[1:] + keys[:1]))
     for index, one in enumerate(answers):
         generated = np.arange(one.prompt_tokens, len(one.token_ids))
         assert np.array_equal(found[index].next_ids[generated - 1], np.array(one.token_ids)[generated])
@@ -141,7 +141,7 @@ def test_the_shortfall_of_a_drawn_text_is_the_distance_from_the_noisy_choice_wit
     target, _ = drawn_texts
     text = np.random.default_rng(6).integers(0, target.config.vocab_size, 40)
     key, sampling = DRAWN.keys(["another"])[0], DRAWN.sampling
-    found = dict(capture(target, TAPPED, [text.tolist()], drawn=sampling, keys=[key]))[0]
+    found = dict(capture(target, TAPPED, [text.tolist()], sampling=sampling, keys=[key]))[0]
     _, logits = _plain_forward(target, jnp.array(text), tapped_layers=TAPPED)
     scaled = np.asarray(logits, np.float64) / sampling.temperature
     outside = 0
@@ -166,7 +166,7 @@ def test_a_text_drawn_elsewhere_surprises_on_average_as_what_the_target_draws(dr
     target, answers = drawn_texts
     texts = [one.token_ids for one in answers]
     sampling = DRAWN.sampling
-    found = dict(capture(target, TAPPED, texts, drawn=sampling))
+    found = dict(capture(target, TAPPED, texts, sampling=sampling))
     for index, text in enumerate(texts[:1]):
         _, logits = _plain_forward(target, jnp.array(text), tapped_layers=TAPPED)
         probabilities = _softmax(np.asarray(logits) / sampling.temperature)[:-1]

@@ -17,7 +17,7 @@ from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import random_weights
 from pipeline.model.layers.rope import Rope
-from pipeline.model.layers.sampling import Sampling, key_of
+from pipeline.model.layers.sampling import Sampling, sampling_key
 from tests.support import models as tiny_models
 
 CONFIG = GptOssConfig.from_hf(tiny_models.LEGACY_TARGET)
@@ -43,7 +43,7 @@ def requests():
             request_id=str(index),
             prompt_ids=tuple(int(token) for token in random.integers(0, CONFIG.vocab_size, 1 + 3 * index)),
             max_new_tokens=LONGEST - index,
-            sampling_key=key_of(SEED, f"prompt {index}"),
+            sampling_key=sampling_key(SEED, f"prompt {index}"),
         )
         for index in range(9)
     ]
@@ -117,13 +117,13 @@ def test_answers_do_not_depend_on_slots_order_company_or_chunks(target, requests
 
 
 def test_another_seed_gives_other_answers(target, requests, gold):
-    again = [Request(**{**vars(one), "sampling_key": key_of(4, one.request_id)}) for one in requests]
+    again = [Request(**{**vars(one), "sampling_key": sampling_key(4, one.request_id)}) for one in requests]
     found = answers_of(make(target, 3), again)
     assert sum(found[name] != answer for name, answer in gold.items()) > len(gold) / 2
 
 
 def test_equal_prompts_with_equal_keys_give_one_answer_and_with_others_others(target):
-    keys = {"a": key_of(0, "x"), "b": key_of(0, "y"), "c": key_of(0, "x")}
+    keys = {"a": sampling_key(0, "x"), "b": sampling_key(0, "y"), "c": sampling_key(0, "x")}
     requests = [
         Request(request_id=name, prompt_ids=(3, 9, 27), max_new_tokens=12, sampling_key=key)
         for name, key in keys.items()

@@ -149,7 +149,7 @@ def test_a_gpt_oss_draft_has_the_published_tensors_and_no_other(gpt_oss_draft, b
     assert tensor_shapes(config) == wanted
     shapes = weight_paths(dflash_weights.weight_shapes(config, jnp.bfloat16))  # nothing is allocated
     by_path = {path: leaf.shape for path, leaf in shapes}
-    written = hf_dflash.expected_draft_tensors(by_path, lies_transposed=is_stored_transposed(jnp.bfloat16))
+    written = hf_dflash.expected_draft_tensors(by_path, is_transposed=is_stored_transposed(jnp.bfloat16))
     assert {name: list(one.shape) for name, one in written.items()} == wanted
 
 

@@ -128,7 +128,7 @@ def test_a_sampled_text_that_its_noise_does_not_choose_is_caught(
 
     def recapture(texts: list[list[int]], names: list[str]) -> object:
         tapped = tuple(drawn.contract["features"]["tapped_layers"])
-        return capture.capture(target, tapped, texts, drawn=origin.sampling, keys=origin.keys(names))
+        return capture.capture(target, tapped, texts, sampling=origin.sampling, keys=origin.keys(names))
 
     prompts = [row.token_ids[: row.prompt_tokens].tolist() for row in rows]
     with pytest.raises(PipelineError, match="labels of training has accept_length|features of"):

@@ -8,7 +8,7 @@ from pipeline.model.layers.rope import Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DFlashConfig:
-    """Sizes of a draft and what it must know of its target; hashable, for `jit`.
+    """Holds the sizes of a draft and what it must know of its target; hashable, for `jit`.
 
     `hidden_size` and `vocab_size` are the target's; `attention_bias` adds biases to all four projections.
     """
@@ -31,12 +31,12 @@ class DFlashConfig:
 
     @property
     def feature_size(self) -> int:
-        """Width of one token's features: tapped layers times the target's width."""
+        """LD: the width of one token's features, tapped layers times the target's width."""
         return len(self.tapped_layers) * self.hidden_size
 
     def architecture(self) -> dict[str, Any]:
-        """The sizes, as the contract records them."""
+        """Returns the sizes as the contract records them."""
         values = dataclasses.asdict(self)
-        for elsewhere in ("rope", "tapped_layers", "block_size", "mask_token_id"):
-            del values[elsewhere]
+        for name in ("rope", "tapped_layers", "block_size", "mask_token_id"):  # other fields of the contract hold these
+            del values[name]
         return values

@@ -1,6 +1,6 @@
 """The DFlash draft: a small pre-norm decoder that denoises blocks over the target's features.
 
-It has no embedding and no head of its own; both are the target's, frozen. Source: the `dflash` package's
+It has no embedding and no head of its own; both are the target's and frozen. Source: the `dflash` package's
 DFlashDraftModel and docs/dflash.md#network; every layer is non-causal and unwindowed.
 """
 
@@ -30,9 +30,9 @@ def context(
     shards: Shards = UNSHARDED,
     gather: GatherWeights = no_gather,
 ) -> KVCache:
-    """Keys and values of every layer for the features of T tokens at their absolute positions.
+    """Returns keys and values [B, T, G, H] of every layer for the features of T tokens at their absolute positions.
 
-    `gather` as in `denoise_blocks`.
+    `gather` is as in `denoise_blocks`.
     """
     config, weights = draft.config, gather(draft.weights)
     features = features.astype(weights.norm.dtype)
@@ -54,10 +54,10 @@ def denoise(
     context: KVCache,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "B K D"]:
-    """Final hidden states of one block per row, its first slot at position `start`, over the context before it.
+    """Returns the final hidden states [B, K, D] of one block per row, whose anchor is at position `start`.
 
-    `embeddings` are the target's rows for [anchor, mask, ...]; the target's head turns the result into
-    logits, slot k predicting the token at its own position.
+    The block sees the context before it. `embeddings` are the target's for [anchor, mask, ...]; the target's head turns
+    the result into logits, and block position k predicts the token at `start` + k.
     """
 
     def attend(index: int, queries: Array, keys: Array, values: Array) -> Array:
@@ -79,11 +79,13 @@ def denoise_blocks(
     gather: GatherWeights = no_gather,
     num_devices: int = 1,
 ) -> Float[Array, "B A K D"]:
-    """As `denoise` for A blocks per sequence, as in training, each over the part of the context visible to it.
+    """Returns the final hidden states [B, A, K, D] of A blocks per sequence, each over the context `visible` to it.
+
+    Training calls this, where serving calls `denoise`.
 
     With `remat` a layer's inner values are computed again in the backward pass instead of being stored. `gather` turns
-    the weights of a layer (or of the draft, its layers aside) as they are sharded into those that are computed with,
-    again in the backward pass with `remat`. `num_devices` share out the scores of attention.
+    the sharded weights of a layer (or of the draft without its layers) into those that are computed with, and again in
+    the backward pass with `remat`. `num_devices` is the number of devices that share the scores of attention.
     """
 
     def attend(index: int, queries: Array, keys: Array, values: Array) -> Array:
@@ -105,7 +107,7 @@ def _layers(
     remat: bool = False,
     gather: GatherWeights = no_gather,
 ) -> Float[Array, "*batch K D"]:
-    """The decoder layers; `attend` takes a layer's number and its queries, keys and values [*batch, K, heads, H]."""
+    """Runs the decoder layers; `attend` takes a layer's index, queries, keys and values [*batch, K, heads, H]."""
     config, weights = draft.config, draft.weights
     cos_sin = angles(config.rope, config.head_dim, positions)
     hidden = embeddings.astype(weights.norm.dtype)
@@ -130,13 +132,13 @@ def _layers(
 
 
 def empty_cache(config: DFlashConfig, num_rows: int, num_positions: int, dtype: DTypeLike) -> KVCache:
-    """A context cache for `num_rows` rows of `num_positions` positions."""
-    slots = [attention.cache_positions(num_positions)] * config.num_hidden_layers
-    return kv_cache.empty(slots, num_rows, config.num_key_value_heads, config.head_dim, dtype)
+    """Returns a context cache for `num_rows` rows of `num_positions` positions."""
+    num_entries = [attention.cache_positions(num_positions)] * config.num_hidden_layers
+    return kv_cache.empty(num_entries, num_rows, config.num_key_value_heads, config.head_dim, dtype)
 
 
 def extend(cache: KVCache, new: KVCache, start: Int[Array, " B"], rows: Int[Array, " B"] | None = None) -> KVCache:
-    """Append the context of T tokens, the first at position `start` of each row; rows as in `kv_cache.write`."""
+    """Appends the context of T tokens, the first at position `start` of each row; `rows` are as in `kv_cache.write`."""
     return KVCache(
         tuple(
             kv_cache.write(layer, part.keys, part.values, start, rows)

@@ -7,7 +7,7 @@ from pipeline.model.layers.pytree import pytree_dataclass
 
 @pytree_dataclass(static=("config",))
 class DraftModel:
-    """A draft: its sizes, static to `jit`, and its weights (or their shapes, shardings or partitions)."""
+    """Holds a draft: its sizes, static to `jit`, and its weights (or their shapes, shardings or partitions)."""
 
     config: DFlashConfig
     weights: DFlashWeights

@@ -1,4 +1,4 @@
-"""Weights of a DFlash draft as a pytree; random ones; shapes."""
+"""The weights of a DFlash draft: their types, their shapes, and random ones."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from pipeline.model.layers.pytree import pytree_dataclass
 
 @pytree_dataclass()
 class DFlashLayerWeights:
-    """One draft layer; the biases are None unless the config has `attention_bias`."""
+    """Holds the weights of one draft layer; the biases are None unless the config has `attention_bias`."""
 
     input_norm: Float[Array, " D"]
     query: Matrix
@@ -36,7 +36,7 @@ class DFlashLayerWeights:
 
 @pytree_dataclass()
 class DFlashWeights:
-    """The whole draft. `fuse` maps a token's L tapped features to the width of the draft."""
+    """Holds all weights of a draft. `fuse` [LD, D] maps a token's L tapped features to the width of the draft."""
 
     fuse: Matrix
     context_norm: Float[Array, " D"]
@@ -46,21 +46,21 @@ class DFlashWeights:
 
 Node = TypeVar("Node", DFlashWeights, DFlashLayerWeights)
 
-GatherWeights = Callable[[Any], Any]  # from weights of a node as they lie to those that are computed with
+GatherWeights = Callable[[Any], Any]  # from the weights of a node as they are stored to those that are computed with
 
 
 def no_gather(node: Node) -> Node:
-    """The weights as they lie."""
+    """Returns the weights as they are stored."""
     return node
 
 
 def weight_shapes(config: DFlashConfig, dtype: DTypeLike = jnp.float32) -> DFlashWeights:
-    """The shapes of a draft's weights; nothing is allocated."""
+    """Returns the shapes of a draft's weights; nothing is allocated."""
     return jax.eval_shape(lambda: random_weights(config, jax.random.key(0), dtype))
 
 
 def random_weights(config: DFlashConfig, key: Array, dtype: DTypeLike = jnp.float32) -> DFlashWeights:
-    """Weights to start training from: normal, 1/sqrt(fan in), norms one, biases zero."""
+    """Returns weights to start training from: normal, 1/sqrt(fan in), norms one, biases zero."""
     d, f = config.hidden_size, config.intermediate_size
     nh, gh = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     depth_scale = (2 * config.num_hidden_layers) ** -0.5  # keeps the residual stream's size flat with depth
@@ -95,6 +95,6 @@ def random_weights(config: DFlashConfig, key: Array, dtype: DTypeLike = jnp.floa
     return DFlashWeights(
         fuse=normal(keys[0], config.feature_size, d),
         context_norm=jnp.ones(d, dtype),
-        layers=tuple(layer(one) for one in keys[1:]),
+        layers=tuple(layer(layer_key) for layer_key in keys[1:]),
         norm=jnp.ones(d, dtype),
     )

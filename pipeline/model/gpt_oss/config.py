@@ -1,4 +1,4 @@
-"""What a GPT-OSS model's `config.json` says."""
+"""The sizes of a GPT-OSS model, read from and written to its `config.json`."""
 
 import dataclasses
 from typing import Any
@@ -9,9 +9,9 @@ from pipeline.model.layers.rope import Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GptOssConfig:
-    """Sizes of a GPT-OSS model; hashable, so that it can be a static argument of `jit`.
+    """Holds the sizes of a GPT-OSS model; hashable, so that it can be a static argument of `jit`.
 
-    `sliding` tells of each layer whether its attention is limited to `sliding_window` positions.
+    `sliding` states for each layer whether its attention is limited to `sliding_window` positions.
     """
 
     vocab_size: int
@@ -32,7 +32,7 @@ class GptOssConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "GptOssConfig":
-        """Read an HF `config.json`. Raises PipelineError naming everything that is missing or not supported."""
+        """Reads an HF `config.json`. Raises PipelineError that names everything that is missing or not supported."""
         wanted = {
             "model_type": "gpt_oss",
             "hidden_act": "silu",
@@ -66,7 +66,7 @@ class GptOssConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that transformers reads back as this model."""
+        """Returns the `config.json` that transformers reads back as this model."""
         values = dataclasses.asdict(self)
         del values["sliding"], values["rope"]
         return {
@@ -82,5 +82,5 @@ class GptOssConfig:
 
 
 def is_packed(config: dict[str, Any]) -> bool:
-    """Whether the files beside this `config.json` hold the experts as MXFP4, as OpenAI publishes them."""
+    """Returns whether the files beside this `config.json` hold the experts as MXFP4, as OpenAI publishes them."""
     return (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"

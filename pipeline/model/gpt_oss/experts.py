@@ -1,10 +1,11 @@
 """GPT-OSS's mixture of experts: router, clamped SwiGLU, and the ways to run the experts.
 
 An expert is three matrices, gate, up and down, of F rows and D columns. A model whose tokens use a quarter of the
-experts or more holds them as one wide network (`WideWeights`) and runs them all; else few tokens read the experts
-that they hit, many are grouped by expert.
+experts or more holds them as one fused network (`FusedExpertWeights`) and runs them all; otherwise few tokens go
+through the experts that they hit one by one, and many are grouped by expert.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,28 +22,30 @@ from pipeline.model.parallel.shards import EXPERT, MODEL, TENSOR, UNSHARDED, Sha
 
 SWIGLU_ALPHA = 1.702
 
+ExpertMatrix = Float[Array, "E F D"] | Packed
+
 
 @pytree_dataclass()
 class ExpertsWeights:
-    """Router and experts of one layer, apart from each other.
+    """Holds the router and the single experts of one layer.
 
-    Packed, `gate` and `up` are [E, D, F], packed along D, and `down` is [E, F, D], packed along F: each along what is
-    summed, so that a scale belongs to a column. D and F may be padded with zeros, which yield nothing.
+    When packed, `gate` and `up` are [E, D, F], packed along D, and `down` is [E, F, D], packed along F: each along the
+    axis that is summed, so that a scale belongs to a column. D and F may be padded with zeros, which add nothing.
     """
 
     router: Matrix
     router_bias: Float[Array, " E"]
-    gate: Float[Array, "E F D"] | Packed
+    gate: ExpertMatrix
     gate_bias: Float[Array, "E F"]
-    up: Float[Array, "E F D"] | Packed
+    up: ExpertMatrix
     up_bias: Float[Array, "E F"]
-    down: Float[Array, "E F D"] | Packed
+    down: ExpertMatrix
     down_bias: Float[Array, "E D"]
 
 
 @pytree_dataclass()
 class FusedExpertWeights:
-    """Router and experts of one layer, the experts' rows end to end."""
+    """Holds the router and the experts of one layer, with the rows of all experts end to end."""
 
     router: Matrix
     router_bias: Float[Array, " E"]
@@ -57,8 +60,8 @@ class FusedExpertWeights:
 def route(
     inputs: Float[Array, "M D"], weights: ExpertsWeights | FusedExpertWeights, experts_per_token: int
 ) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
-    """The best experts of each token and their shares: softmax over the chosen logits only, float32."""
-    logits = product(inputs, weights.router) + weights.router_bias  # rounded to bfloat16, they would tie more often
+    """Returns shares, float32, and indices [M, k] of each token's best experts: a softmax over their logits alone."""
+    logits = product(inputs, weights.router) + weights.router_bias  # in float32: bfloat16 logits would tie more often
     best, indices = jax.lax.top_k(logits, experts_per_token)
     return jax.nn.softmax(best, axis=-1), indices
 
@@ -66,7 +69,7 @@ def route(
 def clamped_swiglu(
     gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], limit: float
 ) -> Float[Array, "*batch F"]:
-    """(up + 1) * gate * sigmoid(1.702 * gate), gate clamped from above and up from both sides."""
+    """Returns (up + 1) * gate * sigmoid(1.702 * gate), with gate clamped from above and up from both sides."""
     gate = jnp.minimum(gate, limit)
     up = jnp.clip(up, -limit, limit)
     return (up + 1) * gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate)
@@ -79,7 +82,7 @@ def mixture(
     limit: float,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "M D"]:
-    """Each token through its experts, summed by their shares."""
+    """Returns the sum [M, D] of each token's experts by their shares, in the precision of the inputs."""
     shares, indices = route(inputs, weights, experts_per_token)
     if isinstance(weights, FusedExpertWeights):
         outputs = fused_experts(inputs, weights, shares, indices, limit, execution.shards)
@@ -98,42 +101,45 @@ def fused_experts(
     limit: float,
     shards: Shards = UNSHARDED,
 ) -> Float[Array, "M D"]:
-    """Every token through every expert, those not chosen with share zero. Returns this shard's part of the sum."""
+    """Runs every token through every expert, those not chosen with share zero.
+
+    Returns this shard's part of the sum, float32 [M, D].
+    """
     num_experts, local = weights.router_bias.shape[0], weights.gate_bias.shape[0]
     share = share_of_experts(shares, indices, 0, num_experts)
-    each = jnp.repeat(share, local * shards.model // num_experts, axis=1)  # of every row of every expert
+    row_share = jnp.repeat(share, local * shards.model // num_experts, axis=1)  # of every row of every expert
     if shards.is_split:
-        each = jax.lax.dynamic_slice_in_dim(each, shards.over().offset(local), local, axis=1)
+        row_share = jax.lax.dynamic_slice_in_dim(row_share, shards.over().offset(local), local, axis=1)
     hidden = clamped_swiglu(
         product(inputs, weights.gate) + weights.gate_bias, product(inputs, weights.up) + weights.up_bias, limit
     )
-    outputs = product((hidden * each).astype(inputs.dtype), weights.down)
+    outputs = product((hidden * row_share).astype(inputs.dtype), weights.down)
     return outputs + shards.on_first_shard(MODEL, einsum("me,ed->md", share.astype(inputs.dtype), weights.down_bias))
 
 
 def share_of_experts(
     shares: Float[Array, "M k"], indices: Int[Array, "M k"], first: Int[Array, ""] | int, num_experts: int
 ) -> Float[Array, "M e"]:
-    """What each token takes of the experts first .. first + num_experts - 1; 0 of those it did not choose."""
+    """Returns each token's shares [M, num_experts] of the experts from `first` on, 0 of those it did not choose."""
     chosen = indices[..., None] == first + jnp.arange(num_experts)
     return jnp.where(chosen, shares[..., None], 0).sum(axis=1)
 
 
 class Hits(NamedTuple):
-    """The experts of this shard that some token chose: the first `count` of `experts`."""
+    """Holds the experts of this shard that any token chose: the first `num_hit` of `experts`."""
 
-    experts: Int[Array, " slots"]
-    count: Int[Array, ""]
+    experts: Int[Array, " hits"]
+    num_hit: Int[Array, ""]
 
 
 def hits(indices: Int[Array, "M k"], first: Int[Array, ""] | int, num_experts: int) -> Hits:
-    """Each expert that is hit once, in ascending order; places behind the last one repeat it."""
+    """Returns each expert that is hit once, in ascending order; elements behind the last one repeat it."""
     is_hit = (indices[..., None] == first + jnp.arange(num_experts)).any(axis=(0, 1))
-    slots = min(num_experts, indices.size)
-    order = jnp.argsort(~is_hit, stable=True)[:slots].astype(jnp.int32)
-    count = is_hit.sum().astype(jnp.int32)
-    taken = jnp.arange(slots) < count
-    return Hits(experts=jnp.where(taken, order, order[jnp.maximum(count - 1, 0)]), count=count)
+    size = min(num_experts, indices.size)
+    order = jnp.argsort(~is_hit, stable=True)[:size].astype(jnp.int32)
+    num_hit = is_hit.sum().astype(jnp.int32)
+    last = order[jnp.maximum(num_hit - 1, 0)]
+    return Hits(experts=jnp.where(jnp.arange(size) < num_hit, order, last), num_hit=num_hit)
 
 
 def per_expert(
@@ -144,36 +150,36 @@ def per_expert(
     limit: float,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "M D"]:
-    """Few tokens: all of them through each expert that is hit, which is read once; no other expert is read.
+    """Runs few tokens, all of them through each expert that any of them hits; only these experts are read, and once.
 
-    Returns this shard's part of the sum, in float32.
+    Returns this shard's part of the sum, float32 [M, D].
     """
     num_experts = weights.down_bias.shape[0]
     first = execution.shards.over(EXPERT).offset(num_experts)
-    found, share = hits(indices, first, num_experts), share_of_experts(shares, indices, first, num_experts)
+    hit, share = hits(indices, first, num_experts), share_of_experts(shares, indices, first, num_experts)
     down_bias = execution.shards.on_first_shard(TENSOR, weights.down_bias)
     packed = isinstance(weights.gate, Packed)
     if execution.backend in PALLAS_BACKENDS:
-        kernel = experts_pallas.packed_experts if packed else experts_pallas.experts
+        kernel: Callable[..., Array] = experts_pallas.packed_experts if packed else experts_pallas.experts
         matrices = (weights.gate, weights.gate_bias, weights.up, weights.up_bias, weights.down, down_bias)
         interpret = execution.backend is KernelBackend.pallas_interpreted
-        return kernel(inputs, *found, share, *matrices, limit=limit, interpret=interpret)
+        return kernel(inputs, *hit, share, *matrices, limit=limit, interpret=interpret)
     into = "md,df->mf" if packed else "md,fd->mf"
 
-    def add(slot: Int[Array, ""], so_far: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        expert = found.experts[slot]
-        one = jax.tree.map(lambda array: array[expert][None], _matrices(weights))
-        gate, up, down = (matrix[0] for matrix in _unpacked(*one, inputs))
-        taken = share[:, expert][:, None]
+    def add(index: Int[Array, ""], so_far: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        expert = hit.experts[index]
+        matrices = jax.tree.map(lambda array: array[expert][None], _matrices(weights))
+        gate, up, down = (matrix[0] for matrix in _unpacked(matrices, inputs))
+        token_share = share[:, expert][:, None]
         hidden = clamped_swiglu(
             einsum(into, inputs, gate) + weights.gate_bias[expert],
             einsum(into, inputs, up) + weights.up_bias[expert],
             limit,
         )
-        outputs = einsum("mf,fd->md", (hidden * taken).astype(inputs.dtype), down)
-        return so_far + outputs + taken * down_bias[expert]
+        outputs = einsum("mf,fd->md", (hidden * token_share).astype(inputs.dtype), down)
+        return so_far + outputs + token_share * down_bias[expert]
 
-    return jax.lax.fori_loop(0, found.count, add, jnp.zeros(inputs.shape, jnp.float32))
+    return jax.lax.fori_loop(0, hit.num_hit, add, jnp.zeros(inputs.shape, jnp.float32))
 
 
 def grouped_gemm(
@@ -184,9 +190,10 @@ def grouped_gemm(
     limit: float,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "M D"]:
-    """Many tokens: sort them by expert and multiply group by group.
+    """Runs many tokens: sorts them by expert and multiplies group by group.
 
-    A shard's own experts come first, and what is behind them is zero. Returns this shard's part of the sum.
+    A shard's own experts come first; tokens of other experts add zero. Returns this shard's part of the sum, float32
+    [M, D].
     """
     num_tokens, per_token = indices.shape
     num_local, num_experts = weights.down_bias.shape[0], weights.router_bias.shape[0]
@@ -196,7 +203,7 @@ def grouped_gemm(
     expert = flat[order]
     is_local = (expert < num_local)[:, None]
     expert = jnp.minimum(expert, num_local - 1)
-    gate, up, down = _unpacked(*_matrices(weights), inputs)
+    gate, up, down = _unpacked(_matrices(weights), inputs)
     rows = inputs[order // per_token]
     transposed = not isinstance(weights.gate, Packed)
     hidden = clamped_swiglu(
@@ -219,7 +226,10 @@ def grouped_product(
     *,
     transposed: bool = False,
 ) -> Float[Array, "M N"]:
-    """The first sizes[0] rows times the first matrix, and so on, in float32; rows past all groups give anything."""
+    """Returns the first sizes[0] rows times the first matrix, and so on, in float32.
+
+    Rows past all groups may come out as anything.
+    """
     if backend in PALLAS_BACKENDS:
         interpret = backend is KernelBackend.pallas_interpreted
         return experts_pallas.ragged_product(rows, matrices, sizes, transposed=transposed, interpret=interpret)
@@ -232,15 +242,17 @@ def grouped_product(
     )
 
 
-def _matrices(weights: ExpertsWeights) -> tuple[Array | Packed, Array | Packed, Array | Packed]:
+def _matrices(weights: ExpertsWeights) -> tuple[ExpertMatrix, ExpertMatrix, ExpertMatrix]:
     return weights.gate, weights.up, weights.down
 
 
 def _unpacked(
-    gate: Array | Packed, up: Array | Packed, down: Array | Packed, inputs: Float[Array, "M D"]
+    matrices: tuple[ExpertMatrix, ExpertMatrix, ExpertMatrix], inputs: Float[Array, "M D"]
 ) -> tuple[Array, Array, Float[Array, "E F D"]]:
-    """The matrices as floats of the inputs' precision: [E, F, D], but packed gate and up come as [E, D, F]."""
-    if not isinstance(gate, Packed):
-        return gate, up, down
-    gate, up = (mxfp4.unpack(one, inputs.dtype)[:, : inputs.shape[-1]] for one in (gate, up))
-    return gate, up, mxfp4.unpack(down, inputs.dtype)
+    """Returns the matrices as floats of the inputs' precision: [E, F, D], but packed gate and up come as [E, D, F]."""
+    gate, up, down = (
+        mxfp4.unpack(matrix, inputs.dtype) if isinstance(matrix, Packed) else matrix for matrix in matrices
+    )
+    if isinstance(matrices[0], Packed):  # without the padding of D
+        gate, up = gate[:, : inputs.shape[-1]], up[:, : inputs.shape[-1]]
+    return gate, up, down

@@ -1,4 +1,8 @@
-"""GPT-OSS: one forward function for prefill, decode, verify, capture and training."""
+"""GPT-OSS: one forward function for prefill, decode, verify, capture and training.
+
+Shape letters, those of docs/conventions.md: B rows, T positions, R cache rows, S entries, N query heads, G key/value
+heads, H head width, D model width, L tapped layers, V vocabulary, and W the part of it that a shard has.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,7 +26,7 @@ from pipeline.model.parallel.shards import Shards
 
 @pytree_dataclass()
 class Output:
-    """What one pass gives: final hidden states, tapped features side by side, and the cache written on."""
+    """Holds the results of one pass: normed final hidden states, L tapped features side by side, the written cache."""
 
     hidden: Float[Array, "B T D"]
     features: Float[Array, "B T LD"]
@@ -30,13 +34,13 @@ class Output:
 
 
 def empty_cache(config: GptOssConfig, num_rows: int, num_positions: int, dtype: DTypeLike, *, rollback: int) -> KVCache:
-    """A cache for `num_rows` rows of `num_positions` positions, of which at most `rollback` may be taken back.
+    """Returns a cache for `num_rows` rows of `num_positions` positions, of which the last `rollback` may be dropped.
 
     Sliding layers hold their window and `rollback` positions, whatever `num_positions` is.
     """
     whole = attention.cache_positions(num_positions)
-    slots = [min(config.sliding_window + rollback, whole) if sliding else whole for sliding in config.sliding]
-    return kv_cache.empty(slots, num_rows, config.num_key_value_heads, config.head_dim, dtype)
+    num_entries = [min(config.sliding_window + rollback, whole) if sliding else whole for sliding in config.sliding]
+    return kv_cache.empty(num_entries, num_rows, config.num_key_value_heads, config.head_dim, dtype)
 
 
 def forward(
@@ -50,18 +54,19 @@ def forward(
     num_tokens: Int[Array, " B"] | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Output:
-    """Run T tokens of each row, the first one at position `start`, over what the cache holds before them.
+    """Runs T tokens of each of B rows, the first one at position `start`, over what the cache holds before them.
 
-    Prefill, single steps, blocks to verify and full sequences are all this call. Without a cache the rows
-    stand alone (start is then 0). `rows` are the cache's rows, None for all in order; a number past the last is
-    not written. Features are the outputs of `tapped_layers` before the final norm (`hidden_states[i + 1]` in
-    transformers), concatenated in the order given. Of a row padded on the right, `num_tokens` count.
+    Prefill, single steps, blocks to verify and full sequences are all this call. Without a cache `start` must be 0.
+    `rows` are the indices of the cache's rows, None for all in order; one past the last row is not written. Features
+    are the outputs of `tapped_layers` before the final norm (`hidden_states[i + 1]` in transformers), concatenated in
+    that order. `num_tokens` are the tokens of each row that are not padding on the right, None for all.
     """
     config, weights = target.config, target.weights
     positions = start[:, None] + jnp.arange(token_ids.shape[1])
     call = _Call(start, rows, num_tokens, angles(config.rope, config.head_dim, positions))
     hidden = embed(weights, token_ids, execution.shards)
-    outputs, layers = [], []
+    outputs: list[Array] = []
+    layers: list[LayerCache] = []
     for index, layer in enumerate(weights.layers):
         window = config.sliding_window if config.sliding[index] else None
         cached = None if cache is None else cache.layers[index]
@@ -72,7 +77,8 @@ def forward(
         mixed = mixture(flat, layer.experts, config.num_experts_per_tok, config.swiglu_limit, execution)
         hidden = hidden + mixed.reshape(hidden.shape)
         outputs.append(hidden)
-        layers.append(written)
+        if written is not None:
+            layers.append(written)
     taps = [outputs[index] for index in tapped_layers]
     features = jnp.concatenate(taps, axis=-1) if taps else hidden[..., :0]
     normed = rms_norm(hidden, weights.norm, config.rms_norm_eps)
@@ -80,24 +86,24 @@ def forward(
 
 
 def embed(weights: GptOssWeights, token_ids: Int[Array, "*batch"], shards: Shards) -> Float[Array, "*batch D"]:
-    """The tokens' rows of the embedding, which may be split over the vocabulary."""
+    """Returns the tokens' rows [*batch, D] of the embedding, which may be split over the vocabulary."""
     if not shards.is_split:
         return weights.embedding[token_ids]
     return shards.sum(shards.over().rows(weights.embedding, token_ids))
 
 
 def logits(weights: GptOssWeights, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-    """Next-token logits of final hidden states in float32; on a shard, of its part of the vocabulary."""
+    """Returns next-token logits of normed final hidden states, float32 [*batch, V]; on a shard, [*batch, W]."""
     return product(hidden, weights.head)
 
 
 def next_tokens(weights: GptOssWeights, hidden: Float[Array, "*batch D"], shards: Shards) -> Int[Array, "*batch"]:
-    """The most likely next token of each position."""
+    """Returns the most likely next token [*batch] of each position."""
     return shards.argmax(logits(weights, hidden))
 
 
 class _Call(NamedTuple):
-    """Where the tokens of one call to `forward` lie, and their rotary angles."""
+    """Holds where the tokens of one call to `forward` are in the cache, and their rotary angles."""
 
     start: Int[Array, " B"]
     rows: Int[Array, " B"] | None

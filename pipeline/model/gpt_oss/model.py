@@ -7,7 +7,7 @@ from pipeline.model.layers.pytree import pytree_dataclass
 
 @pytree_dataclass(static=("config",))
 class TargetModel:
-    """A target: its sizes, static to `jit`, and its weights (or their shapes, shardings or partitions)."""
+    """Holds a target: its sizes, static to `jit`, and its weights (or their shapes, shardings or partitions)."""
 
     config: GptOssConfig
     weights: GptOssWeights

@@ -1,6 +1,7 @@
-"""The weights of a GPT-OSS model, in the forms in which programs hold them."""
+"""The weights of a GPT-OSS model in each weight format: their types, their shapes, and random ones."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,15 @@ from pipeline.model.layers.mxfp4 import BLOCK, Packed, padded
 from pipeline.model.layers.pytree import pytree_dataclass
 from pipeline.model.parallel.shards import UNSHARDED, Shards
 
-PACKED_ROWS = 128  # rows of a packed expert come in such multiples: so many lanes has a TPU
-RANDOM_CODE_DEVIATION = 2.93  # of uniformly drawn E2M1 codes
+PACKED_ROWS = 128  # rows of a packed expert are padded to a multiple of a TPU's lanes
+RANDOM_CODE_DEVIATION = 2.93  # standard deviation of uniformly drawn E2M1 codes
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFormat:
-    """How weights are held: their precision, experts packed as MXFP4 or not, and for how many shards.
+    """Holds the weight format: the precision, whether experts are packed as MXFP4, and for how many shards.
 
-    bfloat16 kernels are `Transposed`. Packed experts are padded so that every shard has whole blocks.
+    bfloat16 matrices are stored transposed. Packed experts are padded so that every shard has whole blocks.
     """
 
     dtype: str = "float32"
@@ -31,18 +32,18 @@ class WeightFormat:
 
     @property
     def transposed(self) -> bool:
-        """Whether kernels lie [out, in], as in the files."""
+        """Whether matrices are stored [out, in], as in the files."""
         return is_stored_transposed(self.dtype)
 
     def packed_rows(self, intermediate_size: int) -> int:
-        """F of a packed expert, padding included."""
+        """Returns F of a packed expert, padding included."""
         unit = PACKED_ROWS * self.shards.tensor
         return -(-intermediate_size // unit) * unit
 
 
 @pytree_dataclass()
 class LayerWeights:
-    """One decoder layer."""
+    """Holds the weights of one decoder layer."""
 
     input_norm: Float[Array, " D"]
     query: Matrix
@@ -60,7 +61,7 @@ class LayerWeights:
 
 @pytree_dataclass()
 class GptOssWeights:
-    """The whole model. `head` is apart from `embedding`: GPT-OSS does not tie them."""
+    """Holds all weights of the model. GPT-OSS does not tie `head` [D, V] and `embedding`."""
 
     embedding: Float[Array, "V D"]
     layers: tuple[LayerWeights, ...]
@@ -69,15 +70,15 @@ class GptOssWeights:
 
 
 def is_fused(config: GptOssConfig, weight_format: WeightFormat) -> bool:
-    """Whether experts are held as one wide network: a token uses a quarter of them or more, and none is packed.
+    """Returns whether experts are held as one fused network: none is packed, and a token uses a quarter or more.
 
-    Running all of them costs less there than telling them apart.
+    Running all of them then costs less than choosing among them.
     """
     return not weight_format.packed and config.num_local_experts <= 4 * config.num_experts_per_tok
 
 
 def random_weights(config: GptOssConfig, key: Array, weight_format: WeightFormat = WeightFormat()) -> GptOssWeights:
-    """Weights to start training from: normal, 1/sqrt(fan in), norms one, biases and sinks zero."""
+    """Returns weights to start training from: normal, 1/sqrt(fan in), norms one, biases and sinks zero."""
     d, dtype = config.hidden_size, weight_format.dtype
     nh, gh = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     depth_scale = (2 * config.num_hidden_layers) ** -0.5  # keeps the residual stream's size flat with depth
@@ -102,14 +103,14 @@ def random_weights(config: GptOssConfig, key: Array, weight_format: WeightFormat
     keys = jax.random.split(key, config.num_hidden_layers + 2)
     return GptOssWeights(
         embedding=_normal(keys[0], (config.vocab_size, d), d, dtype),
-        layers=tuple(layer(one) for one in keys[2:]),
+        layers=tuple(layer(layer_key) for layer_key in keys[2:]),
         norm=jnp.ones(d, dtype),
         head=random_matrix(keys[1], d, config.vocab_size, weight_format.dtype),
     )
 
 
 def weight_shapes(config: GptOssConfig, weight_format: WeightFormat = WeightFormat()) -> GptOssWeights:
-    """The shapes of weights of this form; nothing is allocated."""
+    """Returns the shapes of weights in this format; nothing is allocated."""
     return jax.eval_shape(lambda: random_weights(config, jax.random.key(0), weight_format))
 
 
@@ -122,7 +123,7 @@ def _experts(
 ) -> ExpertsWeights | FusedExpertWeights:
     d, f, e = config.hidden_size, config.intermediate_size, config.num_local_experts
     keys, dtype = jax.random.split(key, 4), weight_format.dtype
-    common = {
+    common: dict[str, Any] = {
         "router": random_matrix(keys[0], d, e, dtype),
         "router_bias": jnp.zeros(e, dtype),
         "down_bias": jnp.zeros((e, d), dtype),
@@ -131,23 +132,36 @@ def _experts(
     def biases(*shape: int) -> dict[str, Array]:  # one array each: donated buffers must differ
         return {name: jnp.zeros(shape, dtype) for name in ("gate_bias", "up_bias")}
 
+    gate, up, down = keys[1:]
     if weight_format.packed:
         rows = weight_format.packed_rows(f)
-        gate, up = (_packed(one, (e, padded(d), rows), d) for one in keys[1:3])
-        down = _packed(keys[3], (e, rows, d), f, depth_scale)
-        return ExpertsWeights(**common, **biases(e, rows), gate=gate, up=up, down=down)
+        return ExpertsWeights(
+            **common,
+            **biases(e, rows),
+            gate=_packed(gate, (e, padded(d), rows), d),
+            up=_packed(up, (e, padded(d), rows), d),
+            down=_packed(down, (e, rows, d), f, depth_scale),
+        )
     if is_fused(config, weight_format):
-        gate, up = (random_matrix(one, d, e * f, dtype) for one in keys[1:3])
-        # what a token sums up are the rows of single experts, not of all
-        down = random_matrix(keys[3], e * f, d, dtype, depth_scale * e**0.5)
-        return FusedExpertWeights(**common, **biases(e * f), gate=gate, up=up, down=down)
-    gate, up = (_normal(one, (e, f, d), d, dtype) for one in keys[1:3])
-    down = _normal(keys[3], (e, f, d), f, dtype, depth_scale)
-    return ExpertsWeights(**common, **biases(e, f), gate=gate, up=up, down=down)
+        return FusedExpertWeights(
+            **common,
+            **biases(e * f),
+            gate=random_matrix(gate, d, e * f, dtype),
+            up=random_matrix(up, d, e * f, dtype),
+            # a token sums over the rows of its own experts, not of all
+            down=random_matrix(down, e * f, d, dtype, depth_scale * e**0.5),
+        )
+    return ExpertsWeights(
+        **common,
+        **biases(e, f),
+        gate=_normal(gate, (e, f, d), d, dtype),
+        up=_normal(up, (e, f, d), d, dtype),
+        down=_normal(down, (e, f, d), f, dtype, depth_scale),
+    )
 
 
 def _packed(key: Array, shape: tuple[int, int, int], fan_in: int, scale: float = 1.0) -> Packed:
-    """Random codes of matrices [E, K, N] under one scale: about the deviation that `_normal` has."""
+    """Returns random codes of matrices [E, K, N] under one scale, of about the deviation that `_normal` has."""
     exponent = jnp.round(jnp.log2(scale * fan_in**-0.5 / RANDOM_CODE_DEVIATION))
     num_experts, summed, width = shape
     words = jax.lax.bitcast_convert_type(jax.random.bits(key, (num_experts, summed // 8, width), jnp.uint32), jnp.int32)

@@ -1,4 +1,4 @@
-"""The draft in z-lab's HF layout: its `config.json` and where its weights are.
+"""The draft in z-lab's HF layout: its `config.json`, and where its weights are in the files.
 
 Source: docs/dflash.md#tensors and docs/dflash.md#config-file.
 """
@@ -35,7 +35,7 @@ _NAMES = {
     "down": "mlp.down_proj.weight",
 }
 _INNER = {"tapped_layers": "target_layer_ids", "mask_token_id": "mask_token_id", "block_size": "block_size"}
-# a key that is absent or null means the same
+# values that an absent or null key has too
 _PLAIN_INNER = {
     "causal": False,
     "use_swa": False,
@@ -44,11 +44,14 @@ _PLAIN_INNER = {
     "final_logit_softcapping": None,
 }
 _PLAIN = {"hidden_act": "silu", "is_causal": False, **_PLAIN_INNER}
-_KERNELS = {"fuse", "query", "key", "value", "output", "gate", "up", "down"}
+_MATRICES = {"fuse", "query", "key", "value", "output", "gate", "up", "down"}
 
 
 def config_to_hf(config: DFlashConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[str, Any]:
-    """The draft's `config.json`: all keys any runtime reads, both spellings of RoPE (docs/dflash.md#config-file)."""
+    """Returns the draft's `config.json`: every key that a runtime reads, RoPE in both spellings.
+
+    `dtype` names the precision of the weights; `token_ids` holds bos, eos and pad (docs/dflash.md#config-file).
+    """
     rope = config.rope.to_hf()
     legacy = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
@@ -93,10 +96,10 @@ def config_to_hf(config: DFlashConfig, dtype: str, token_ids: Mapping[str, int])
 
 
 def config_from_hf(config: dict[str, Any]) -> DFlashConfig:
-    """Read a draft's `config.json`, ours or a published one (docs/dflash.md#published-drafts).
+    """Reads a draft's `config.json`, ours or a published one (docs/dflash.md#published-drafts).
 
     The three values of `dflash_config` may be at top level instead; RoPE may be in either spelling. Raises
-    PipelineError naming every key that is missing, contradicts another one, or asks for a network that is not ours.
+    PipelineError that names every key that is missing, contradicts another one, or asks for another network.
     """
     sizes = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -127,13 +130,13 @@ def _inner(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _twice(config: dict[str, Any], key: str) -> Any:
-    """A value that runtimes look for in `dflash_config`, then at top level."""
+    """Returns a value that runtimes look for in `dflash_config`, then at top level."""
     value = _inner(config).get(key)
     return config.get(key) if value is None else value
 
 
 def _contradictions(config: dict[str, Any]) -> list[str]:
-    """Runtimes differ in which of the two places they read first."""
+    """Returns the keys whose two values differ; runtimes do not agree which one they read first."""
     pairs = {key: (_inner(config).get(key), config.get(key)) for key in _INNER.values()}
     return [
         f"{key}: {inner} in dflash_config, {outer} at top level; they must agree"
@@ -143,13 +146,12 @@ def _contradictions(config: dict[str, Any]) -> list[str]:
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:
-    """Keys with values that make another network than the one in model/draft."""
+    """Returns the keys whose values ask for another network than that of model/dflash."""
     wrong = []
     if "DFlashDraftModel" not in config.get("architectures", []):
         wrong.append(f"architectures: found {config.get('architectures')}, wanted ['DFlashDraftModel']")
     for key, wanted in _PLAIN.items():
-        holder = _inner(config) if key in _PLAIN_INNER else config
-        value = holder.get(key)
+        value = (_inner(config) if key in _PLAIN_INNER else config).get(key)
         if value is not None and value != wanted:
             wrong.append(f"{key}: found {value}, wanted {wanted}")
     kinds = set(config.get("layer_types") or [])
@@ -163,10 +165,10 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
 
 
 def _impossible(found: dict[str, Any]) -> list[str]:
-    """Values that are there but cannot be."""
+    """Returns the values that are out of range."""
     wrong = []
     ids, last = found["tapped_layers"], found["num_target_layers"] - 2
-    if not ids or any(not _is_whole(one) for one in ids) or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] > last:
+    if not ids or any(not _is_whole(layer) for layer in ids) or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] > last:
         wrong.append(
             f"target_layer_ids: found {ids}, wanted ascending layers of 0..{last} (runtimes take features in "
             "ascending order, and the last layer's output only after the final norm)"
@@ -184,32 +186,32 @@ def _is_whole(value: Any) -> bool:
 
 
 def tensor_name(path: str) -> str:
-    """The name in an exported draft's file of the weight at `path`; no prefix, every runtime reads it so."""
+    """Returns the name in a draft's file of the weight at `path`; it has no prefix, for every runtime reads it so."""
     if not path.startswith("layers."):
         return _NAMES[path]
     _, index, field = path.split(".", 2)
     return f"layers.{index}.{_NAMES[field]}"
 
 
-def source_of(path: str, *, lies_transposed: bool) -> Source:
-    """Where the weight at `path` is in the file."""
-    swapped = _is_kernel(path) and not lies_transposed
+def source_of(path: str, *, is_transposed: bool) -> Source:
+    """Returns where the weight at `path` is in the file."""
+    swapped = _is_matrix(path) and not is_transposed
     return transposed(tensor_name(path)) if swapped else unchanged(tensor_name(path))
 
 
-def expected_draft_tensors(shapes: Mapping[str, tuple[int, ...]], *, lies_transposed: bool) -> dict[str, Expected]:
-    """Every tensor that the file of a draft holds, of the shapes of our weights by path."""
-    found = {}
+def expected_draft_tensors(shapes: Mapping[str, tuple[int, ...]], *, is_transposed: bool) -> dict[str, Expected]:
+    """Returns every tensor that the file of a draft holds, from the shapes of our weights by path."""
+    tensors = {}
     for path, shape in shapes.items():
-        swapped = _is_kernel(path) and not lies_transposed
-        found[tensor_name(path)] = Expected(shape[::-1] if swapped else shape)
-    return found
+        swapped = _is_matrix(path) and not is_transposed
+        tensors[tensor_name(path)] = Expected(shape[::-1] if swapped else shape)
+    return tensors
 
 
 def to_files(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of weights, `leaves` by path with kernels [in, out], as the file has them."""
-    return {tensor_name(path): array.T if _is_kernel(path) else array for path, array in leaves.items()}
+    """Returns the tensors of a draft's file; `leaves` are the weights by path, with matrices [in, out]."""
+    return {tensor_name(path): array.T if _is_matrix(path) else array for path, array in leaves.items()}
 
 
-def _is_kernel(path: str) -> bool:
-    return path.rpartition(".")[2] in _KERNELS
+def _is_matrix(path: str) -> bool:
+    return path.rpartition(".")[2] in _MATRICES

@@ -1,4 +1,4 @@
-"""HF directories of the target and the draft: read into the devices that need each part, and written."""
+"""HF directories of the target and the draft: read, each part for the devices that need it, and written."""
 
 import json
 from collections.abc import Callable
@@ -34,18 +34,18 @@ from pipeline.progress import Progress
 
 Weights = TypeVar("Weights")
 ArraySharding = Sharding | Format
-CHECKED_ELEMENTS = 2**22  # at a time: NumPy tells finite bfloat16 numbers by way of float32
-_TRANSPOSED = ".array"  # how the path of a Transposed kernel's array goes on
-SHOWN_BYTES = 2**28  # from here on reading takes long enough to show how far it is
+CHECKED_ELEMENTS = 2**22  # at a time, for NumPy converts bfloat16 to float32 to see whether numbers are finite
+_TRANSPOSED = ".array"  # the last part of the path of a TransposedMatrix's array
+SHOWN_BYTES = 2**28  # reading more than this takes long enough to show progress
 
 
 def weight_paths(weights: Any) -> list[tuple[str, Any]]:
-    """Every leaf of a weights tree with its dotted path, such as `layers.0.experts.router`."""
+    """Returns every leaf of a weights tree with its dotted path, such as `layers.0.experts.router`."""
     return [(path.removesuffix(_TRANSPOSED), leaf) for path, leaf in _raw_paths(weights)]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The HF `config.json` of a directory; PipelineError when there is none or it is not JSON."""
+    """Returns the HF `config.json` of a directory; raises PipelineError when there is none or it is not JSON."""
     file = directory / "config.json"
     if not file.is_file():
         raise PipelineError(f"no config.json in {directory}; give the directory of an HF checkpoint")
@@ -59,7 +59,7 @@ def read_target(directory: Path, weight_format: WeightFormat, shardings: TargetM
     """Reads a GPT-OSS model, float or MXFP4, in one file or many, into weights of this format.
 
     `shardings` has the sharding of each array; None: all on the first device. Each device's parts are read for it
-    alone.
+    alone. Raises PipelineError that names every tensor that is missing, unexpected, misshapen or not finite.
     """
     found = read_config(directory)
     config, packed_files = GptOssConfig.from_hf(found), is_packed(found)
@@ -70,24 +70,24 @@ def read_target(directory: Path, weight_format: WeightFormat, shardings: TargetM
     def source_of(path: str) -> Source:
         return hf_gpt_oss.source_of(path, config, weight_format, packed_files=packed_files)
 
-    given = None if shardings is None else shardings.weights
-    return TargetModel(config, _load(files, wrong, shapes, source_of, given))
+    weights = _load(files, wrong, shapes, source_of, None if shardings is None else shardings.weights)
+    return TargetModel(config, weights)
 
 
 def read_embedding_and_head(directory: Path, dtype: DTypeLike) -> tuple[Float[Array, "V D"], Matrix]:
-    """The embedding and the head of a GPT-OSS model alone, which a draft borrows."""
+    """Reads the embedding and the head [D, V] of a GPT-OSS model alone, which a draft borrows."""
     found = read_config(directory)
     config, weight_format = GptOssConfig.from_hf(found), WeightFormat(dtype=jnp.dtype(dtype).name)
     files = TensorFiles(directory)
     wrong = files.differences(hf_gpt_oss.expected_target_tensors(config, packed=is_packed(found)))
     shapes = gpt_oss_weights.weight_shapes(config, weight_format)
-    ends = {"embedding": shapes.embedding, "head": shapes.head}
+    wanted: dict[str, Any] = {"embedding": shapes.embedding, "head": shapes.head}
 
     def source_of(path: str) -> Source:
         return hf_gpt_oss.source_of(path, config, weight_format, packed_files=is_packed(found))
 
-    read = _load(files, wrong, ends, source_of, None)
-    return read["embedding"], read["head"]
+    weights = _load(files, wrong, wanted, source_of, None)
+    return weights["embedding"], weights["head"]
 
 
 def save_target(directory: Path, target: TargetModel, token_ids: dict[str, int]) -> None:
@@ -98,18 +98,18 @@ def save_target(directory: Path, target: TargetModel, token_ids: dict[str, int])
 
 
 def read_draft_config(directory: Path) -> DFlashConfig:
-    """The draft's `config.json`."""
+    """Reads a draft's `config.json`; raises PipelineError when this program cannot run such a draft."""
     return hf_dflash.config_from_hf(read_config(directory))
 
 
 def read_draft(directory: Path, dtype: DTypeLike, shardings: DraftModel | None = None) -> DraftModel:
-    """Reads a draft in z-lab's HF layout; `shardings` as for the target."""
+    """Reads a draft in z-lab's HF layout; `shardings` and errors are as in `read_target`."""
     config = read_draft_config(directory)
     shapes = dflash_weights.weight_shapes(config, dtype)
     is_transposed = is_stored_transposed(dtype)
     files = TensorFiles(directory)
     by_path = {path: leaf.shape for path, leaf in weight_paths(shapes)}
-    expected = hf_dflash.expected_draft_tensors(by_path, lies_transposed=is_transposed)
+    expected = hf_dflash.expected_draft_tensors(by_path, is_transposed=is_transposed)
     if {f"model.{name}" for name in expected} == files.names:
         raise PipelineError(
             f"{directory}: every tensor's name begins with 'model.', which vLLM cannot open and sglang-jax does not "
@@ -118,10 +118,10 @@ def read_draft(directory: Path, dtype: DTypeLike, shardings: DraftModel | None =
     wrong = files.differences(expected)
 
     def source_of(path: str) -> Source:
-        return hf_dflash.source_of(path, lies_transposed=is_transposed)
+        return hf_dflash.source_of(path, is_transposed=is_transposed)
 
-    given = None if shardings is None else shardings.weights
-    return DraftModel(config, _load(files, wrong, shapes, source_of, given))
+    weights = _load(files, wrong, shapes, source_of, None if shardings is None else shardings.weights)
+    return DraftModel(config, weights)
 
 
 def save_draft(directory: Path, draft: DraftModel, token_ids: dict[str, int]) -> None:
@@ -132,13 +132,13 @@ def save_draft(directory: Path, draft: DraftModel, token_ids: dict[str, int]) ->
 
 
 def weights_fingerprint(directory: Path, memory: Path | None = None) -> str:
-    """sha256 over the names and bytes of a directory's safetensors files; `memory` as in `remembered_sha256`."""
+    """Returns the sha256 over the names and bytes of a directory's weights; `memory` is as in `remembered_sha256`."""
     files = safetensors_files.weight_files(directory)
     return fingerprint_of({file.name: remembered_sha256(file, memory) for file in files})
 
 
 def config_fingerprint(directory: Path) -> str:
-    """sha256 of a directory's config.json, whatever its formatting."""
+    """Returns the sha256 of a directory's config.json, whatever its formatting."""
     return fingerprint_of(read_config(directory))
 
 
@@ -148,12 +148,12 @@ def _raw_paths(weights: Any) -> list[tuple[str, Any]]:
 
 
 def _on_host(weights: Any) -> dict[str, np.ndarray]:
-    """Every array by path, kernels [in, out]."""
-    found = {}
+    """Returns every array by path, matrices [in, out]."""
+    arrays = {}
     for path, leaf in _raw_paths(weights):
         array = np.asarray(leaf)
-        found[path.removesuffix(_TRANSPOSED)] = array.T if path.endswith(_TRANSPOSED) else array
-    return found
+        arrays[path.removesuffix(_TRANSPOSED)] = array.T if path.endswith(_TRANSPOSED) else array
+    return arrays
 
 
 def _load(
@@ -165,18 +165,18 @@ def _load(
 ) -> Weights:
     """Reads every array of a weights tree, one after the other.
 
-    Raises one PipelineError naming every tensor that is missing, unexpected, misshapen or not finite.
+    Raises one PipelineError that names every tensor that is missing, unexpected, misshapen or not finite.
     """
     wanted = weight_paths(shapes)
     placed = [None] * len(wanted) if shardings is None else jax.tree.leaves(shardings, is_leaf=_is_sharding)
     reader = _Reader(files, wrong)
-    arrays: dict[str, Array] = {}
-    order = sorted(range(len(wanted)), key=lambda number: source_of(wanted[number][0]).names)
+    arrays: dict[str, Array | None] = {}
+    order = sorted(range(len(wanted)), key=lambda index: source_of(wanted[index][0]).names)
     total = sum(leaf.size * leaf.dtype.itemsize for _, leaf in wanted)
     with Progress(f"reading {files.directory.name}", total, "B", is_shown=total >= SHOWN_BYTES) as progress:
-        for number in order:  # arrays made of the same tensor one behind the other
-            path, shape = wanted[number]
-            arrays[path] = reader.array(shape, source_of(path), placed[number] or _first_device())
+        for index in order:  # arrays of the same tensor one behind the other
+            path, shape = wanted[index]
+            arrays[path] = reader.array(shape, source_of(path), placed[index] or _first_device())
             progress.advance(shape.size * shape.dtype.itemsize)
     if wrong:
         listed = "\n  ".join(f"{name}: {problem}" for name, problem in wrong.items())
@@ -185,7 +185,7 @@ def _load(
 
 
 class _Reader:
-    """Makes arrays of a directory's tensors, adding to `wrong` those that are not finite."""
+    """Reads arrays from a directory's tensors, and adds to `wrong` the tensors that are not finite."""
 
     def __init__(self, files: TensorFiles, wrong: dict[str, str]) -> None:
         self._files = files
@@ -193,26 +193,26 @@ class _Reader:
         self._last: tuple[Any, list[np.ndarray]] | None = None  # gate and up come from the same tensor
 
     def array(self, shape: jax.ShapeDtypeStruct, source: Source, sharding: ArraySharding) -> Array | None:
-        """The array, each device's part read for it alone; None when a tensor it needs is wrong."""
+        """Returns the array, each device's part read for it alone; None when a tensor that it needs is wrong."""
         if any(name in self._wrong for name in source.names):
             return None
-        made: dict[Any, np.ndarray] = {}  # parts that several devices hold
+        parts: dict[Any, np.ndarray] = {}  # several devices may hold the same part
 
-        def part(index: Index) -> np.ndarray:
-            whole = tuple(slice(*one.indices(size)) for one, size in zip(index, shape.shape, strict=True))
-            key = tuple((one.start, one.stop) for one in whole)
-            if key not in made:
-                found = self._read(source, whole)
-                assert found.shape == tuple(one.stop - one.start for one in whole), (source.names, found.shape, whole)
-                made[key] = np.ascontiguousarray(found.astype(shape.dtype, copy=False))
-            return made[key]
+        def part(index: Index | None) -> np.ndarray:
+            assert index is not None
+            bounds = tuple(edges.indices(size)[:2] for edges, size in zip(index, shape.shape, strict=True))
+            if bounds not in parts:
+                array = self._read(source, tuple(slice(*edges) for edges in bounds))
+                assert array.shape == tuple(stop - start for start, stop in bounds), (source.names, array.shape, bounds)
+                parts[bounds] = np.ascontiguousarray(array.astype(shape.dtype, copy=False))
+            return parts[bounds]
 
         array = jax.make_array_from_callback(shape.shape, sharding, part)
         return None if any(name in self._wrong for name in source.names) else array
 
     def _read(self, source: Source, index: Index) -> np.ndarray:
         picked = None if source.pick is None else source.pick(index)
-        key = source.names, None if picked is None else tuple((one.start, one.stop) for one in picked)
+        key = source.names, None if picked is None else tuple((edges.start, edges.stop) for edges in picked)
         if self._last is None or self._last[0] != key:
             self._last = None
             self._last = key, [self._files.read(name, picked) for name in source.names]

@@ -1,7 +1,8 @@
-"""The safetensors files of an HF directory: what is in them, and any part of any tensor, read when it is asked for."""
+"""The safetensors files of an HF directory: lists their tensors, reads parts of them on demand, and writes them."""
 
 import dataclasses
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,18 +14,18 @@ from pipeline.errors import PipelineError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOATS = ("F32", "BF16", "F16")
-BYTES = ("U8",)
+FLOAT_KINDS = ("F32", "BF16", "F16")
+BYTE_KINDS = ("U8",)
 
 Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What a tensor must be: its shape, and one of the file format's names for its kind of number."""
+    """Holds what a tensor must be: its shape, and the names that the file format may have for its kind of number."""
 
     shape: tuple[int, ...]
-    kinds: tuple[str, ...] = FLOATS
+    kinds: tuple[str, ...] = FLOAT_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,11 @@ class _Entry:
 
 
 class TensorFiles:
-    """Opens a directory's files one at a time and only to read: a mapped file would count as memory of ours."""
+    """Reads the tensors of a directory's files.
+
+    Files are open only while they are read, for a mapped file counts as memory of this process. Raises PipelineError
+    when a file is missing or damaged.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -51,21 +56,21 @@ class TensorFiles:
 
     @property
     def names(self) -> set[str]:
-        """Every tensor's name."""
+        """The name of every tensor."""
         return set(self._entries)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A tensor, or the part of it at `index`."""
+        """Returns a tensor, or the part of it at `index`."""
         with safe_open(self._entries[name].file, framework="numpy") as opened:
             if index is None:
                 return opened.get_tensor(name)
-            if all(one.start < one.stop for one in index):
+            if all(part.start < part.stop for part in index):
                 return opened.get_slice(name)[index]
-            some = opened.get_slice(name)[tuple(slice(0, 1) for _ in index)]  # it would refuse an empty part
-            return np.zeros((*(one.stop - one.start for one in index), *some.shape[len(index) :]), some.dtype)
+            first = opened.get_slice(name)[tuple(slice(0, 1) for _ in index)]  # it would refuse an empty part
+            return np.zeros((*(part.stop - part.start for part in index), *first.shape[len(index) :]), first.dtype)
 
     def differences(self, expected: Mapping[str, Expected]) -> dict[str, str]:
-        """What is wrong with which tensor: unexpected, missing, another shape or kind of number."""
+        """Returns the problem of every tensor that has one: unexpected, missing, another shape or kind of number."""
         wrong = dict.fromkeys(sorted(self.names - expected.keys()), "unexpected")
         for name, wanted in expected.items():
             found = self._entries.get(name)
@@ -79,7 +84,10 @@ class TensorFiles:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights of an HF directory, one or those of its index; PipelineError when one lacks."""
+    """Returns the files that hold the weights of an HF directory: one file, or those that its index names.
+
+    Raises PipelineError when a file is missing or the index cannot be read.
+    """
     index = directory / INDEX_FILE
     try:
         weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {"": WEIGHTS_FILE}
@@ -93,7 +101,11 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def write(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write tensors as one file."""
+    """Writes tensors as one file, with the mode that the umask gives."""
+    file = directory / WEIGHTS_FILE
+    file.touch()  # save_file replaces it by a file of mode 0600, which other users could not read
+    mode = stat.S_IMODE(file.stat().st_mode)
     # safetensors would write a transposed view's bytes in the wrong order
     whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(whole, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(whole, file, metadata={"format": "pt"})
+    file.chmod(mode)

@@ -1,4 +1,4 @@
-"""Where one of our arrays is in a checkpoint's files."""
+"""Where an array of our weights is in a checkpoint's files."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,10 +10,11 @@ from pipeline.model.hf.safetensors_files import Index
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors an array is made from, and how a part of it is.
+    """Holds which tensors of the files an array is read from, and how any part of it is computed.
 
-    `pick` gives the part of the files' tensors that a part of our array needs, in the same number of slices as they
-    have axes or fewer; None where the whole is read. `arrange` makes our part of what was read, or the whole array.
+    `pick` maps the index of a part of the array to the index of the part of the tensors that it needs, with as many
+    slices as the tensors have axes or fewer; None: they are read whole. `arrange` takes what was read and the index of
+    the part; it returns that part, or the whole array where `pick` is None.
     """
 
     names: tuple[str, ...]
@@ -22,10 +23,10 @@ class Source:
 
 
 def unchanged(name: str) -> Source:
-    """A tensor that lies as ours does."""
+    """Returns the source of an array that is stored as its tensor is."""
     return Source((name,), lambda index: index, lambda array, _: array)
 
 
 def transposed(name: str) -> Source:
-    """A matrix whose axes are swapped in the file."""
+    """Returns the source of a matrix whose axes are swapped in the file."""
     return Source((name,), lambda index: index[::-1], lambda array, _: array.T)

@@ -1,12 +1,14 @@
 """Grouped-query attention in parts: over the cache, over a call's own tokens, and their exact union.
 
 A softmax over a union of keys follows from the softmaxes over its parts and the logarithms of their sums
-(log-sum-exp). GPT-OSS's learned sink is one more, valueless part. So each part is computed where its keys lie,
-by whatever kernel suits it.
+(log-sum-exp). GPT-OSS's learned sink is one more part, without values. So each part is computed where its keys are, by
+the kernel that suits it.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,23 +22,23 @@ from pipeline.model.parallel.execution import DEFAULT_EXECUTION, PALLAS_BACKENDS
 
 MASKED = -1e30  # finite: a row that sees nothing becomes garbage of weight zero, never nan
 CACHE_CHUNK = 1024  # positions of a long cache read at a time, as far as any row is filled
-MAX_SCORES = 2**27  # elements held at once
+MAX_SCORES = 2**27  # scores held at once
 
 
 class Part(NamedTuple):
-    """Attention over some of the keys: softmaxed values, and the logarithm of the softmax's sum."""
+    """Holds attention over a part of the keys: softmaxed values, and the logarithm of the softmax's sum."""
 
     values: Float[Array, "B T N H"]
     log_sum: Float[Array, "B T N"]
 
 
 def cache_positions(num_positions: int) -> int:
-    """Slots of a cache for `num_positions` positions: whole chunks when it is long."""
+    """Returns the entries of a cache row for `num_positions` positions: whole chunks when it is long."""
     return num_positions if num_positions <= CACHE_CHUNK else -(-num_positions // CACHE_CHUNK) * CACHE_CHUNK
 
 
 def union(parts: Sequence[Part], sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N H"]:
-    """Attention over the keys of all parts together, and over a sink per query head, in float32.
+    """Returns attention over the keys of all parts and over a sink per query head, float32 [B, T, N, H].
 
     Source: transformers GptOssAttention (the sink joins the softmax and is dropped before the values).
     """
@@ -45,10 +47,11 @@ def union(parts: Sequence[Part], sinks: Float[Array, " N"] | None = None) -> Flo
         peak = jnp.maximum(peak, sinks.astype(jnp.float32))  # joins a float32 softmax
     peak = jax.lax.stop_gradient(peak)
     weights = [jnp.exp(part.log_sum - peak) for part in parts]
-    total = sum(weights)
+    total = _sum(weights)
     if sinks is not None:
         total += jnp.exp(sinks.astype(jnp.float32) - peak)
-    return sum(part.values * (weight / total)[..., None] for part, weight in zip(parts, weights, strict=True))
+    shares = [(weight / total)[..., None] for weight in weights]
+    return _sum(part.values * share for part, share in zip(parts, shares, strict=True))
 
 
 def over_cache(
@@ -58,22 +61,22 @@ def over_cache(
     rows: Int[Array, " B"] | None,
     window: int | None,
 ) -> Part:
-    """The part of T tokens per row, the first at position `start`, over the cached positions before `start`.
+    """Returns the part of T tokens per row, the first at position `start`, over the cached positions before `start`.
 
-    With a `window`, position p sees p - window + 1 .. p. Rows of the cache as in `kv_cache.write`. A long cache is
-    read in chunks, and no further than the longest row is filled.
+    With a `window`, position p sees p - window + 1 .. p. `rows` are as in `kv_cache.write`. A long cache is read in
+    chunks, and no further than the longest row is filled.
     """
-    num_slots = cache.keys.shape[1]
+    num_entries = cache.keys.shape[1]
     chunk = CACHE_CHUNK
     while math.prod(queries.shape[:3]) * chunk > MAX_SCORES and chunk > 128:
         chunk //= 2
-    if window is not None or num_slots <= chunk:
-        positions = entry_positions(start, num_slots)
+    if window is not None or num_entries <= chunk:
+        positions = entry_positions(start, num_entries)
         visible = (positions >= 0)[:, None]
         if window is not None:
             visible &= positions[:, None] > _own_positions(queries, start)[..., None] - window
         return _part(queries, take_rows(cache.keys, rows), take_rows(cache.values, rows), visible)
-    assert num_slots % chunk == 0, (num_slots, chunk)
+    assert num_entries % chunk == 0, (num_entries, chunk)
 
     def add(index: Int[Array, ""], so_far: Part) -> Part:
         keys, values = (
@@ -96,10 +99,10 @@ def over_own(
     causal: bool = True,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Part:
-    """The part of T tokens per row over each other: themselves and what is before them, or all when not `causal`.
+    """Returns the part of T tokens per row over each other: each sees itself and those before, or all if not `causal`.
 
-    By a kernel where one takes them. Else long rows are cut into runs of queries, so that no more than MAX_SCORES
-    scores are held; with a `window` a run reads its own keys and those of a window before it.
+    A kernel computes it where one can. Otherwise long rows are cut into runs of queries, so that no more than
+    MAX_SCORES scores are held; with a `window` a run reads its own keys and those of a window before it.
     """
     batch, length, num_heads, _ = queries.shape
     if causal and execution.backend in PALLAS_BACKENDS:
@@ -117,17 +120,19 @@ def over_own(
     keys, values = jnp.pad(keys, padded), jnp.pad(values, padded)
     queries = jnp.pad(queries, [(0, 0), (0, num_runs * size - length), (0, 0), (0, 0)])
 
-    def one(index: Int[Array, ""]) -> Part:
+    def run(index: Int[Array, ""]) -> Part:
         part = jax.lax.dynamic_slice_in_dim(queries, index * size, size, axis=1)
-        at = index * size + jnp.arange(size)
+        positions = index * size + jnp.arange(size)
         if window is None:
-            return _part(part, keys, values, _visible(at, jnp.arange(keys.shape[1]), None, True))
-        near = [jax.lax.dynamic_slice_in_dim(array, index * size, before + size, axis=1) for array in (keys, values)]
-        seen = _visible(at, index * size - before + jnp.arange(before + size), window, True)
-        return _part(part, *near, seen)
+            return _part(part, keys, values, _visible(positions, jnp.arange(keys.shape[1]), None, True))
+        near_keys, near_values = (
+            jax.lax.dynamic_slice_in_dim(array, index * size, before + size, axis=1) for array in (keys, values)
+        )
+        near = _visible(positions, index * size - before + jnp.arange(before + size), window, True)
+        return _part(part, near_keys, near_values, near)
 
-    made = jax.lax.map(one, jnp.arange(num_runs))
-    return Part(*(jnp.moveaxis(array, 0, 1).reshape(batch, -1, *array.shape[3:])[:, :length] for array in made))
+    runs = jax.lax.map(run, jnp.arange(num_runs))
+    return Part(*(jnp.moveaxis(array, 0, 1).reshape(batch, -1, *array.shape[3:])[:, :length] for array in runs))
 
 
 def _own_positions(queries: Float[Array, "B T N H"], start: Int[Array, " B"]) -> Int[Array, "B T"]:
@@ -137,7 +142,7 @@ def _own_positions(queries: Float[Array, "B T N H"], start: Int[Array, " B"]) ->
 def _visible(
     queries: Int[Array, " T"], keys: Int[Array, " S"], window: int | None, causal: bool
 ) -> Bool[Array, "1 T S"]:
-    """Which of the positions `keys` the positions `queries` see; negative ones are no keys."""
+    """Returns which of the positions `keys` the positions `queries` see; a negative one is no key."""
     if not causal:
         return jnp.ones((1, len(queries), len(keys)), bool)
     visible = (keys <= queries[:, None]) & (keys >= 0)
@@ -152,6 +157,7 @@ def _part(
     values: Float[Array, "B S G H"],
     visible: Bool[Array, "#B #T S"],
 ) -> Part:
+    """Returns attention of T queries over S keys of each row, of which `visible` are seen."""
     batch, num_queries, num_heads, width = queries.shape
     groups = keys.shape[2]
     grouped = (queries * width**-0.5).reshape(batch, num_queries, groups, num_heads // groups, width)
@@ -165,11 +171,16 @@ def _part(
     return Part(outputs.reshape(queries.shape), log_sum.reshape(queries.shape[:3]))
 
 
+def _sum(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(operator.add, arrays)
+
+
 def _joined(left: Part, right: Part) -> Part:
+    """Returns the part over the keys of two parts."""
     peak = jnp.maximum(left.log_sum, right.log_sum)
     shares = [jnp.exp(part.log_sum - peak) for part in (left, right)]
     total = shares[0] + shares[1]
-    values = sum(part.values * (share / total)[..., None] for part, share in zip((left, right), shares, strict=True))
+    values = _sum(part.values * (share / total)[..., None] for part, share in zip((left, right), shares, strict=True))
     return Part(values, peak + jnp.log(total))
 
 
@@ -183,11 +194,11 @@ def block_attention(
     *,
     num_devices: int = 1,
 ) -> Float[Array, "B A K N H"]:
-    """Attention of A blocks of K slots over one sequence's context and over their own slots, both ways.
+    """Returns attention [B, A, K, N, H] of A blocks over their sequence's context and over themselves, both ways.
 
-    Every slot of a block sees the same context (`visible`); blocks do not see each other. Many blocks are run a few
-    at a time, recomputed in the backward pass, so that no more than MAX_SCORES scores are held by each of the
-    `num_devices` that rows and heads are split over.
+    Every position of a block sees the same context (`visible`); blocks do not see each other. Many blocks run a few at
+    a time and again in the backward pass, so that each of the `num_devices` over which rows and heads are split holds
+    no more than MAX_SCORES scores.
     """
     batch, num_blocks, block_size, num_heads, _ = queries.shape
     fitting = num_devices * MAX_SCORES // (batch * num_heads * block_size * context_keys.shape[1])
@@ -201,12 +212,12 @@ def block_attention(
         return jnp.moveaxis(jnp.pad(array, spare).reshape(batch, num_parts, size, *array.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one(part: tuple[Array, ...]) -> Float[Array, "B a K N H"]:
-        some_queries, some_visible, *own = part
-        return _blocks(some_queries, context_keys, context_values, some_visible, *own)
+    def run(part: tuple[Array, Array, Array, Array]) -> Float[Array, "B a K N H"]:
+        part_queries, part_visible, part_keys, part_values = part
+        return _blocks(part_queries, context_keys, context_values, part_visible, part_keys, part_values)
 
-    made = jax.lax.map(one, tuple(map(parts, (queries, visible, block_keys, block_values))))
-    return jnp.moveaxis(made, 0, 1).reshape(batch, num_parts * size, *queries.shape[2:])[:, :num_blocks]
+    outputs = jax.lax.map(run, tuple(map(parts, (queries, visible, block_keys, block_values))))
+    return jnp.moveaxis(outputs, 0, 1).reshape(batch, num_parts * size, *queries.shape[2:])[:, :num_blocks]
 
 
 def _blocks(

@@ -1,4 +1,4 @@
-"""Matrix products at the precision their operands carry."""
+"""Matrix products in the precision of their operands."""
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,18 @@ from pipeline.model.parallel.shards import UNSHARDED, Shards
 
 @pytree_dataclass()
 class TransposedMatrix:
-    """A kernel [in, out] that lies [out, in], as HF files have it.
+    """A matrix [in, out] that is stored [out, in], as in HF files.
 
-    bfloat16 kernels are read as they lie: XLA:CPU multiplies one bfloat16 row by a kernel [out, in] ten times as
-    fast as by one [in, out] (measured), and accelerators do not mind. Float32 ones lie [in, out], where XLA:CPU is
-    up to twice as fast for the eight rows of a block.
+    bfloat16 matrices are stored so: XLA:CPU multiplies one bfloat16 row by a matrix [out, in] ten times as fast as by
+    one [in, out] (measured), and accelerators are as fast with either. Float32 matrices are stored [in, out], where
+    XLA:CPU is up to twice as fast for the eight rows of a block.
     """
 
     array: Float[Array, "out in"]
 
 
 def is_stored_transposed(dtype: DTypeLike) -> bool:
-    """Whether kernels of this precision are held `Transposed`."""
+    """Returns whether matrices of this precision are stored as `TransposedMatrix`."""
     return jnp.dtype(dtype) == jnp.bfloat16
 
 
@@ -30,55 +30,55 @@ Matrix = Float[Array, "in out"] | TransposedMatrix
 
 
 def einsum(equation: str, *operands: Array) -> Array:
-    """`jnp.einsum` in the operands' own precision, summed and returned in float32.
+    """Returns `jnp.einsum` in the operands' own precision, summed and returned in float32.
 
-    Accelerators multiply float32 in bfloat16 passes unless told otherwise; a float32 model asks for the
-    exact product, a bfloat16 one takes the native one.
+    By default accelerators multiply float32 in bfloat16 passes; a float32 model asks for the exact product, a bfloat16
+    model takes the native one.
     """
     exact = all(operand.dtype == jnp.float32 for operand in operands)
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    # XLA:CPU would turn bfloat16 operands of a bfloat16 result to float32 in memory first
+    # for a bfloat16 result XLA:CPU would first write bfloat16 operands to memory as float32
     return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
 
 
-def product(inputs: Float[Array, "*batch in"], kernel: Matrix) -> Float[Array, "*batch out"]:
-    """inputs @ kernel, in float32."""
-    if isinstance(kernel, TransposedMatrix):
-        outputs = einsum("...i,oi->...o", inputs, kernel.array)
+def product(inputs: Float[Array, "*batch in"], matrix: Matrix) -> Float[Array, "*batch out"]:
+    """Returns inputs @ matrix, float32 [*batch, out]."""
+    if isinstance(matrix, TransposedMatrix):
+        outputs = einsum("...i,oi->...o", inputs, matrix.array)
     else:
-        outputs = einsum("...i,io->...o", inputs, kernel)
-    return _by_itself(outputs) if inputs.size == inputs.shape[-1] else outputs
+        outputs = einsum("...i,io->...o", inputs, matrix)
+    return _not_fused(outputs) if inputs.size == inputs.shape[-1] else outputs
 
 
-def _by_itself(outputs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """On a CPU, a product of one row with nothing fused behind it.
+def _not_fused(outputs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns a product of one row so that on a CPU nothing is fused behind it.
 
-    XLA:CPU reads a bfloat16 kernel twenty times as fast then, a float32 one up to twice (measured).
+    XLA:CPU then reads a bfloat16 matrix twenty times as fast, a float32 one up to twice as fast (measured).
     """
     return jax.lax.platform_dependent(outputs, cpu=jax.lax.optimization_barrier, default=lambda same: same)
 
 
 def linear(
-    inputs: Float[Array, "*batch in"], kernel: Matrix, bias: Float[Array, " out"] | None = None
+    inputs: Float[Array, "*batch in"], matrix: Matrix, bias: Float[Array, " out"] | None = None
 ) -> Float[Array, "*batch out"]:
-    """inputs @ kernel + bias."""
-    outputs = product(inputs, kernel)
+    """Returns inputs @ matrix + bias [*batch, out], in the precision of the inputs."""
+    outputs = product(inputs, matrix)
     return (outputs if bias is None else outputs + bias).astype(inputs.dtype)
 
 
 def linear_over_shards(
     inputs: Float[Array, "*batch in"],
-    kernel: Matrix,
+    matrix: Matrix,
     bias: Float[Array, " out"] | None = None,
     shards: Shards = UNSHARDED,
 ) -> Float[Array, "*batch out"]:
-    """inputs @ kernel + bias where each shard holds a part of `in`; every shard gets the whole sum."""
-    outputs = shards.sum(product(inputs, kernel))
+    """Returns inputs @ matrix + bias [*batch, out]; each shard holds a part of `in`, and gets the whole sum."""
+    outputs = shards.sum(product(inputs, matrix))
     return (outputs if bias is None else outputs + bias).astype(inputs.dtype)
 
 
 def random_matrix(key: Array, fan_in: int, fan_out: int, dtype: DTypeLike, scale: float = 1.0) -> Matrix:
-    """Normal numbers of deviation scale/sqrt(fan_in), lying as a kernel of `dtype` does."""
+    """Returns a matrix [in, out] of normal numbers of deviation scale/sqrt(fan_in), stored as its dtype wants it."""
     shape = (fan_out, fan_in) if is_stored_transposed(dtype) else (fan_in, fan_out)
     values = (scale * fan_in**-0.5 * jax.random.normal(key, shape)).astype(dtype)
     return TransposedMatrix(values) if is_stored_transposed(dtype) else values
@@ -87,7 +87,7 @@ def random_matrix(key: Array, fan_in: int, fan_out: int, dtype: DTypeLike, scale
 def rms_norm(
     inputs: Float[Array, "*batch width"], weight: Float[Array, " width"], eps: float
 ) -> Float[Array, "*batch width"]:
-    """Root-mean-square norm with a learned scale."""
-    wide = inputs.astype(jnp.float32)  # as in transformers: the mean of squares needs float32's range
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (weight.astype(jnp.float32) * (wide * scale)).astype(inputs.dtype)
+    """Returns the root-mean-square norm with a learned scale."""
+    values = inputs.astype(jnp.float32)  # as in transformers: the mean of squares needs float32's range
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(values), axis=-1, keepdims=True) + eps)
+    return (weight.astype(jnp.float32) * (values * scale)).astype(inputs.dtype)

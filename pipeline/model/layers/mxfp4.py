@@ -2,13 +2,13 @@
 
 Source: OCP Microscaling Formats specification 1.0, sections 5.3.3 and 5.4.1. Files have a byte for two neighbours
 along the packed axis and a byte of scale for 32. In device memory the values take the same four bits and the scale
-the same byte, but the bits lie where unpacking costs least, for on a TPU it is that and not memory which takes the
-time: a word of 32 bits holds eight values of one column, and yields pairs of them as finished bfloat16 numbers after
-a few operations on whole words.
+the same byte, but the bits are ordered so that unpacking costs least, for on a TPU unpacking takes more time than
+reading memory: a word of 32 bits holds eight values of one column, and yields pairs of them as bfloat16 numbers after a
+few operations on whole words.
 
 A word's halves belong to even and odd rows. The four values of a half have sign and magnitude at `_BITS`: the first
-where bfloat16 has its sign, the last two bits of its exponent and the first of its mantissa, the second and third so
-that a shift brings them there, the last in what places are left. Magnitudes are numbered as bfloat16 counts, 0.5,
+where bfloat16 has its sign, the last two bits of its exponent and the first of its mantissa; the second and third so
+that a shift brings them there; the last in the bits that are left. Magnitudes are numbered as bfloat16 counts, 0.5,
 0.75, 1, 1.5, 2, 3, 4, 6; zero takes the number of 0.75, which E2M1 lacks, and is masked. Adding to the exponent scales.
 """
 
@@ -24,16 +24,16 @@ from pipeline.model.layers.pytree import pytree_dataclass
 
 BLOCK = 32  # values that share a scale
 ROWS_OF_WORD = 8
-ROWS = 64  # of eight words, which are unpacked together: the packed axis is padded to a multiple
-LARGEST_SCALE = 252  # bfloat16 holds six times the power of two that it means; 255 is E8M0's "not a number"
+TILE_ROWS = 64  # rows of eight words, which are unpacked together: the packed axis is padded to a multiple
+LARGEST_SCALE = 252  # bfloat16 holds six times the power of two that it stands for; 255 is E8M0's "not a number"
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of the codes 0..7; the fourth bit is the sign
 
 _BITS = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))  # of magnitude, from its lowest, and sign
-_ZERO = 1  # its number among the magnitudes
+_ZERO = 1  # the number of zero among the magnitudes
 
 
 def _both(half: int) -> int:
-    """16 bits in both halves of a word, as a signed number."""
+    """Returns 16 bits in both halves of a word, as a signed number."""
     return int(np.uint32(half << 16 | half).view(np.int32))
 
 
@@ -43,20 +43,20 @@ _ONE = _both(0x0001)
 
 @pytree_dataclass()
 class Packed:
-    """Matrices [.., K, N] packed along K, a multiple of ROWS: a word for eight values, a scale for BLOCK."""
+    """Holds matrices [.., K, N] packed along K, a multiple of TILE_ROWS: a word for 8 values, a scale for BLOCK."""
 
     words: Int32[Array, "*batch words N"]
     scales: UInt8[Array, "*batch groups N"]
 
 
 def padded(size: int) -> int:
-    """A size of a packed axis, padding included."""
-    return -(-size // ROWS) * ROWS
+    """Returns the size of a packed axis, padding included."""
+    return -(-size // TILE_ROWS) * TILE_ROWS
 
 
 def unpack(packed: Packed, dtype: DTypeLike) -> Float[Array, "*batch K N"]:
-    """The values."""
-    *batch, num_words, width = packed.words.shape  # eight words side by side are ROWS rows
+    """Returns the values [*batch, K, N] of packed matrices."""
+    *batch, num_words, width = packed.words.shape  # eight words side by side are TILE_ROWS rows
     words = packed.words.reshape(*batch, num_words // 8, 8, width)
     factors = scale_words(packed.scales).reshape(*batch, num_words // 8, 2, 1, width)
     pairs = jnp.stack(list(pairs_of(words, (factors[..., 0, :, :], factors[..., 1, :, :]))), axis=-3)
@@ -66,7 +66,7 @@ def unpack(packed: Packed, dtype: DTypeLike) -> Float[Array, "*batch K N"]:
 
 
 def scale_words(scales: UInt8[Array, "*shape"]) -> Int32[Array, "*shape"]:
-    """What to add to both halves of words of values to scale them; scales are at least 1."""
+    """Returns what is added to both halves of words of values to scale them; scales are at least 1."""
     less = scales.astype(jnp.int32) - 1
     return less << 7 | less << 23  # where the exponents begin
 
@@ -74,14 +74,14 @@ def scale_words(scales: UInt8[Array, "*shape"]) -> Int32[Array, "*shape"]:
 def pairs_of(
     words: Int32[Array, "*batch 8 N"], scale_words: tuple[Int32[Array, "*batch 1 N"], Int32[Array, "*batch 1 N"]]
 ) -> Iterator[Int32[Array, "*batch 8 N"]]:
-    """Of eight words of ROWS rows: rows 0 to 15 as pairs of bfloat16, even rows in the low halves, then 16 to 31, ..
+    """Yields the rows of eight words, 16 at a time: pairs of bfloat16 numbers, even rows in the low halves.
 
     `scale_words` are those of the first and of the second BLOCK rows.
     """
     right = jax.lax.shift_right_logical
-    # not zero: of the lowest bit of each magnitude's place, whether that bit is 0 or another of the magnitude is 1
-    some = ~words | right(words, 1)
-    three, last = some | right(words, 2), some | right(words, 3)
+    # at the lowest bit of each magnitude: whether that bit is 0 or another bit of the magnitude is 1 (it is not zero)
+    two = ~words | right(words, 1)
+    three, last = two | right(words, 2), two | right(words, 3)
     values = (
         words & _VALUE,
         (words << 3) & _VALUE,
@@ -95,8 +95,8 @@ def pairs_of(
         yield (value + scale_words[number // 2]) & mask
 
 
-def _table() -> UInt32[np.ndarray, "4 256"]:
-    """Of a byte of a file, by its place in a half: the word that has its low value in the low half, its high above."""
+def _word_table() -> UInt32[np.ndarray, "4 256"]:
+    """Returns a word for each index in a half and each byte of a file: the byte's low value in the low half."""
     table = np.zeros((4, 256), np.uint32)
     for byte in range(256):
         for shift, code in ((0, byte & 15), (16, byte >> 4)):
@@ -104,57 +104,58 @@ def _table() -> UInt32[np.ndarray, "4 256"]:
             if magnitude < 2:  # 0 and 0.5
                 sign, magnitude = (0, _ZERO) if magnitude == 0 else (sign, 0)
             bits = [magnitude & 1, magnitude >> 1 & 1, magnitude >> 2, sign]
-            for place, at in enumerate(_BITS):
-                table[place, byte] |= sum(bit << position for bit, position in zip(bits, at, strict=True)) << shift
+            for index, positions in enumerate(_BITS):
+                word = sum(bit << position for bit, position in zip(bits, positions, strict=True))
+                table[index, byte] |= word << shift
     return table
 
 
-_TABLE = _table()
-_ZEROS = int(np.bitwise_or.reduce(_TABLE[:, 0]).view(np.int32))  # a word of eight
+_TABLE = _word_table()
+_ZEROS = int(np.bitwise_or.reduce(_TABLE[:, 0]).view(np.int32))  # a word of eight zeros
 
 
 def words_of(
     blocks: UInt8[np.ndarray, "E n groups 16"], scales: UInt8[np.ndarray, "E n groups"], rows: int, width: int
 ) -> Int32[np.ndarray, "E words {width}"]:
-    """Words of blocks that lie as in files, zeros behind them, on the host.
+    """Returns the words of a file's blocks with zeros behind them, [E, rows / 8, width], on the host.
 
     A value whose scale is 0, 2 ** -127, becomes zero, as it does on hardware without subnormal numbers.
     """
     num_experts, num_columns, groups, _ = blocks.shape
     words = np.full((num_experts, rows // ROWS_OF_WORD, width), _ZEROS, np.int32)
-    for one, block, scale in zip(words, blocks, scales, strict=True):
+    for expert, block, scale in zip(words, blocks, scales, strict=True):
         if (scale == 0).any():
             block = np.where(scale[..., None] == 0, np.uint8(0), block)
         if groups % 2:
             block = np.pad(block, [(0, 0), (0, 1), (0, 0)])
-        at = block.reshape(num_columns, block.shape[1] // 2, 4, 8)  # a shard may have padding alone
-        made = _TABLE[0][at[:, :, 0]]
-        for place in range(1, 4):
-            made |= _TABLE[place][at[:, :, place]]
-        made = made.view(np.int32).reshape(num_columns, at.shape[1] * 8)
-        one[: made.shape[1], :num_columns] = made.T
+        in_half = block.reshape(num_columns, block.shape[1] // 2, 4, 8)  # a shard may have padding alone
+        packed = _TABLE[0][in_half[:, :, 0]]
+        for index in range(1, 4):
+            packed |= _TABLE[index][in_half[:, :, index]]
+        packed = packed.view(np.int32).reshape(num_columns, in_half.shape[1] * 8)
+        expert[: packed.shape[1], :num_columns] = packed.T
     return words
 
 
 def scales_of(scales: UInt8[np.ndarray, "E n groups"], rows: int, width: int) -> UInt8[np.ndarray, "E blocks {width}"]:
-    """Scales of `words_of` of scales as files have them."""
+    """Returns the scales that belong to `words_of`, of a file's scales: [E, rows / BLOCK, width], at least 1."""
     num_experts, num_columns, groups = scales.shape
-    made = np.ones((num_experts, rows // BLOCK, width), np.uint8)
-    made[:, :groups, :num_columns] = np.maximum(np.swapaxes(scales, 1, 2), 1)
-    return made
+    padded_scales = np.ones((num_experts, rows // BLOCK, width), np.uint8)
+    padded_scales[:, :groups, :num_columns] = np.maximum(np.swapaxes(scales, 1, 2), 1)
+    return padded_scales
 
 
 def dequantised(
     blocks: UInt8[np.ndarray, "E *batch groups 16"], scales: UInt8[np.ndarray, "E *batch groups"], dtype: DTypeLike
 ) -> np.ndarray:
-    """The values [E, *batch, groups * 32] of blocks as files have them, on the host, one expert after the other.
+    """Returns the values [E, *batch, groups * 32] of a file's blocks, on the host, one expert after the other.
 
-    bfloat16 holds every value exactly. A subnormal number of float32 or bfloat16 becomes what it is there.
+    bfloat16 holds every value exactly. A subnormal number of float32 or bfloat16 stays one.
     """
     table = np.concatenate([VALUES, -VALUES])
     values = np.empty((*scales.shape, BLOCK), jnp.dtype(dtype))
-    for one, block, scale in zip(values, blocks, scales, strict=True):
+    for expert, block, scale in zip(values, blocks, scales, strict=True):
         factor = np.ldexp(np.float32(1), scale.astype(np.int32) - 127)[..., None]
-        one[..., 0::2] = table[block & 15] * factor
-        one[..., 1::2] = table[block >> 4] * factor
+        expert[..., 0::2] = table[block & 15] * factor
+        expert[..., 1::2] = table[block >> 4] * factor
     return values.reshape(*scales.shape[:-1], -1)

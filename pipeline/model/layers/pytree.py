@@ -11,9 +11,10 @@ Class = TypeVar("Class", bound=type)
 
 @dataclass_transform(frozen_default=True)
 def pytree_dataclass(*, static: Sequence[str] = ()) -> Callable[[Class], Class]:
-    """Makes a class a frozen dataclass that is a pytree; `static` fields are part of its structure, and hashable.
+    """Makes a class a frozen dataclass that is a pytree; hashable `static` fields are part of its structure.
 
-    Its fields are never checked against their types: JAX rebuilds it around shapes, masks, shardings and gradients too.
+    Fields are never checked against their types: JAX also rebuilds the class around shapes, masks, shardings and
+    gradients.
     """
 
     def decorate(cls: Class) -> Class:

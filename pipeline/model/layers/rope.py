@@ -13,7 +13,7 @@ from pipeline.errors import PipelineError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """How positions become angles. `factor` None is plain RoPE; otherwise YaRN (Peng et al., 2309.00071).
+    """Holds how positions become angles. `factor` None is plain RoPE; otherwise YaRN (Peng et al., arXiv 2309.00071).
 
     `truncate` rounds YaRN's correction range to whole dimensions; GPT-OSS does not.
     """
@@ -28,14 +28,14 @@ class Rope:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Rope":
-        """Read either spelling of an HF config: `rope_parameters`, or `rope_theta` with `rope_scaling`.
+        """Reads either spelling of an HF config: `rope_parameters`, or `rope_theta` with `rope_scaling`.
 
         Raises PipelineError when the two disagree, lack what decides the angles, or name a kind of RoPE that is not
         implemented.
         """
         new, old = config.get("rope_parameters"), config.get("rope_scaling")
-        spellings = [one for one in (new, old) if one is not None] or [{}]
-        thetas = {one.get("rope_theta") for one in (config, *spellings)} - {None}
+        spellings = [values for values in (new, old) if values is not None] or [{}]
+        thetas = {values.get("rope_theta") for values in (config, *spellings)} - {None}
         if not thetas:
             raise PipelineError("config.json has no rope_theta (neither at top level nor in rope_parameters)")
         if len(thetas) > 1:
@@ -44,30 +44,30 @@ class Rope:
                 "they must agree"
             )
         theta = float(thetas.pop())
-        found = [cls._of_kind(theta, one) for one in spellings]
-        if any(other != found[0] for other in found):
+        ropes = [cls._of_kind(theta, values) for values in spellings]
+        if any(other != ropes[0] for other in ropes):
             raise PipelineError(f"config.json says rope_parameters {new} and rope_scaling {old}; they must agree")
-        return found[0]
+        return ropes[0]
 
     @classmethod
     def _of_kind(cls, theta: float, values: dict[str, Any]) -> "Rope":
-        given = {key: value for key, value in values.items() if key != "rope_theta" and value is not None}
-        kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]  # the latter is the older name
+        present = {key: value for key, value in values.items() if key != "rope_theta" and value is not None}
+        kinds = [present.pop(key) for key in ("rope_type", "type") if key in present]  # the latter is the older name
         kind = kinds[0] if kinds else "default"
         if kind == "default":
             return cls(theta=theta)
-        unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(cls)} - {"theta"})
+        unknown = sorted(present.keys() - {field.name for field in dataclasses.fields(cls)} - {"theta"})
         if kind != "yarn" or unknown:
             raise PipelineError(f"RoPE of kind {kind!r} with {unknown or 'no other keys'}; known are default and yarn")
-        lacking = [key for key in ("factor", "original_max_position_embeddings") if key not in given]
+        lacking = [key for key in ("factor", "original_max_position_embeddings") if key not in present]
         if lacking:
             raise PipelineError(
-                f"RoPE of kind 'yarn' lacks {' and '.join(lacking)}, for which runtimes put this or that"
+                f"RoPE of kind 'yarn' lacks {' and '.join(lacking)}, for which runtimes have different defaults"
             )
-        return cls(theta=theta, **given)
+        return cls(theta=theta, **present)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `rope_parameters` dictionary of transformers 5."""
+        """Returns the `rope_parameters` dictionary of transformers 5."""
         if self.factor is None:
             return {"rope_type": "default", "rope_theta": self.theta}
         values = dataclasses.asdict(self)
@@ -76,9 +76,9 @@ class Rope:
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, " half"], float]:
-    """Angle per position of each pair of dimensions, and the factor on cos and sin.
+    """Returns the angle per position of each of H/2 pairs of dimensions, and the factor on cos and sin.
 
-    In float32 like transformers' `_compute_yarn_parameters`, so that long positions round alike.
+    They are float32 like transformers' `_compute_yarn_parameters`, so that long positions round alike.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = np.float32(1) / np.float32(rope.theta) ** exponent
@@ -106,7 +106,7 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, " half"], 
 def angles(
     rope: Rope, head_dim: int, positions: Int[Array, "*batch"]
 ) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
-    """cos and sin of every position, float32, YaRN's attention factor included."""
+    """Returns cos and sin of every position, float32 [*batch, H/2], YaRN's attention factor included."""
     inverse, scale = frequencies(rope, head_dim)
     radians = positions[..., None].astype(jnp.float32) * inverse
     return jnp.cos(radians) * scale, jnp.sin(radians) * scale
@@ -115,7 +115,7 @@ def angles(
 def rotate(
     heads: Float[Array, "*batch N H"], cos: Float[Array, "*batch half"], sin: Float[Array, "*batch half"]
 ) -> Float[Array, "*batch N H"]:
-    """Rotate every head by its position's angles, first half of its dimensions against the second."""
+    """Rotates heads [*batch, N, H] by their position's angles, the first half of a head against the second."""
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)  # bf16 angles lose whole radians
     cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

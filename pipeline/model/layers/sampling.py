@@ -1,4 +1,4 @@
-"""Tokens drawn from a distribution over the vocabulary: with a key for each row, the same on any number of shards."""
+"""Tokens drawn from a distribution over the vocabulary, with a key for each row; alike on any number of shards."""
 
 import dataclasses
 import hashlib
@@ -10,20 +10,20 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pipeline.model.parallel.shards import Shards
 
-ORDER_BITS = 32  # of a float32, by which `nucleus` searches
-SIGN = np.uint32(2**31)
+ORDER_BITS = 32  # of a float32, over which `nucleus` searches
+SIGN = np.uint32(2**31)  # the sign bit of a float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Softmax of logits over `temperature`, cut to the likeliest tokens that hold `top_p` of it between them."""
+    """Holds how tokens are drawn: from softmax(logits / temperature), cut to the likeliest tokens that hold `top_p`."""
 
     temperature: float
     top_p: float = 1.0
 
 
-def key_of(seed: int, name: str) -> tuple[int, int]:
-    """The key of the text called `name` in a run of `seed`: what its tokens depend on beside model and prompt."""
+def sampling_key(seed: int, name: str) -> tuple[int, int]:
+    """Returns the key of the text called `name` in a run of `seed`, which decides its draws with model and prompt."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])
 
@@ -32,42 +32,42 @@ def sample(
     logits: Float[Array, "B local"],
     keys: UInt32[Array, "B two"],
     positions: Int[Array, " B"],
-    how: Sampling,
+    sampling: Sampling,
     shards: Shards,
 ) -> Int[Array, " B"]:
-    """The token at each row's position, drawn with Gumbel noise (the argmax of logits / temperature + noise).
+    """Returns a token [B] for each row's position, drawn with Gumbel noise: argmax(logits / temperature + noise).
 
-    `logits` float32, split over the shards of the model. The noise of a token depends on the row's key, the position
-    and the token's id alone, so neither a row's neighbours nor the number of shards change what is drawn.
+    `logits` are float32 [B, W], the vocabulary split over the shards of the model. The noise of a token depends on the
+    row's key, the position and the token's id alone, so that neither other rows nor the number of shards change it.
     """
-    scaled = logits / how.temperature
-    kept = nucleus(scaled, how.top_p, shards)
-    return shards.argmax(jnp.where(kept, scaled + noise(keys, positions, logits.shape[-1], shards), -jnp.inf))
+    scaled = logits / sampling.temperature
+    noisy = scaled + noise(keys, positions, logits.shape[-1], shards)
+    return shards.argmax(jnp.where(nucleus(scaled, sampling.top_p, shards), noisy, -jnp.inf))
 
 
 def noise(
     keys: UInt32[Array, "B two"], positions: Int[Array, " B"], num_local: int, shards: Shards
 ) -> Float[Array, "B local"]:
-    """Standard Gumbel noise for every row and every token of this shard's part of the vocabulary.
+    """Returns standard Gumbel noise [B, W] for every row and every token of this shard's part of the vocabulary.
 
-    32 random bits each: `jax.random.gumbel` has 23, too few for the tail of 201,088 tokens.
+    It is made of 32 random bits each: `jax.random.gumbel` has 23, too few for the tail of 201,088 tokens.
     """
     token_ids = shards.over().offset(num_local) + jnp.arange(num_local, dtype=jnp.uint32)
 
     def of_row(key: UInt32[Array, " two"], position: Int[Array, ""]) -> UInt32[Array, " local"]:
-        here = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
-        drawn = jax.vmap(lambda token_id: jax.random.key_data(jax.random.fold_in(here, token_id)))(token_ids)
-        return drawn[:, 0] ^ drawn[:, 1]  # what jax.random.bits gives
+        at_position = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
+        bits = jax.vmap(lambda token_id: jax.random.key_data(jax.random.fold_in(at_position, token_id)))(token_ids)
+        return bits[:, 0] ^ bits[:, 1]  # as jax.random.bits does
 
     uniform = (jax.vmap(of_row)(keys, positions).astype(jnp.float32) + 0.5) * 2.0**-32
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))  # exact where it is large
 
 
 def nucleus(logits: Float[Array, "B local"], top_p: float, shards: Shards) -> Bool[Array, "B local"]:
-    """Which tokens are among the fewest, the likeliest first, that hold `top_p` of the probability.
+    """Returns which tokens [B, W] are among the fewest, the likeliest first, that hold `top_p` of the probability.
 
-    A token is when what is likelier than it holds less than `top_p`; equally likely tokens are in or out together.
-    The last one in is found by bisection over the bits of a float32: sorting 201,088 logits costs many times as much.
+    A token is in the nucleus when the likelier tokens hold less than `top_p`; equally likely tokens are in or out
+    together. Bisection over the bits of a float32 finds the last one: sorting 201,088 logits costs many times as much.
     """
     if top_p >= 1:
         return jnp.ones(logits.shape, bool)
@@ -85,7 +85,7 @@ def nucleus(logits: Float[Array, "B local"], top_p: float, shards: Shards) -> Bo
 
 
 def _ordered(values: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """Unsigned integers in the order of float32 values."""
+    """Returns unsigned integers that have the order of float32 values."""
     values = jnp.where(values == 0, 0, values)  # -0.0 is 0.0
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     return jnp.where(bits >= SIGN, ~bits, bits | SIGN)

@@ -1,4 +1,4 @@
-"""How a program runs: over which shards, and with which kernels."""
+"""How a program runs: over which shards, and with which kernel backend."""
 
 import dataclasses
 import enum
@@ -7,9 +7,9 @@ from pipeline.model.parallel.shards import UNSHARDED, Shards
 
 
 class KernelBackend(enum.Enum):
-    """What attends and multiplies experts: XLA everywhere; cuDNN's attention on a GPU; Pallas kernels on a TPU.
+    """Names what computes attention and experts: XLA everywhere, cuDNN's attention on a GPU, Pallas kernels on a TPU.
 
-    Interpreted, Pallas kernels run on a CPU, for tests.
+    Interpreted Pallas kernels run on a CPU, for tests.
     """
 
     xla = "xla"
@@ -23,9 +23,9 @@ PALLAS_BACKENDS = (KernelBackend.pallas_tpu, KernelBackend.pallas_interpreted)
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a program runs; hashable, for `jit`.
+    """Holds how a program runs; hashable, for `jit`.
 
-    Up to `max_per_expert_tokens` tokens go through the experts that they hit one by one, more are grouped by expert.
+    Up to `max_per_expert_tokens` tokens go through the experts that they hit one by one; more are grouped by expert.
     """
 
     shards: Shards = UNSHARDED

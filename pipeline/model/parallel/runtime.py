@@ -1,4 +1,4 @@
-"""What programs run with: the execution plan and the mesh."""
+"""What programs run with: devices, mesh and kernel backend."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from pipeline.model.parallel.execution import DEFAULT_EXECUTION, Execution
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """How programs run; `mesh` None is one device."""
+    """Holds what programs run with; `mesh` None is one device."""
 
     execution: Execution = DEFAULT_EXECUTION
     mesh: Mesh | None = None

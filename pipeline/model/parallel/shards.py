@@ -1,8 +1,8 @@
-"""One mesh with named axes, and what a program that runs on one shard of it must know.
+"""A mesh with named axes, and what a program that runs on one shard of it must know.
 
 `data` splits the rows of a batch, `expert` the experts, `tensor` the units inside an expert; attention heads and
 the vocabulary are split over `expert` and `tensor` together. Programs are written for one shard (`jax.shard_map`)
-and say themselves where shards exchange something, so that nothing is gathered that they do not gather.
+and name every exchange between shards, so that nothing is gathered that they do not gather.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 DATA, EXPERT, TENSOR = "data", "expert", "tensor"
-MODEL = (EXPERT, TENSOR)  # the shards that hold one copy of the model between them
+MODEL = (EXPERT, TENSOR)  # the axes that split one copy of the model
 
 
 @dataclasses.dataclass(frozen=True)
 class AxisShards:
-    """One dimension that is split over mesh axes, as one shard sees it; when not `is_split`, exchanges do nothing."""
+    """Holds how a dimension is split over mesh axes, as one shard sees it; unless `is_split`, exchanges do nothing."""
 
     axes: tuple[str, ...]
     is_split: bool
@@ -50,8 +50,8 @@ class AxisShards:
         """Returns the values at indices of the split last axis on the shard that has them, zero on the others."""
         local = indices - self.offset(values.shape[-1])
         is_local = (local >= 0) & (local < values.shape[-1])
-        found = jnp.take_along_axis(values, jnp.where(is_local, local, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(is_local, found, 0)
+        taken = jnp.take_along_axis(values, jnp.where(is_local, local, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(is_local, taken, 0)
 
     def take(self, values: Float[Array, "*batch local"], indices: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
         """Returns the values at indices of the split last axis, on every shard."""
@@ -66,7 +66,7 @@ class AxisShards:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """How many shards a program is split into along each mesh axis; with one, every exchange is the identity."""
+    """Holds the number of shards along each mesh axis; with one shard, every exchange is the identity."""
 
     data: int = 1
     expert: int = 1
@@ -83,7 +83,7 @@ class Shards:
         return self.data * self.model > 1
 
     def over(self, *axes: str) -> AxisShards:
-        """Returns one dimension split over these axes; over none, over those of the model."""
+        """Returns a dimension that is split over these axes, or over those of the model when none is named."""
         return AxisShards(axes or MODEL, self.is_split)
 
     def sum(self, partial: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -99,11 +99,11 @@ class Shards:
         best, _ = jax.lax.top_k(values, 2)
         if not self.is_split:
             return best
-        everyones = jax.lax.all_gather(best, MODEL, axis=best.ndim - 1, tiled=True)
-        return jax.lax.top_k(everyones, 2)[0]
+        gathered = jax.lax.all_gather(best, MODEL, axis=best.ndim - 1, tiled=True)
+        return jax.lax.top_k(gathered, 2)[0]
 
     def on_first_shard(self, axis: str | tuple[str, ...], values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Returns `values` on the first shard along axes, zeros on the others: what a sum must count once."""
+        """Returns `values` on the first shard along axes and zeros on the others, for what a sum must count once."""
         return jnp.where(jax.lax.axis_index(axis) == 0, values, 0) if self.is_split else values
 
     def all_rows(self, rows: Array) -> Array:

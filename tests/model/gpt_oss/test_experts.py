@@ -186,10 +186,10 @@ def test_an_expert_that_no_token_chose_is_not_read(layer, held, execution):
 def test_hits_are_the_chosen_experts_once_each():
     indices = jnp.asarray([[4, 1], [1, 6], [9, 4]])
     found = experts.hits(indices, 0, 10)
-    assert found.count == 4
+    assert found.num_hit == 4
     assert found.experts.tolist() == [1, 4, 6, 9, 9, 9]
     of_second_shard = experts.hits(indices, 5, 5)
-    assert of_second_shard.count == 2
+    assert of_second_shard.num_hit == 2
     assert of_second_shard.experts.tolist() == [1, 4, 4, 4, 4]
 
 

@@ -33,16 +33,16 @@ def whole(queries, keys, values, positions, key_positions, window, sinks):
 @pytest.mark.parametrize("window", [None, 5], ids=["full", "sliding"])
 @pytest.mark.parametrize("rows", [None, [3, 0, 9]], ids=["rows in order", "rows by number"])
 def test_cache_and_own_tokens_and_sinks_are_one_softmax(window, rows):
-    start, width, num_slots = np.array([0, 4, 13]), 3, 9 if window else 32
+    start, width, num_entries = np.array([0, 4, 13]), 3, 9 if window else 32
     keys, values, sinks = drawn(0, 3, 16, GROUPS, WIDTH), drawn(1, 3, 16, GROUPS, WIDTH), drawn(2, NUM_HEADS)
     queries = drawn(3, 3, width, NUM_HEADS, WIDTH)
     in_cache = [0, 1, 2] if rows is None else [3, 0, 1]  # 9 is past the last of four rows
-    slots = np.full((4, num_slots, GROUPS, WIDTH), 7.0, np.float32)
-    cached = [slots.copy(), slots.copy()]
+    entries = np.full((4, num_entries, GROUPS, WIDTH), 7.0, np.float32)
+    cached = [entries.copy(), entries.copy()]
     for row in range(3):
         for position in range(start[row]):
             for held, source in zip(cached, (keys, values), strict=True):
-                held[in_cache[row], position % num_slots] = source[row, position]
+                held[in_cache[row], position % num_entries] = source[row, position]
     cache = kv_cache.LayerCache(*(jnp.asarray(held if rows else held[:3]) for held in cached))
     numbers = None if rows is None else jnp.asarray(rows)
     own = [np.stack([source[row, at : at + width] for row, at in enumerate(start)]) for source in (keys, values)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.model.layers.sampling import Sampling, key_of, noise, nucleus, sample
+from pipeline.model.layers.sampling import Sampling, noise, nucleus, sample, sampling_key
 from pipeline.model.parallel.shards import UNSHARDED
 from tests.support.paths import PROGRAMS, ROOT
 
@@ -31,7 +31,7 @@ def nucleus_by_sorting(logits, top_p):
 
 
 def drawn(logits, sampling, num_draws=NUM_DRAWS):
-    keys = jnp.asarray([key_of(7, str(index)) for index in range(num_draws)], jnp.uint32)
+    keys = jnp.asarray([sampling_key(7, str(index)) for index in range(num_draws)], jnp.uint32)
     rows = jnp.broadcast_to(jnp.asarray(logits), (num_draws, len(logits)))
     positions = jnp.arange(num_draws) % 50
     return np.asarray(jax.jit(sample, static_argnums=(3, 4))(rows, keys, positions, sampling, UNSHARDED))
@@ -58,14 +58,14 @@ def test_draws_are_distributed_as_the_softmax_of_the_nucleus(logits, temperature
 
 
 def test_draws_at_neighbouring_positions_and_of_neighbouring_tokens_are_independent():
-    keys = jnp.asarray([key_of(0, "text")] * 4000, jnp.uint32)
+    keys = jnp.asarray([sampling_key(0, "text")] * 4000, jnp.uint32)
     found = np.asarray(noise(keys, jnp.arange(4000), 5, UNSHARDED))
     assert np.abs(np.corrcoef(found.T) - np.eye(5)).max() < 0.08
     assert abs(np.corrcoef(found[1:, 0], found[:-1, 0])[0, 1]) < 0.08
 
 
 def test_noise_is_gumbels_of_the_bits_that_jax_draws():
-    key = key_of(3, "text")
+    key = sampling_key(3, "text")
     found = np.asarray(noise(jnp.asarray([key], jnp.uint32), jnp.asarray([11]), 5000, UNSHARDED))[0]
     here = jax.random.fold_in(jax.random.wrap_key_data(np.array(key, np.uint32), impl="threefry2x32"), 11)
     uniform = (np.asarray(jax.random.bits(here, (5000,)), np.float64) + 0.5) / 2**32
@@ -88,10 +88,10 @@ def test_equally_likely_tokens_are_in_the_nucleus_together(top_p, inside):
 
 
 def test_keys_of_seeds_and_names_differ_and_stay_what_they_are():
-    keys = {key_of(seed, name) for seed in range(20) for name in map(str, range(50))}
+    keys = {sampling_key(seed, name) for seed in range(20) for name in map(str, range(50))}
     assert len(keys) == 1000
-    assert key_of(1, "23") != key_of(12, "3")
-    assert key_of(0, "text") == (0x4028576A, 0xC4E378CE)  # sha256sum's
+    assert sampling_key(1, "23") != sampling_key(12, "3")
+    assert sampling_key(0, "text") == (0x4028576A, 0xC4E378CE)  # sha256sum's
 
 
 def test_shards_of_the_vocabulary_draw_what_one_device_draws():

@@ -30,7 +30,7 @@ def drawn(logits, keys, positions, shards):
 
 def main() -> None:
     logits = 2 * np.random.default_rng(0).normal(size=(ROWS, VOCAB_SIZE)).astype(np.float32)
-    keys = np.array([sampling.key_of(0, str(index)) for index in range(ROWS)], np.uint32)
+    keys = np.array([sampling.sampling_key(0, str(index)) for index in range(ROWS)], np.uint32)
     found = {}
     for sizes in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
         shards = Shards(*sizes)

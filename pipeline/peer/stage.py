@@ -1,6 +1,5 @@
 """`stage=peer`: plain decoding at batch 1 against another program's, same weights, prompts, machine and run."""
 
-import logging
 from typing import Any
 
 from pipeline.bench import workload
@@ -12,8 +11,6 @@ from pipeline.peer import decoding
 from pipeline.tracking.run import Run
 from pipeline.workspace.loading import load_target, runtime_for
 from pipeline.workspace.workspace import Workspace
-
-log = logging.getLogger("pipeline")
 
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def _muon() -> optax.GradientTransformation:
     def axes(kernels: Any) -> Any:
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), kernels)
 
-    def sized(update: Array, _weight: Array | None) -> Array:
+    def scale(update: Array, _weight: Array | None) -> Array:
+        # optax's `scale_by_shape` computes the factor in float32, which changes its last bit for some shapes
         return update * (MUON_RMS * max(update.shape) ** 0.5)
 
-    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless_with_tree_map(sized))
+    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless_with_tree_map(scale))
 
 
 def schedule_of(recipe: Recipe) -> Callable[[Array], Array]:

@@ -1,4 +1,4 @@
-"""`stage=peer`: plain decoding at batch 1 against another program's, same weights, prompts, machine and run."""
+"""`stage=peer`: compares plain decoding at batch 1 with another program's: same weights, prompts and machine."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.workspace.workspace import Workspace
 
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
-    """Compares, prints the line, logs it."""
+    """Compares, prints the lines and logs them. Raises PipelineError without a command to compare with."""
     wanted = config.peer
     if not wanted.command:
         raise PipelineError(

@@ -1,4 +1,4 @@
-"""Plain decoding against DFLASH: the same requests through both engines, in turn, timed the same way."""
+"""Compares plain decoding with DFLASH: the same requests go through both engines in turn, timed the same way."""
 
 import dataclasses
 import statistics
@@ -14,7 +14,7 @@ PLAIN, DFLASH = "plain", "dflash"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmPass:
-    """One arm's pass over all requests. Decode tokens and seconds leave prefill and first tokens out."""
+    """Holds one arm's pass over all requests. Decode tokens and seconds leave prefill and first tokens out."""
 
     answers: dict[str, Completion]
     decode_tokens: int
@@ -23,13 +23,13 @@ class ArmPass:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decode speed."""
+        """Returns the decode speed."""
         return self.decode_tokens / self.decode_seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All passes of both arms, in the order in which they alternated, and the draft's acceptance."""
+    """Holds all passes of both arms, in the order in which they alternated, and the draft's acceptance."""
 
     plain: tuple[ArmPass, ...]
     dflash: tuple[ArmPass, ...]
@@ -37,13 +37,13 @@ class Comparison:
 
     @property
     def speedups(self) -> list[float]:
-        """One ratio per pair of neighbouring passes, so that a drifting machine cancels out."""
+        """Returns one ratio for each pair of neighbouring passes, so that a drift in the machine's speed cancels."""
         pairs = zip(self.dflash, self.plain, strict=True)
         return [acceptance.speedup(fast.tokens_per_second, slow.tokens_per_second) for fast, slow in pairs]
 
     @property
     def speedup(self) -> float:
-        """The median ratio."""
+        """Returns the median ratio."""
         return statistics.median(self.speedups)
 
 

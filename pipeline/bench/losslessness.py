@@ -1,4 +1,4 @@
-"""Whether DFLASH gave plain greedy's tokens, and where not, whether that is a tie or a bug.
+"""Checks whether DFLASH gave plain greedy's tokens, and whether a difference is a tie or a bug.
 
 Verifying a block rounds differently from decoding one token, so two logits that are equal within rounding
 can change places. The gap between the two best logits at the first difference tells such a tie from a bug.
@@ -23,7 +23,7 @@ from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first place where the two arms disagree on a request, and how close the target's choice was there."""
+    """Holds the first position at which the arms disagree on a request, and how close the target's choice was."""
 
     request_id: str
     position: int
@@ -34,7 +34,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Losslessness:
-    """How many answers are equal token by token, and every difference."""
+    """Holds the number of answers, and every difference between the two arms' answers."""
 
     num_answers: int
     differences: tuple[Difference, ...]
@@ -42,12 +42,12 @@ class Losslessness:
 
     @property
     def num_equal(self) -> int:
-        """Answers equal to the last token."""
+        """Returns the number of answers that are equal to the last token."""
         return self.num_answers - len(self.differences)
 
     @property
     def bugs(self) -> tuple[Difference, ...]:
-        """Differences that no rounding explains."""
+        """Returns the differences that no rounding explains."""
         return tuple(one for one in self.differences if one.logit_gap > self.tie_gap)
 
 
@@ -80,7 +80,7 @@ def compare_answers(
 
 def logit_gap(target: TargetModel, token_ids: Sequence[int], runtime: Runtime = SINGLE_DEVICE) -> float:
     """Returns the best minus the second-best logit of the token that follows `token_ids`."""
-    padded = -len(token_ids) % 64 + len(token_ids)  # few shapes to compile
+    padded = -len(token_ids) % 64 + len(token_ids)  # so that few shapes are compiled
     row = np.zeros((1, padded), np.int32)
     row[0, : len(token_ids)] = token_ids
     program = _program(runtime, None if runtime.mesh is None else placement.target_specs(target))

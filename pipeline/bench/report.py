@@ -1,4 +1,4 @@
-"""The results of a benchmark: as values for results.json and MLflow, and as a table for people."""
+"""Reports the results of a benchmark: as values for results.json and MLflow, and as a table for people."""
 
 import statistics
 from typing import Any

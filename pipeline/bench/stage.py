@@ -1,10 +1,11 @@
-"""`stage=bench`: acceptance, speed and losslessness of an exported draft, on held-out prompts."""
+"""`stage=bench`: measures acceptance, speed and losslessness of an exported draft, on held-out prompts."""
 
 import dataclasses
 import json
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
@@ -33,12 +34,13 @@ BENCHMARK, VERSION = "benchmark", 2  # the kind of artifact, and of its settings
 
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
-    """Measures, prints the table, logs it, writes results.json and returns it; wrong tokens raise after all that."""
+    """Measures, prints and logs the table, writes results.json, returns it. Raises PipelineError for wrong tokens."""
     workspace = Workspace(config)
     exported = workspace.open(DRAFT)
-    runtime = runtime_for(config.mesh, workspace.target.path, draft=exported.path)
+    directory = Path(str(exported.path))  # drafts are on a disk
+    runtime = runtime_for(config.mesh, workspace.target.path, draft=directory)
     target = load_target(config.target, workspace.target.path, runtime)
-    draft = load_draft(config.target.precision, exported.path, runtime)
+    draft = load_draft(config.target.precision, directory, runtime)
     requests = _requests(workspace)
     engine = EngineConfig(
         num_slots=config.bench.slots,
@@ -96,7 +98,7 @@ def _requests(workspace: Workspace) -> list[Request]:
 
 
 def _evaluations(config: PipelineConfig, exported: Artifact) -> dict[str, Any]:
-    """What training and export measured on the held-out texts, where this measures such texts."""
+    """Returns what training and export measured on held-out texts; nothing where prompts are stretched."""
     if config.bench.prompt_tokens is not None or EVALUATION not in exported.files:
         return {}
     return json.loads((exported.path / EVALUATION).read_text())

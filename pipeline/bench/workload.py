@@ -1,4 +1,4 @@
-"""The requests of a benchmark: held-out prompts as they are, or stretched to a fixed length."""
+"""Makes the requests of a benchmark: held-out prompts as they are, or stretched to a fixed length."""
 
 from collections.abc import Sequence
 
@@ -11,19 +11,19 @@ from pipeline.prompts.tokenizer import Tokenizer
 
 
 def held_out(prompts: Sequence[Prompt], heldout_fraction: float, tokenizer: Tokenizer, *, date: str) -> list[list[int]]:
-    """The prompts that do not train, as the target sees them on the day `date`."""
-    _, kept = split_by_hash(prompts, heldout_fraction)
-    return [prompt_token_ids(tokenizer, prompt, date=date) for prompt in kept]
+    """Returns the token ids of the held-out prompts, as the target sees them on the day `date`."""
+    _, heldout = split_by_hash(prompts, heldout_fraction)
+    return [prompt_token_ids(tokenizer, prompt, date=date) for prompt in heldout]
 
 
 def requests_of(
     prompts: Sequence[Sequence[int]], *, num_prompts: int, max_new_tokens: int, prompt_tokens: int | None
 ) -> list[Request]:
-    """The first `num_prompts` rendered prompts as requests.
+    """Returns the first `num_prompts` rendered prompts as requests.
 
-    With `prompt_tokens`, every prompt is given exactly that length: the prompts before it in the set go in
-    front as earlier text and the start is cut off. The text stays real and no prompt repeats itself, which
-    would flatter any draft. Raises PipelineError when the set is too small for that.
+    With `prompt_tokens`, every prompt gets exactly that length: the prompts before it in the set precede it as
+    earlier text, and the start is cut off. The text stays real, and no prompt repeats itself, which would
+    flatter any draft. Raises PipelineError when the set is too small for that.
     """
     chosen = list(prompts[:num_prompts])
     if prompt_tokens is not None:

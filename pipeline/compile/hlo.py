@@ -1,4 +1,4 @@
-"""A compiled program's text (XLA's HLO): its instructions, what its devices exchange, and what reads a parameter."""
+"""Reads a compiled program's text (XLA's HLO): instructions, exchanges between devices, and readers of parameters."""
 
 import collections
 import dataclasses
@@ -19,8 +19,8 @@ ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
-NEAR = "S(1)"  # a TPU's vector memory, in a layout
-# they pass on what they are given
+VMEM = "S(1)"  # how a layout names a TPU's vector memory
+# instructions that pass their operands on unchanged
 PASSING = ("bitcast", "get-tuple-element", "opt-barrier", "tuple")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\([^{]*\) -> .*)?\{$")
@@ -38,23 +38,23 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array's type and sizes."""
+    """Holds an array's type and sizes."""
 
     kind: str
     sizes: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Without padding."""
+        """Returns the array's bytes, without padding."""
         return math.ceil(math.prod(self.sizes) * ITEM_BYTES.get(self.kind, 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: the arrays it makes, what it does, to what, and the rest of the line.
+    """Holds one line of a program: the arrays it makes, its opcode, its operands, and the rest of the line.
 
-    `is_near` tells that what it makes (first) lies in the memory beside the cores instead of in HBM. `literal` is the
-    value of a constant.
+    `is_in_vmem` says that its (first) array is in vector memory instead of in HBM. `literal` is the value of a
+    constant.
     """
 
     name: str
@@ -62,19 +62,19 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
-    is_near: bool = False
+    is_in_vmem: bool = False
     literal: str = ""
 
     @property
     def op_name(self) -> str:
-        """Where in our code it comes from; of a parameter, which argument it is."""
+        """Returns where in our code it comes from; of a parameter, which argument it is."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What the devices exchange together: how often, and the bytes each of them ends up with every time."""
+    """Holds an exchange between all devices: its kind, the array each of them has after it, and how often it runs."""
 
     kind: str
     shape: Shape
@@ -83,20 +83,20 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The computations of a module by name, and which of them is run."""
+    """Holds the computations of a module by name, and the name of the one that is run."""
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
 
     def parameters(self) -> Iterator[Instruction]:
-        """The program's arguments."""
+        """Returns the program's arguments."""
         return (one for one in self.computations[self.entry] if one.opcode == "parameter")
 
     def collectives(self) -> list[Collective]:
-        """Everything exchanged; in a loop that runs a known number of times as often as that, else once.
+        """Returns all exchanges; one in a loop counts as often as the loop runs, or once when that is not known.
 
-        A TPU's program takes an exchange in steps beside other work, in a loop too, each written as the whole exchange,
-        all on one channel: that is one exchange.
+        A TPU's program splits an exchange into steps between other work, also in a loop. Each step is written as the
+        whole exchange, and all are on one channel: that is one exchange.
         """
         times = self._times()
         on_channel: dict[str, tuple[str, Shape, int]] = {}
@@ -115,7 +115,7 @@ class Program:
         return [Collective(kind, shape, count) for (kind, shape), count in found.items()]
 
     def readers(self, parameter: str) -> list[Instruction]:
-        """The instructions that read an argument of the program, however it is handed on to them."""
+        """Returns the instructions that read an argument of the program, through whatever passes it on to them."""
         uses = self._uses()
         seen: set[tuple[str, str]] = set()
         waiting = [(self.entry, parameter)]
@@ -137,8 +137,8 @@ class Program:
 
     def _parameter(self, computation: str, caller: Instruction, name: str) -> str:
         parameters = [one for one in self.computations[computation] if one.opcode == "parameter"]
-        place = caller.operands.index(name) if len(parameters) == len(caller.operands) else 0
-        return parameters[place].name
+        index = caller.operands.index(name) if len(parameters) == len(caller.operands) else 0
+        return parameters[index].name
 
     def _uses(self) -> dict[tuple[str, str], list[Instruction]]:
         uses = collections.defaultdict(list)
@@ -149,7 +149,7 @@ class Program:
         return uses
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as XLA notes, or by the bound and step of its counter; 1 when neither is known.
+        """Returns how often a loop runs: XLA's note, or by the bound and step of its counter; 1 when neither is known.
 
         Counters begin at 0.
         """
@@ -166,7 +166,7 @@ class Program:
         return 1
 
     def _times(self) -> collections.Counter[str]:
-        """How often each computation runs in a run of the program."""
+        """Returns how often each computation runs in a run of the program."""
         times: collections.Counter[str] = collections.Counter()
 
         def run(computation: str, count: int) -> None:
@@ -181,9 +181,9 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Read what `Compiled.as_text()` gives."""
+    """Reads the text that `Compiled.as_text()` returns; raises ValueError when it is not understood."""
     computations: dict[str, tuple[Instruction, ...]] = {}
-    lines: list[str] = []
+    lines: list[Instruction] = []
     entry = name = ""
     for line in _whole_lines(text):
         begins = _COMPUTATION.match(line)
@@ -204,9 +204,9 @@ def parse(text: str) -> Program:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """The text's lines, an instruction whose attributes have line breaks in them as one.
+    """Yields the text's lines; an instruction whose attributes have line breaks in them is one line.
 
-    Splash attention notes its block sizes so, and what follows them begins with "}" in the first column.
+    Splash attention notes its block sizes so, and the text after them begins with "}" in the first column.
     """
     whole, is_inside = "", False
     for line in text.splitlines():
@@ -228,11 +228,11 @@ def _instruction(name: str, rest: str) -> Instruction:
     )
     first = kind.split(", ")[0]
     literal = inside if opcode == "constant" else ""
-    return Instruction(name, shapes, opcode, tuple(_OPERAND.findall(inside)), attributes, NEAR in first, literal)
+    return Instruction(name, shapes, opcode, tuple(_OPERAND.findall(inside)), attributes, VMEM in first, literal)
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """An instruction's type, a tuple of types in parentheses perhaps, and what follows."""
+    """Splits a text into an instruction's type, perhaps a tuple of types in parentheses, and the rest."""
     if not text.startswith("("):
         kind, _, rest = text.partition(" ")
         return kind, rest
@@ -241,17 +241,17 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def _split_parenthesis(text: str) -> tuple[str, str]:
-    """What stands before the parenthesis that closes one opened before `text`, and what stands behind it."""
+    """Splits a text at the parenthesis that closes one opened before it."""
     depth = 1
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if depth == 0:
-            return text[:place], text[place + 1 :]
+            return text[:index], text[index + 1 :]
     raise ValueError(f"a parenthesis is not closed in {text[:80]!r}")
 
 
 def _step(body: dict[str, Instruction], counter: Instruction) -> int:
-    """What a run of a loop adds to the element of its state that `counter` reads; 1 when it is not seen."""
+    """Returns how much a run of a loop adds to the element of its state that `counter` reads; 1 when unknown."""
     element = _ELEMENT.search(counter.attributes)
     state = list(body.values())[-1]
     if element and state.opcode == "tuple" and int(element[1]) < len(state.operands):

@@ -1,6 +1,7 @@
-"""The engine's steps and the feature pass lowered for a slice, from shapes alone: nothing is ever allocated."""
+"""Lowers the engine's steps and the feature pass for a slice, from shapes alone; nothing is ever allocated."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ DTYPE = "bfloat16"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServingSizes:
-    """What an engine is made with, its sizes alone."""
+    """Holds the sizes of an engine."""
 
     model: GptOssConfig
     weight_format: WeightFormat
@@ -46,18 +47,17 @@ def lower_serving_steps(
     yield DECODE, lambda: _compiled(sizes, None).plain_step.lower(target, _state(sizes, None), stops)
     for size in block_sizes:
         drafted = _draft(sizes, dataclasses.replace(draft, block_size=size))
-        yield (
-            f"dflash {size}",
-            lambda drafted=drafted: _compiled(sizes, drafted).dflash_round.lower(
-                target, drafted, _state(sizes, drafted), stops
-            ),
-        )
+        yield f"dflash {size}", functools.partial(_lower_round, sizes, target, drafted, stops)
+
+
+def _lower_round(sizes: ServingSizes, target: TargetModel, draft: DraftModel, stops: jax.ShapeDtypeStruct) -> Any:
+    return _compiled(sizes, draft).dflash_round.lower(target, draft, _state(sizes, draft), stops)
 
 
 def lower_feature_pass(sizes: ServingSizes, draft: DFlashConfig, *, num_rows: int, num_positions: int) -> Any:
     """Returns the lowered pass of the frozen target that a live training takes its features from."""
     target = _target(sizes)
-    program = capture.feature_program(target, draft.tapped_layers, runtime=sizes.runtime)
+    program: Any = capture.feature_program(target, draft.tapped_layers, runtime=sizes.runtime)
     return program.lower(target, _array(_mesh(sizes), (num_rows, num_positions), jnp.int32, placement.ROWS))
 
 
@@ -66,7 +66,8 @@ def _mesh(sizes: ServingSizes) -> Mesh:
     return sizes.runtime.mesh
 
 
-def _compiled(sizes: ServingSizes, draft: DraftModel | None) -> compiled_steps.CompiledSteps:
+def _compiled(sizes: ServingSizes, draft: DraftModel | None) -> Any:
+    """Returns `CompiledSteps`, as Any: their type does not show that they are jitted and can be lowered."""
     return compiled_steps.compile_mesh(_target(sizes), draft, _empty(sizes, draft), sizes.runtime)
 
 
@@ -95,12 +96,11 @@ def _chunk(sizes: ServingSizes) -> PrefillChunk:
     shapes = {"token_ids": (rows, sizes.engine.prefill_chunk)}
     kinds = {"is_last": jnp.bool_}
     fields = [field.name for field in dataclasses.fields(PrefillChunk) if field.name != "keys"]  # serving is greedy
-    return PrefillChunk(
-        **{
-            name: _array(_mesh(sizes), shapes.get(name, (rows,)), kinds.get(name, jnp.int32), placement.ROWS)
-            for name in fields
-        }
-    )
+    arrays: dict[str, Any] = {
+        name: _array(_mesh(sizes), shapes.get(name, (rows,)), kinds.get(name, jnp.int32), placement.ROWS)
+        for name in fields
+    }
+    return PrefillChunk(**arrays)
 
 
 def _sharded(shapes: Any, shardings: Any) -> Any:

@@ -1,24 +1,24 @@
-"""What compiling a program told: whether it fits, what it costs, what its devices exchange, what is wrong with it."""
+"""The report on a compiled program: its memory, costs, exchanges between devices, and problems."""
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeline.compile.hlo import Collective, Instruction, Program
 from pipeline.cost.chips import GIB, Chip
 from pipeline.model.gpt_oss.experts_pallas import HIT_EXPERTS
 from pipeline.progress import MIB
 
-COPIED_BYTES = MIB  # smaller copies are told by nobody
+COPIED_BYTES = MIB  # smaller copies are not counted
 _EXPERTS = re.compile(r"\.experts\.(gate|up|down)(\.|$)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Of one run on one device, as the compiler counts: a loop's body once, experts as if all that can be were hit.
+    """Holds the costs of a run on one device, as the compiler counts: loop bodies once, experts as if all were hit.
 
-    `seconds` is the compiler's own estimate, None where it gives none. `floor_seconds` is what reading the weights
-    and caches that the step needs, or multiplying, takes on this chip at the least.
+    `seconds` is the compiler's own estimate, None where it gives none. `floor_seconds` is the least time that reading
+    the needed weights and caches, or multiplying, takes on this chip.
     """
 
     flops: float
@@ -29,7 +29,7 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramReport:
-    """One program. Bytes are per device; `problems` is empty when all is well."""
+    """Holds the findings about one program. Bytes are per device; `problems` is empty when there are none."""
 
     name: str
     seconds_to_compile: float
@@ -42,12 +42,12 @@ class ProgramReport:
 
     @property
     def hbm_bytes(self) -> int:
-        """All that the program needs at once."""
+        """Returns the memory that the program needs at once."""
         return self.argument_bytes + self.temporary_bytes
 
 
-def gathered_caches(program: Program, cache_lengths: Sequence[int], head_dim: int) -> list[str]:
-    """Every exchange of something as long as a cache: keys and values never leave their device."""
+def gathered_caches(program: Program, cache_lengths: Collection[int], head_dim: int) -> list[str]:
+    """Returns a problem for every exchange of an array as long as a cache: no device may send keys or values."""
     return [
         f"a key/value cache is exchanged: {one.kind} of {one.shape.kind}{list(one.shape.sizes)}"
         for one in program.collectives()
@@ -56,7 +56,7 @@ def gathered_caches(program: Program, cache_lengths: Sequence[int], head_dim: in
 
 
 def experts_read_whole(program: Program) -> list[str]:
-    """Every expert matrix that something else reads than the kernel that reads those that are hit."""
+    """Returns a problem for every expert matrix that is read outside of the kernel that reads only experts hit."""
     wrong = []
     for parameter in program.parameters():
         if not _EXPERTS.search(parameter.op_name):
@@ -69,28 +69,28 @@ def experts_read_whole(program: Program) -> list[str]:
 
 
 def copied_bytes(program: Program) -> int:
-    """Bytes of all copies and transpositions within HBM of at least COPIED_BYTES; fetching ahead is none."""
+    """Returns the bytes of copies and transpositions within HBM, each of COPIED_BYTES or more, without prefetches."""
     copies = [
         one.shapes[0].num_bytes
         for instructions in program.computations.values()
         for one in instructions
-        if one.opcode in ("copy", "copy-start", "transpose") and not one.is_near
+        if one.opcode in ("copy", "copy-start", "transpose") and not one.is_in_vmem
     ]
     return sum(size for size in copies if size >= COPIED_BYTES)
 
 
-def does_not_fit(told: ProgramReport, chip: Chip) -> list[str]:
-    """Whether a program needs more memory than the chip has."""
-    if told.hbm_bytes <= chip.hbm_bytes:
+def does_not_fit(report: ProgramReport, chip: Chip) -> list[str]:
+    """Returns a problem when a program needs more memory than the chip has, else none."""
+    if report.hbm_bytes <= chip.hbm_bytes:
         return []
     return [
-        f"does not fit: {told.argument_bytes / GIB:.2f} GiB of arguments and {told.temporary_bytes / GIB:.2f} GiB of "
-        f"temporaries, the chip has {chip.hbm_bytes / GIB:.0f} GiB"
+        f"does not fit: {report.argument_bytes / GIB:.2f} GiB of arguments and {report.temporary_bytes / GIB:.2f} GiB "
+        f"of temporaries, the chip has {chip.hbm_bytes / GIB:.0f} GiB"
     ]
 
 
-def program_table(all_told: Sequence[ProgramReport], chip: Chip) -> str:
-    """One line a program, its exchanges below it, problems last."""
+def program_table(reports: Sequence[ProgramReport], chip: Chip) -> str:
+    """Returns the table: a line for each program, then its exchanges and its problems."""
     head = (
         "program",
         "compiled in",
@@ -103,37 +103,37 @@ def program_table(all_told: Sequence[ProgramReport], chip: Chip) -> str:
         "estimate",
         "floor",
     )
-    rows = [head, *(_row(one, chip) for one in all_told)]
+    rows = [head, *(_row(one, chip) for one in reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
-    for one in all_told:
+    for one in reports:
         lines.append(f"{one.name}: {_exchanged(one)}")
         lines += [f"  PROBLEM: {problem}" for problem in one.problems]
     return "\n".join(lines)
 
 
-def _row(told: ProgramReport, chip: Chip) -> tuple[str, ...]:
-    if told.costs is None:
-        return (told.name, "not", *[""] * 8)
-    costs = told.costs
+def _row(report: ProgramReport, chip: Chip) -> tuple[str, ...]:
+    if report.costs is None:
+        return (report.name, "not", *[""] * 8)
+    costs = report.costs
     return (
-        told.name,
-        f"{told.seconds_to_compile:.0f} s",
-        f"{told.argument_bytes / GIB:.2f} GiB",
-        f"{told.temporary_bytes / GIB:.2f} GiB",
-        f"{told.hbm_bytes / chip.hbm_bytes:.0%}",
+        report.name,
+        f"{report.seconds_to_compile:.0f} s",
+        f"{report.argument_bytes / GIB:.2f} GiB",
+        f"{report.temporary_bytes / GIB:.2f} GiB",
+        f"{report.hbm_bytes / chip.hbm_bytes:.0%}",
         f"{costs.flops / 1e9:.1f} G",
         f"{costs.bytes / 1e9:.2f} GB",
-        f"{told.copied_bytes / MIB:.0f} MiB",
+        f"{report.copied_bytes / MIB:.0f} MiB",
         "-" if costs.seconds is None else f"{costs.seconds * 1e3:.2f} ms",
         f"{costs.floor_seconds * 1e3:.2f} ms",
     )
 
 
-def _exchanged(told: ProgramReport) -> str:
+def _exchanged(report: ProgramReport) -> str:
     kinds: dict[str, list[int]] = {}
-    for one in told.collectives:
+    for one in report.collectives:
         counted = kinds.setdefault(one.kind, [0, 0])
         counted[0] += one.times
         counted[1] += one.times * one.shape.num_bytes

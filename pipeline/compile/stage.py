@@ -1,4 +1,4 @@
-"""`stage=compile`: the engine's steps and the training step compiled for a TPU slice that need not be there."""
+"""`stage=compile`: compiles the engine's steps and the training step for a TPU slice that need not be there."""
 
 import dataclasses
 import logging
@@ -42,7 +42,10 @@ TRAIN, FEATURES = "train", "features"
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Compile, print the table, log it; raise when a program does not compile or fit, or reads what it should not."""
+    """Compiles, prints the table and logs it.
+
+    Raises PipelineError when a program does not compile, does not fit, or reads or exchanges what it should not.
+    """
     found = topology.slice_of(config.compile.topology)
     model, packed = _model(config)
     draft = specs.draft_sizes(config.draft, model, mask_token_id=0)
@@ -62,18 +65,18 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     )
     reports = []
     for name, trace in _programs(config, sizes, draft):
-        made = _compiled(name, trace, sizes, draft, found, config.compile)
-        log.info("compile: %s: %s", name, "; ".join(made.problems) or f"in {made.seconds_to_compile:.1f} s")
-        reports.append(made)
+        compiled = _compiled(name, trace, sizes, draft, found, config.compile)
+        log.info("compile: %s: %s", name, "; ".join(compiled.problems) or f"in {compiled.seconds_to_compile:.1f} s")
+        reports.append(compiled)
     print(report.program_table(reports, found.chip), flush=True)
-    _keep(config, reports, tracker)
+    _write(config, reports, tracker)
     problems = [f"{one.name}: {problem}" for one in reports for problem in one.problems]
     if problems:
         raise PipelineError(f"{config.target.name} on {config.compile.topology}:\n  " + "\n  ".join(problems))
 
 
 def _model(config: PipelineConfig) -> tuple[GptOssConfig, bool]:
-    """The model, and whether its experts are held packed; no weights are needed."""
+    """Returns the model's config, and whether its experts are held packed; reads no weights."""
     sizes = config.target.architecture
     if sizes is not None:
         return specs.architecture(sizes), is_held_packed(config.target, sizes.packed)
@@ -151,14 +154,14 @@ def _compiled(
 ) -> ProgramReport:
     started = time.monotonic()
     try:
-        made = trace().compile()
+        program = trace().compile()
     except JaxRuntimeError as error:  # what the compiler refuses, a program too large for the memory among it
         reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
         return ProgramReport(
             name=name, seconds_to_compile=time.monotonic() - started, problems=(f"does not compile: {reason}",)
         )
     seconds = time.monotonic() - started
-    memory, counted, program = made.memory_analysis(), made.cost_analysis(), parse(made.as_text())
+    memory, counted, text = program.memory_analysis(), program.cost_analysis(), parse(program.as_text())
     estimate = counted.get("optimal_seconds", -1.0)
     compiled = ProgramReport(
         name=name,
@@ -171,20 +174,18 @@ def _compiled(
             seconds=estimate if estimate > 0 else None,
             floor_seconds=_floor(name, counted["flops"], sizes, draft, found, config.context),
         ),
-        copied_bytes=report.copied_bytes(program),
-        collectives=tuple(program.collectives()),
+        copied_bytes=report.copied_bytes(text),
+        collectives=tuple(text.collectives()),
     )
     lengths = _cache_lengths(sizes, config.block_sizes)
-    problems = report.does_not_fit(compiled, found.chip) + report.gathered_caches(
-        program, lengths, sizes.model.head_dim
-    )
+    problems = report.does_not_fit(compiled, found.chip) + report.gathered_caches(text, lengths, sizes.model.head_dim)
     if name not in (PREFILL, TRAIN, FEATURES):  # many tokens read all experts
-        problems += report.experts_read_whole(program)
+        problems += report.experts_read_whole(text)
     return dataclasses.replace(compiled, problems=tuple(problems))
 
 
 def _floor(name: str, flops: float, sizes: ServingSizes, draft: DFlashConfig, found: Slice, context: int) -> float:
-    """Seconds that one device takes at the least to read what the step needs, or to multiply."""
+    """Returns the least seconds that one device takes to read what the step needs, or to multiply."""
     shards = sizes.runtime.execution.shards
     rows = sizes.engine.num_slots // shards.data
     tokens, drafted = 1, 0.0
@@ -200,7 +201,7 @@ def _floor(name: str, flops: float, sizes: ServingSizes, draft: DFlashConfig, fo
 
 
 def _cache_lengths(sizes: ServingSizes, block_sizes: list[int]) -> set[int]:
-    """How long caches are in some program, rings among them."""
+    """Returns the lengths of the caches of all programs, those of sliding layers too."""
     lengths = set()
     for block in (1, *block_sizes):
         whole = num_positions(sizes.engine.max_length, sizes.engine.prefill_chunk, block)
@@ -208,7 +209,7 @@ def _cache_lengths(sizes: ServingSizes, block_sizes: list[int]) -> set[int]:
     return lengths
 
 
-def _keep(config: PipelineConfig, reports: list[ProgramReport], tracker: Run) -> None:
+def _write(config: PipelineConfig, reports: list[ProgramReport], tracker: Run) -> None:
     values = {
         "target": plain(config.target),
         "topology": config.compile.topology,

@@ -1,4 +1,4 @@
-"""TPU slices that need not be there: libtpu compiles for a slice by its name alone."""
+"""Finds TPU slices that need not be there: libtpu compiles for a slice by its name alone."""
 
 import dataclasses
 import os
@@ -11,8 +11,8 @@ from pipeline.errors import PipelineError
 
 TPUS = ("v5e", "v5p", "v6e")
 
-# else libtpu asks a cloud's metadata server which machine this is, complains, and bars other processes from compiling
-NO_TPU_HERE = {
+# otherwise libtpu asks a cloud's metadata server for the machine, logs errors, and bars other processes from compiling
+WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -22,7 +22,7 @@ NO_TPU_HERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A slice: its chip, and its devices as JAX names them."""
+    """Holds a slice: its chip, and its devices as JAX describes them."""
 
     name: str
     chip: Chip
@@ -30,11 +30,11 @@ class Slice:
 
 
 def slice_of(topology: str) -> Slice:
-    """The slice called, for example, `v6e:2x4`. Raises PipelineError when it or libtpu is not known here."""
+    """Returns the slice of a name such as `v6e:2x4`; raises PipelineError when libtpu is missing or knows none."""
     kind = topology.partition(":")[0]
     if kind not in TPUS:
         raise PipelineError(f"topology is {topology}; it must be one of {', '.join(TPUS)} and a size, as in v6e:2x4")
-    for name, value in NO_TPU_HERE.items():
+    for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)

@@ -8,7 +8,7 @@ from pipeline.model.dflash.config import DFlashConfig
 
 
 def step_flops(
-    config: DFlashConfig, *, num_sequences: float, num_positions: int, num_anchors: int, context_tokens: float
+    config: DFlashConfig, *, num_sequences: float, num_positions: float, num_anchors: int, context_tokens: float
 ) -> float:
     """Returns the operations of one step: forward, and backward at twice that where weights are trained.
 

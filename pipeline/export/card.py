@@ -1,4 +1,4 @@
-"""README.md of an exported draft: what it is, what it scored and how that was measured, and how it is served."""
+"""Writes the README.md of an exported draft: what it is, its scores and their measurement, and how it is served."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from pipeline.hub import card_metadata
 from pipeline.model.dflash.config import DFlashConfig
 
 TAGS = ("speculative-decoding", "dflash", "block-diffusion")
-SPLITS = {"heldout": "held out", "train": "trained on"}
+SPLIT_NAMES = {"heldout": "held out", "train": "trained on"}
 
-CARD = """\
+CARD_TEMPLATE = """\
 ---
 {front}
 ---
@@ -59,9 +59,9 @@ hash decides whether it is held out.{engine} `evaluation.json` has all numbers.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """How a checkpoint was made: its recipe (`train` settings), the texts it saw, and fingerprints.
+    """Records how a checkpoint was made: its recipe (`train` settings), the texts it saw, and fingerprints.
 
-    `base_model` is the target's id on the hub, `choice` the overrides by which this pipeline knows the target.
+    `base_model` is the target's id on the hub, `choice` the overrides that select the target in this pipeline.
     """
 
     base_model: str | None
@@ -75,9 +75,9 @@ class TrainingRecord:
 def model_card(
     config: DFlashConfig, contract: Contract, evaluation: Mapping[str, Any], training: TrainingRecord
 ) -> str:
-    """Returns what a person who finds the directory must know; equal drafts have equal cards."""
+    """Returns the text of the card; equal drafts have equal cards."""
     target = training.base_model or contract.target.name
-    return CARD.format(
+    return CARD_TEMPLATE.format(
         front=front_matter(config, evaluation, training),
         target=target,
         drafted=config.block_size - 1,
@@ -128,7 +128,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _scores(config: DFlashConfig, evaluation: Mapping[str, Any]) -> str:
-    found = {name: evaluation[split] for split, name in SPLITS.items()}
+    found = {name: evaluation[split] for split, name in SPLIT_NAMES.items()}
     for kind in ("effort", "channel"):
         parts = evaluation["heldout"].get(f"by_{kind}", {})
         if len(parts) > 1:
@@ -149,7 +149,9 @@ def _scores(config: DFlashConfig, evaluation: Mapping[str, Any]) -> str:
 
 def _at_k(config: DFlashConfig, evaluation: Mapping[str, Any]) -> str:
     ks = range(1, config.block_size)
-    rows = [[name, *(f"{evaluation[split][f'accept_rate_at_{k}']:.3f}" for k in ks)] for split, name in SPLITS.items()]
+    rows = [
+        [name, *(f"{evaluation[split][f'accept_rate_at_{k}']:.3f}" for k in ks)] for split, name in SPLIT_NAMES.items()
+    ]
     return _table(["accept_rate_at_k, k =", *map(str, ks)], rows)
 
 
@@ -172,12 +174,12 @@ def _training(training: TrainingRecord) -> str:
 def _data(data: Mapping[str, Any]) -> str:
     purposes = {"train": "to train on", "heldout": "held out"}
     counts = " and ".join(
-        f"{one['num_sequences']:,} texts {purposes[name]} ({one['num_tokens']:,} tokens, "
-        f"{one['generated_tokens']:,} of them the target's)"
-        for name, one in data["splits"].items()
+        f"{count['num_sequences']:,} texts {purposes[name]} ({count['num_tokens']:,} tokens, "
+        f"{count['generated_tokens']:,} of them the target's)"
+        for name, count in data["splits"].items()
     )
-    made = ", ".join(f"`{key}` {value}" for key, value in sorted(data["made"].items()) if value is not None)
-    return f"Prompts answered by the target: {counts}. How they were made: {made}."
+    origin = ", ".join(f"`{key}` {value}" for key, value in sorted(data["made"].items()) if value is not None)
+    return f"Prompts answered by the target: {counts}. How they were made: {origin}."
 
 
 def _identity(contract: Contract, training: TrainingRecord) -> str:
@@ -214,7 +216,7 @@ def _limits(config: DFlashConfig, contract: Contract, evaluation: Mapping[str, A
         lines.append(f"It was trained on reasoning effort {', '.join(efforts)}; at others expect less.")
     if config.attention_bias:
         lines.append("Its attention has biases, which tpu-inference cannot load.")
-    heldout, trained = (evaluation[split]["accept_length"] for split in SPLITS)
+    heldout, trained = (evaluation[split]["accept_length"] for split in SPLIT_NAMES)
     if memorises(trained, heldout):
         lines.append(
             f"**It memorises**: {trained:.2f} tokens a round on texts it was trained on, {heldout:.2f} on held-out ones"

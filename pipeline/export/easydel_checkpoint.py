@@ -1,6 +1,6 @@
-"""Reading EasyDeL's run directories without EasyDeL: zarr arrays under the paths of `DraftWeights`.
+"""Reads EasyDeL's run directories without EasyDeL: zarr arrays under the paths of `DFlashWeights`.
 
-However many devices wrote an array, in however many chunks, it is read whole; from a disk or from a bucket.
+An array is read whole, however many devices wrote it in however many chunks, from a disk or from a bucket.
 """
 
 import json
@@ -22,14 +22,15 @@ from pipeline.model.hf.directory import weight_paths
 
 INDEX = "tensorstore_index.json"
 WEIGHTS = re.compile("(model/)()")
-AVERAGE = re.compile(r"(tx/\d+/average/).*(/value)$")  # train/optimizer.py keeps it, in a place of the chain
-MEND = "delete the checkpoint and run stage=train again"
+AVERAGE = re.compile(r"(tx/\d+/average/).*(/value)$")  # the state of train/optimizer.py, at an index of its chain
+TRAIN_AGAIN = "delete the checkpoint and run stage=train again"
 
 
 def read_checkpoint(run: StoragePath, config: DFlashConfig) -> DFlashWeights:
-    """The float32 weights that a run directory (`run-<step>`) stands for: the average of them, where one is kept.
+    """Returns the float32 weights of a run directory (`run-<step>`): their average, where training computed one.
 
-    Raises PipelineError naming every array that is missing, wholly or in part, unexpected, misshapen or not finite.
+    Raises PipelineError naming every array that is missing, wholly or in part, unexpected, of another shape or not
+    finite.
     """
     stored, (head, tail) = _stored(run)
     shapes = dflash_weights.weight_shapes(config)
@@ -42,27 +43,27 @@ def read_checkpoint(run: StoragePath, config: DFlashConfig) -> DFlashWeights:
         if (problem := _problem(found.get(path, "missing"), shape)) is not None
     ]
     if problems:
-        raise PipelineError(f"{run}: {len(problems)} array(s) wrong; {MEND}\n  " + "\n  ".join(problems))
+        raise PipelineError(f"{run}: {len(problems)} array(s) wrong; {TRAIN_AGAIN}\n  " + "\n  ".join(problems))
     return jax.tree.unflatten(jax.tree.structure(shapes), [jnp.asarray(found[path]) for path in wanted])
 
 
 def holds_weights(name: str) -> bool:
-    """Whether a file of a run directory is a part of what `read_checkpoint` reads, or may be."""
+    """Returns whether `read_checkpoint` may read this file of a run directory."""
     return name == INDEX or name.startswith("model/") or "/average/" in name
 
 
 def _stored(run: StoragePath) -> tuple[set[str], tuple[str, str]]:
-    """The weights' arrays that EasyDeL says it wrote, and how their paths begin and end."""
+    """Returns the paths of the weights' arrays in EasyDeL's index, and how these paths begin and end."""
     try:
         index = json.loads((run / INDEX).read_text())
         paths = [entry["path"] for entries in index["prefixes"].values() for entry in entries]
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise PipelineError(f"{run} is no run directory of EasyDeL's ({INDEX}: {error!r}); {MEND}") from error
+        raise PipelineError(f"{run} is no run directory of EasyDeL's ({INDEX}: {error!r}); {TRAIN_AGAIN}") from error
     for kind in (AVERAGE, WEIGHTS):
-        found = {path: match.groups() for path in paths if (match := kind.match(path))}
+        found = {path: (match[1], match[2]) for path in paths if (match := kind.match(path))}
         if len(set(found.values())) == 1:
             return set(found), next(iter(found.values()))
-    raise PipelineError(f"{run} holds no weights ({INDEX} names {len(paths)} other arrays); {MEND}")
+    raise PipelineError(f"{run} holds no weights ({INDEX} names {len(paths)} other arrays); {TRAIN_AGAIN}")
 
 
 def _problem(array: np.ndarray | str, shape: jax.ShapeDtypeStruct) -> str | None:
@@ -74,25 +75,25 @@ def _problem(array: np.ndarray | str, shape: jax.ShapeDtypeStruct) -> str | None
 
 
 def _read_all(run: StoragePath, paths: set[str]) -> dict[str, np.ndarray | str]:
-    """Arrays, or what they lack, by path; all are on their way at once, which a bucket needs to be quick."""
+    """Returns arrays, or what is missing of them, by path; all reads run at once, which makes buckets quick."""
     opened = {path: tensorstore.open(_spec(run, path), context=storage.tensorstore_context()) for path in sorted(paths)}
     arrays = {path: _result(run, path, future) for path, future in opened.items()}
     reading = {path: array if isinstance(array, str) else array.read() for path, array in arrays.items()}
-    return {path: one if isinstance(one, str) else _result(run, path, one) for path, one in reading.items()}
+    return {path: read if isinstance(read, str) else _result(run, path, read) for path, read in reading.items()}
 
 
 def _spec(run: StoragePath, path: str) -> dict[str, Any]:
-    # a chunk that is not there would be read as zeros
-    lies = storage.kvstore(run / path)
-    return {"driver": "zarr", "kvstore": lies, "open": True, "fill_missing_data_reads": False}
+    # a missing chunk would otherwise be read as zeros
+    kvstore = storage.kvstore(run / path)
+    return {"driver": "zarr", "kvstore": kvstore, "open": True, "fill_missing_data_reads": False}
 
 
 def _result(run: StoragePath, path: str, future: Any) -> Any:
-    """What a future holds; a text when the array or a chunk of it is not there."""
+    """Returns a future's result; a text when the array or a chunk of it is missing."""
     try:
         return future.result()
     except ValueError as error:
-        told = str(error).splitlines()[0]
-        if "NOT_FOUND" not in told:
-            raise PipelineError(f"{run / path} cannot be read ({told}); {MEND}") from error
-        return f"missing ({told})" if "chunk" in told else "missing"
+        reason = str(error).splitlines()[0]
+        if "NOT_FOUND" not in reason:
+            raise PipelineError(f"{run / path} cannot be read ({reason}); {TRAIN_AGAIN}") from error
+        return f"missing ({reason})" if "chunk" in reason else "missing"

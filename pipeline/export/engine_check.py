@@ -1,14 +1,14 @@
-"""The exported draft in the engine, on the texts that its training evaluation counted rounds of.
+"""Runs the exported draft in the engine, on the texts over which its training evaluation counted rounds.
 
 Both must count the same rounds. Training reads a text and its features from the cache, all blocks at once, with the
 weights as trained; the engine prefills the prompt, drafts, verifies and rolls back, with features of its own and the
-weights that were written. Rounding (bfloat16 weights and features) moves a round here and there; a convention that one
-of the two does not share (layers, their order, mask token, RoPE, what a block sees) moves most of them.
+weights that were written. Rounding (bfloat16 weights and features) changes a few rounds; a convention that the two do
+not share (layers, their order, mask token, RoPE, what a block sees) changes most of them.
 
-The engine decodes the prompts greedily. Where it writes the cached text, which a greedy float32 cache always gives, its
-rounds are compared as they are. Where it writes another (texts that were sampled or came from an endpoint, near-ties
-in bfloat16), it is forced along the cached text instead: rounds over two texts differ by what the texts are, and a
-comparison of them would say nothing within 2%.
+The engine decodes the prompts greedily. Where it writes the cached text, as it always does with a greedy float32 cache,
+its rounds are compared directly. Where it writes another (texts that were sampled or came from an endpoint, near-ties
+in bfloat16), it is forced along the cached text instead: rounds over different texts differ by several percent anyway,
+and their comparison would show nothing.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ from pipeline.store.heldout_rounds import HeldoutText, acceptance_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineCheck:
-    """Rounds over the same texts: `trained` by the training evaluation, `engine` by the engine.
+    """Holds the rounds over the same texts: `trained` by the training evaluation, `engine` by the engine.
 
-    `greedy` are the engine's rounds over what it writes itself, `num_greedy` how many of the texts that is.
+    `greedy` are the engine's rounds over the texts it writes itself; `num_greedy` of these are the cached texts.
     """
 
     trained: Acceptance
@@ -43,11 +43,11 @@ class EngineCheck:
 
     @property
     def difference(self) -> float:
-        """The engine's accept_length over training's, minus 1."""
+        """Returns the engine's accept_length over training's, minus 1."""
         return self.engine.accept_length / self.trained.accept_length - 1
 
     def to_json(self) -> dict[str, Any]:
-        """As evaluation.json has it: the engine's metrics, and all rounds."""
+        """Returns the check as evaluation.json has it: the engine's metrics, and all rounds."""
         return {
             "num_sequences": self.num_texts,
             "histogram": list(self.engine.histogram),
@@ -61,7 +61,7 @@ class EngineCheck:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "EngineCheck":
-        """The inverse of `to_json`."""
+        """Reads the value that `to_json` returns."""
         return cls(
             trained=Acceptance(tuple(value["training_histogram"])),
             engine=Acceptance(tuple(value["histogram"])),
@@ -78,11 +78,11 @@ def run_engine_check(
     config: EngineConfig,
     runtime: Runtime = SINGLE_DEVICE,
 ) -> EngineCheck:
-    """Decodes the prompts of `texts`, and forces the engine along those texts that come out otherwise.
+    """Decodes the prompts of `texts`, and forces the engine along those texts that it does not write itself.
 
     The engines' `max_length` is that of the longest text. Raises PipelineError when no text has a round.
     """
-    texts = [text for text in texts if len(text.answer_ids) > 1]  # a first token alone is prefill's
+    texts = [text for text in texts if len(text.answer_ids) > 1]  # prefill decodes the first token
     if not texts:
         raise PipelineError(
             "no held-out answer has two tokens, so that there are no rounds to compare; give other prompts"
@@ -132,11 +132,11 @@ def _forced(index: int, text: HeldoutText) -> ForcedRequest:
 def _decoded(engine: Engine, requests: Sequence[Request]) -> dict[int, Completion]:
     found = {}
     with Progress("export", len(requests), "texts") as progress:
-        for one in engine.generate(requests):
-            found[int(one.request_id)] = one
+        for completion in engine.generate(requests):
+            found[int(completion.request_id)] = completion
             progress.advance()
     return found
 
 
 def _acceptance(rounds: Iterable[Sequence[int]], block_size: int) -> Acceptance:
-    return Acceptance.of([count for several in rounds for count in several], block_size)
+    return Acceptance.of([count for rounds_of_text in rounds for count in rounds_of_text], block_size)

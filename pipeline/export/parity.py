@@ -1,4 +1,4 @@
-"""Whether a written draft is the trained one: weights to the last bit of their precision, outputs within it."""
+"""Checks that a written draft is the trained one: equal weights in bfloat16, and outputs within its precision."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ MAX_RELATIVE_ERROR = 2e-2  # of outputs, root mean square; bfloat16 keeps 8 bits
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """Outputs in float32 of the written weights against the trained ones: largest difference, and relative RMS."""
+    """Holds the largest and the relative RMS difference of float32 outputs, written weights against trained ones."""
 
     max_difference: float
     relative_error: float
@@ -56,7 +56,7 @@ def require_parity(directory: Path, trained: DraftModel) -> Parity:
 
 @jax.jit
 def _outputs(draft: DraftModel) -> Float[Array, "1 A K D"]:
-    """Final hidden states of a few blocks over random features."""
+    """Returns final hidden states of a few blocks over random features."""
     config = draft.config
     keys = jax.random.split(jax.random.key(0), 2)
     positions = jnp.arange(NUM_POSITIONS)[None]

@@ -1,4 +1,4 @@
-"""Whether the prompts that a draft was trained on are, token by token, what serving makes of the same messages."""
+"""Checks that the prompts of a draft's training are, token by token, what serving renders from the same messages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ SHOWN_TOKENS = 8
 def require_rendering(
     texts: Sequence[HeldoutText], prompts: Mapping[str, Prompt], tokenizer: Tokenizer, date: str
 ) -> None:
-    """Raise PipelineError when the prompt of a text is not the rendering of the prompt of its id."""
+    """Raises PipelineError when the prompt of a text is not the rendering of the prompt of its id."""
     wrong = [
         problem
         for text in texts
@@ -37,6 +37,6 @@ def _problem(text: HeldoutText, prompt: Prompt | None, tokenizer: Tokenizer, dat
     if found == wanted:
         return None
     same = (left == right for left, right in zip(found, wanted, strict=False))
-    at = next((index for index, is_same in enumerate(same) if not is_same), min(len(found), len(wanted)))
-    left, right = (tokenizer.decode(ids[at : at + SHOWN_TOKENS]) for ids in (found, wanted))
-    return f"{name}: from token {at} on found {left!r}, wanted {right!r}"
+    first = next((index for index, is_same in enumerate(same) if not is_same), min(len(found), len(wanted)))
+    left, right = (tokenizer.decode(ids[first : first + SHOWN_TOKENS]) for ids in (found, wanted))
+    return f"{name}: from token {first} on found {left!r}, wanted {right!r}"

@@ -1,4 +1,4 @@
-"""How an exported draft is served in each runtime that reads z-lab's layout, and what is known of it there.
+"""How an exported draft is served in each runtime that reads z-lab's layout, and what was tried in it.
 
 Source: docs/runtimes.md; the commands of SGLang and vLLM are those on z-lab's cards of its gpt-oss drafts.
 """
@@ -7,12 +7,12 @@ import dataclasses
 
 from pipeline.model.dflash.config import DFlashConfig
 
-DRAFT_PLACE, TARGET_PLACE = "<this directory>", "<the target's directory>"
+DRAFT_DIRECTORY, TARGET_DIRECTORY = "<this directory>", "<the target's directory>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeGuide:
-    """A program that serves the draft: its command, what was tried with drafts of this layout, and what to mind."""
+    """Describes a program that serves the draft: its command, what was tried in it, and notes for its user."""
 
     name: str
     command: str
@@ -21,13 +21,13 @@ class RuntimeGuide:
 
 
 def runtimes(config: DFlashConfig, target: str | None, target_choice: str) -> list[RuntimeGuide]:
-    """All of them. `target` is the target's hub id, `target_choice` how this pipeline is told of it."""
-    place = target or TARGET_PLACE
+    """Returns the guides. `target` is the target's hub id, `target_choice` the overrides that select it here."""
+    path = target or TARGET_DIRECTORY
     return [
         _pipeline(target_choice),
-        _sglang(config, place),
-        _vllm(config, place),
-        _sglang_jax(config, place),
+        _sglang(config, path),
+        _vllm(config, path),
+        _sglang_jax(config, path),
         _z_lab(config),
     ]
 
@@ -35,7 +35,7 @@ def runtimes(config: DFlashConfig, target: str | None, target_choice: str) -> li
 def _pipeline(target_choice: str) -> RuntimeGuide:
     return RuntimeGuide(
         name="this pipeline",
-        command=f"python -m pipeline stage=serve {target_choice} export.path={DRAFT_PLACE}",
+        command=f"python -m pipeline stage=serve {target_choice} export.path={DRAFT_DIRECTORY}",
         tried="measured the numbers above",
     )
 
@@ -45,7 +45,7 @@ def _sglang(config: DFlashConfig, target: str) -> RuntimeGuide:
         name="SGLang",
         command=(
             f"python -m sglang.launch_server --model-path {target} --dtype bfloat16 \\\n"
-            f"    --speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT_PLACE} \\\n"
+            f"    --speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT_DIRECTORY} \\\n"
             f"    --speculative-num-draft-tokens {config.block_size} --attention-backend fa3"
         ),
         tried="not run: names, shapes and config keys were checked against the rules of its reader (0.5.23)",
@@ -57,7 +57,7 @@ def _sglang(config: DFlashConfig, target: str) -> RuntimeGuide:
 
 
 def _vllm(config: DFlashConfig, target: str) -> RuntimeGuide:
-    drafted = f'{{"method": "dflash", "model": "{DRAFT_PLACE}", "num_speculative_tokens": {config.block_size - 1}}}'
+    drafted = f'{{"method": "dflash", "model": "{DRAFT_DIRECTORY}", "num_speculative_tokens": {config.block_size - 1}}}'
     return RuntimeGuide(
         name="vLLM",
         command=(
@@ -85,7 +85,7 @@ def _sglang_jax(config: DFlashConfig, target: str) -> RuntimeGuide:
         name="sglang-jax",
         command=(
             f"python -m sgl_jax.launch_server --model-path {target} --dtype bfloat16 --grammar-backend none \\\n"
-            f"    --speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT_PLACE} \\\n"
+            f"    --speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT_DIRECTORY} \\\n"
             "    --speculative-eagle-topk 1 --speculative-num-steps 1 --disable-overlap-schedule"
         ),
         tried=(
@@ -101,7 +101,7 @@ def _z_lab(config: DFlashConfig) -> RuntimeGuide:
         name="z-lab's dflash",
         command=(
             "from dflash.model import DFlashDraftModel\n"
-            f'draft = DFlashDraftModel.from_pretrained("{DRAFT_PLACE}", dtype="bfloat16")'
+            f'draft = DFlashDraftModel.from_pretrained("{DRAFT_DIRECTORY}", dtype="bfloat16")'
         ),
         tried=(
             "dflash 0.1.0 opens drafts of this layout in this pipeline's tests, no tensor missing or unexpected, "

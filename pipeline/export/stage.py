@@ -1,4 +1,4 @@
-"""`stage=export`: EasyDeL's run directory -> the draft as an HF directory, proved in the engine before it appears."""
+"""`stage=export`: writes the trained draft as an HF directory, which appears only after a check in the engine."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from pipeline.config.schema import PipelineConfig
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import PipelineError
 from pipeline.export.card import TrainingRecord, model_card
-from pipeline.export.easydel_checkpoint import MEND, holds_weights, read_checkpoint
+from pipeline.export.easydel_checkpoint import TRAIN_AGAIN, holds_weights, read_checkpoint
 from pipeline.export.engine_check import EngineCheck, require_agreement, run_engine_check
 from pipeline.export.prompt_rendering import require_rendering
 from pipeline.export.write import write_draft
@@ -34,24 +34,23 @@ from pipeline.workspace.workspace import Workspace, command, own_draft_config
 
 log = logging.getLogger("pipeline")
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 TARGET_CHOICE = "target=local target.path=<the target's directory>"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Exports the trained draft of this configuration, or reports that it stands."""
+    """Exports the trained draft of this configuration, or reports that it exists."""
     workspace = Workspace(config)
     path = Path(str(workspace.address(DRAFT)))
     if not artifact.exists(path):
         with disk_errors(path), artifact.exclusive(path), _nothing_left(path):
             if not artifact.exists(path):
-                made = _export(workspace, path, tracker)
-                _report(tracker, made, "is made")
+                _report(tracker, _export(workspace, path, tracker), "is made")
                 return
-    made = workspace.open(DRAFT)
-    _report(tracker, made, "stands")
-    require_agreement(_engine_check_of(made), config.export.tolerance)  # it may have been another one then
+    exported = workspace.open(DRAFT)
+    _report(tracker, exported, "stands")
+    require_agreement(_engine_check_of(exported), config.export.tolerance)  # the tolerance may have changed since
 
 
 def _export(workspace: Workspace, path: Path, tracker: Run) -> Artifact:
@@ -63,15 +62,15 @@ def _export(workspace: Workspace, path: Path, tracker: Run) -> Artifact:
     target = workspace.target
     provenance = workspace.provenance(DRAFT, {TARGET: target.fingerprint, CHECKPOINT: trained.fingerprint})
     contract = workspace.contract(DRAFT, provenance)
-    scratch = artifact.open_scratch(path, resume=False)  # made in seconds: begun anew when interrupted
+    scratch = artifact.open_scratch(path, resume=False)  # an export takes seconds: it begins anew after an interrupt
     parity = write_draft(scratch, draft, _token_ids(target.path))
     checked = _check(workspace, scratch, texts)
     require_agreement(checked, workspace.config.export.tolerance)
     evaluation["engine"] = checked.to_json()
     write_json(scratch / EVALUATION, evaluation)
     record = _record(workspace, contract, trained)
-    write_bytes(scratch / CARD, model_card(draft_config, contract, evaluation, record).encode())
-    made = workspace.seal(DRAFT, contract, {CHECKPOINT: trained})
+    write_bytes(scratch / CARD_FILE, model_card(draft_config, contract, evaluation, record).encode())
+    exported = workspace.seal(DRAFT, contract, {CHECKPOINT: trained})
     tracker.log_metrics(
         {"export/max_difference": parity.max_difference, "export/relative_error": parity.relative_error}
     )
@@ -79,24 +78,24 @@ def _export(workspace: Workspace, path: Path, tracker: Run) -> Artifact:
         "export: weights equal the trained ones rounded to bfloat16; outputs differ by %.1e (relative RMS)",
         parity.relative_error,
     )
-    return made
+    return exported
 
 
 @contextlib.contextmanager
 def _nothing_left(path: Path) -> Iterator[None]:
-    """A draft that is refused leaves no directory that somebody could serve by hand."""
+    """Removes the scratch directory of a draft that is refused, so that nobody serves it by hand."""
     try:
         yield
     except PipelineError:
-        shutil.rmtree(artifact.scratch_of(path), ignore_errors=True)
+        shutil.rmtree(artifact.local_scratch_of(path), ignore_errors=True)
         raise
 
 
 def _texts(workspace: Workspace, trained: Artifact) -> list[HeldoutText]:
-    """The first held-out texts that the training evaluation read, their prompts rendered as serving does."""
+    """Returns the first held-out texts of the training evaluation; their prompts must be as serving renders them."""
     config = workspace.config
     texts = heldout_rounds.read_texts(trained.path / heldout_rounds.FILE)[: config.export.num_prompts]
-    if config.train.path is None:  # a checkpoint given by its path may be of other prompts than this configuration's
+    if config.train.path is None:  # a checkpoint at train.path may have other prompts than this configuration's
         prompts = {prompt.prompt_id: prompt for prompt in workspace.prompts.prompts}
         require_rendering(texts, prompts, workspace.tokenizer, config.prompts.date)
     return texts
@@ -121,7 +120,7 @@ def _check(workspace: Workspace, directory: Path, texts: list[HeldoutText]) -> E
 
 
 def _run_directory(trained: Artifact) -> StoragePath:
-    """Where the weights are, every byte of them as it was written."""
+    """Returns where the weights are; raises PipelineError when a byte of them is not as it was written."""
     found = {name.partition("/")[0] for name in trained.files if name.startswith("run-")}
     if len(found) != 1:
         raise PipelineError(f"{trained.path} holds {len(found)} run directories, wanted one; run stage=train again")
@@ -129,7 +128,7 @@ def _run_directory(trained: Artifact) -> StoragePath:
     read = {name: entry for name, entry in trained.files.items() if holds_weights(name.removeprefix(f"{run}/"))}
     damaged = storage.damaged_files(trained.path, read, verify=True)
     if damaged:
-        raise PipelineError(f"{trained.path} is damaged; {MEND}\n  " + "\n  ".join(damaged))
+        raise PipelineError(f"{trained.path} is damaged; {TRAIN_AGAIN}\n  " + "\n  ".join(damaged))
     return trained.path / run
 
 
@@ -150,25 +149,25 @@ def _record(workspace: Workspace, contract: Contract, trained: Artifact) -> Trai
 
 
 def _token_ids(target: Path) -> dict[str, int]:
-    """The target's special tokens, under the keys that a draft's config.json has too."""
+    """Returns the target's special tokens, under the keys that a draft's config.json has too."""
     config = read_config(target)
     found = {key: config.get(key) for key in TOKEN_IDS}
     first: dict[str, Any] = {key: value[0] if isinstance(value, list) else value for key, value in found.items()}
     return {key: value for key, value in first.items() if value is not None}
 
 
-def _engine_check_of(made: Artifact) -> EngineCheck:
-    evaluation = json.loads((made.path / EVALUATION).read_text())
+def _engine_check_of(exported: Artifact) -> EngineCheck:
+    evaluation = json.loads((exported.path / EVALUATION).read_text())
     if "engine" not in evaluation:
         raise PipelineError(
-            f"the draft at {made.path} was never run in the engine: an earlier version made it; delete it and run "
+            f"the draft at {exported.path} was never run in the engine: an earlier version made it; delete it and run "
             f"{command('export')}"
         )
     return EngineCheck.from_json(evaluation["engine"])
 
 
-def _report(tracker: Run, made: Artifact, verb: str) -> None:
-    check = _engine_check_of(made)
+def _report(tracker: Run, exported: Artifact, verb: str) -> None:
+    check = _engine_check_of(exported)
     trained, engine = check.trained, check.engine
     tracker.log_metrics({f"export/{name}": value for name, value in engine.metrics().items()})
     tracker.log_metrics(
@@ -179,8 +178,8 @@ def _report(tracker: Run, made: Artifact, verb: str) -> None:
             "export/accept_length_greedy": check.greedy.accept_length,
         }
     )
-    tracker.log_json(artifact.CONTRACT, Contract.from_json(made.contract).to_json())
-    tracker.log_artifact(Path(str(made.path)) / CARD)
+    tracker.log_json(artifact.CONTRACT, Contract.from_json(exported.contract).to_json())
+    tracker.log_artifact(Path(str(exported.path)) / CARD_FILE)
     log.info(
         "export: accept_length %.3f before (training evaluation), %.3f after (exported draft in the engine), %+.2f%%: "
         "%d held-out texts, %d of them as the engine writes them",
@@ -192,4 +191,4 @@ def _report(tracker: Run, made: Artifact, verb: str) -> None:
     )
     if check.num_greedy < check.num_texts:
         log.info("export: accept_length %.3f on what the engine writes itself", check.greedy.accept_length)
-    log.info("export: the draft %s at %s", verb, made.path)
+    log.info("export: the draft %s at %s", verb, exported.path)

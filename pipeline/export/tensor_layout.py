@@ -1,4 +1,4 @@
-"""The layout that other runtimes expect of a draft, spelled out beside what the code derives from its weights.
+"""The layout that other runtimes expect of a draft, written out independently of the code that saves weights.
 
 Source: docs/dflash.md#tensors.
 """
@@ -12,7 +12,7 @@ from pipeline.model.dflash.config import DFlashConfig
 
 
 def tensor_shapes(config: DFlashConfig) -> dict[str, list[int]]:
-    """Name and shape, [out, in], of every tensor of an exported draft."""
+    """Returns name and shape, [out, in], of every tensor of an exported draft."""
     d, f = config.hidden_size, config.intermediate_size
     nh, gh = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes = {"fc.weight": [d, config.feature_size], "hidden_norm.weight": [d], "norm.weight": [d]}
@@ -38,10 +38,10 @@ def tensor_shapes(config: DFlashConfig) -> dict[str, list[int]]:
 
 
 def require_layout(file: Path, config: DFlashConfig, dtype: str) -> None:
-    """Raise PipelineError naming every tensor of a safetensors file that other runtimes would not expect.
+    """Raises PipelineError naming every tensor of a safetensors file that other runtimes would not expect.
 
-    The file's header is read here, byte by byte, and not by what wrote it: eight bytes of length, then JSON.
-    `dtype` is spelled as in the header (BF16, F32).
+    The file's header (eight bytes of length, then JSON) is read without the library that wrote it. `dtype` is spelled
+    as in the header (BF16, F32).
     """
     with open(file, "rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))

@@ -1,4 +1,4 @@
-"""A trained draft as the directory that runtimes open."""
+"""Writes a trained draft as the directory that runtimes open."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +14,13 @@ from pipeline.model.hf.directory import save_draft
 
 
 def write_draft(directory: Path, draft: DraftModel, token_ids: Mapping[str, int]) -> Parity:
-    """Writes a draft in bfloat16, then proves names, shapes, values and outputs from what was written.
+    """Writes a draft in bfloat16, then checks names, shapes, values and outputs of the files.
 
-    Raises PipelineError when the proof fails.
+    Raises PipelineError when a check fails.
     """
-    rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16), draft)  # what drafts are published in
+    rounded = jax.tree.map(
+        lambda array: array.astype(jnp.bfloat16), draft
+    )  # the precision in which drafts are published
     save_draft(directory, rounded, dict(token_ids))
     require_layout(directory / safetensors_files.WEIGHTS_FILE, draft.config, "BF16")
     return require_parity(directory, draft)

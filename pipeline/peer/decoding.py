@@ -1,6 +1,6 @@
-"""Another program that decodes, beside ours: the same prompts in turn, each timed by itself where it decodes.
+"""Compares our decoding with another program's: the same prompts in turn, each timed by the program that decodes it.
 
-The other program is a command that is given the names of two files. It reads the first one,
+The other program is a command that gets the names of two files as arguments. It reads the first one,
 
     {"model": directory, "prompts": [[id, ...], ...], "max_new_tokens": n, "dtype": "float32" or "bfloat16"}
 
@@ -8,7 +8,7 @@ decodes every prompt greedily and alone to exactly that many tokens, and writes 
 
     {"outputs": [{"tokens": [id, ...], "decode_seconds": s}, ...]}
 
-where the seconds leave the first token, and with it prefill, out.
+where the seconds leave out the first token, and with it prefill.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from typing import Any
 from pipeline.bench.arms import run_pass
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
-from pipeline.external import command as other_program
+from pipeline.external import command as peer_command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingComparison:
-    """Decode speeds of neighbouring passes, ours and theirs, and how many answers agree in how many tokens."""
+    """Holds decode speeds of neighbouring passes, ours and theirs, and how many answers are equal."""
 
     ours: tuple[float, ...]
     theirs: tuple[float, ...]
@@ -34,11 +34,11 @@ class DecodingComparison:
 
     @property
     def ratios(self) -> list[float]:
-        """Ours over theirs, pair by pair, so that a drifting machine cancels out."""
+        """Returns ours over theirs, pair by pair, so that a drift in the machine's speed cancels."""
         return [our / their for our, their in zip(self.ours, self.theirs, strict=True)]
 
     def metrics(self) -> dict[str, float]:
-        """As they are logged."""
+        """Returns the metrics as they are logged."""
         return {
             "peer/ours_tokens_per_second": statistics.median(self.ours),
             "peer/theirs_tokens_per_second": statistics.median(self.theirs),
@@ -52,11 +52,11 @@ class DecodingComparison:
 def compare_decoding(
     engine: Engine, requests: Sequence[Request], command: Sequence[str], model: Path, dtype: str, repeats: int
 ) -> DecodingComparison:
-    """Alternate our plain engine, one slot, and the other program over the same requests."""
+    """Alternates our plain engine (one slot) and the other program `repeats` times over the same requests."""
     engine.warm_up()
-    given = {
+    question = {
         "model": str(model),
-        "prompts": [list(one.prompt_ids) for one in requests],
+        "prompts": [list(request.prompt_ids) for request in requests],
         "max_new_tokens": requests[0].max_new_tokens,
         "dtype": dtype,
     }
@@ -64,16 +64,17 @@ def compare_decoding(
     answers: dict[str, tuple[int, ...]] = {}
     outputs: list[dict[str, Any]] = []
     for _ in range(repeats):
-        made = run_pass(engine, requests)
-        ours.append(made.tokens_per_second)
-        answers = {name: one.token_ids for name, one in made.answers.items()}
-        outputs = run_peer_decoder(command, given)
-        num_tokens = sum(len(one["tokens"]) - 1 for one in outputs)
-        theirs.append(num_tokens / sum(one["decode_seconds"] for one in outputs))
-    equal = [answers[one.request_id] == tuple(other["tokens"]) for one, other in zip(requests, outputs, strict=True)]
+        our_pass = run_pass(engine, requests)
+        ours.append(our_pass.tokens_per_second)
+        answers = {name: answer.token_ids for name, answer in our_pass.answers.items()}
+        outputs = run_peer_decoder(command, question)
+        num_tokens = sum(len(output["tokens"]) - 1 for output in outputs)
+        theirs.append(num_tokens / sum(output["decode_seconds"] for output in outputs))
+    pairs = zip(requests, outputs, strict=True)
+    equal = [answers[request.request_id] == tuple(output["tokens"]) for request, output in pairs]
     return DecodingComparison(ours=tuple(ours), theirs=tuple(theirs), num_equal=sum(equal), num_answers=len(equal))
 
 
-def run_peer_decoder(command: Sequence[str], given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run the other program once. Raises PipelineError with the end of what it said when it fails."""
-    return other_program.run_json(command, given, "peer.command")["outputs"]
+def run_peer_decoder(command: Sequence[str], question: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs the other program once. Raises PipelineError with the end of its output when it fails."""
+    return peer_command.run_json(command, question, "peer.command")["outputs"]

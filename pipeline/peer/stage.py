@@ -1,6 +1,5 @@
-"""`stage=peer`: plain decoding at batch 1 against another program's, same weights, prompts, machine and run."""
+"""`stage=peer`: compares plain decoding at batch 1 with another program's: same weights, prompts and machine."""
 
-import logging
 from typing import Any
 
 from pipeline.bench import workload
@@ -13,11 +12,9 @@ from pipeline.tracking.run import Run
 from pipeline.workspace.loading import load_target, runtime_for
 from pipeline.workspace.workspace import Workspace
 
-log = logging.getLogger("pipeline")
-
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
-    """Compares, prints the line, logs it."""
+    """Compares, prints the lines and logs them. Raises PipelineError without a command to compare with."""
     wanted = config.peer
     if not wanted.command:
         raise PipelineError(

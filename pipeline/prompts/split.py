@@ -1,8 +1,7 @@
-"""Splits prompts into train and held-out by hash, and computes the fingerprint of a prompt set."""
+"""Splits prompts into train and held-out by hash."""
 
 from collections.abc import Iterable
 
-from pipeline.artifacts.hashing import fingerprint_of
 from pipeline.errors import PipelineError
 from pipeline.prompts.sources import Prompt
 
@@ -33,8 +32,3 @@ def split_by_hash(prompts: Iterable[Prompt], heldout_fraction: float) -> tuple[l
             "give more prompts or another fraction"
         )
     return train, heldout
-
-
-def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """Returns the sha256 (hex) over ids and efforts, in order."""
-    return fingerprint_of([[prompt.prompt_id, prompt.effort] for prompt in prompts])

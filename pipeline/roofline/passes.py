@@ -1,6 +1,7 @@
-"""The target's passes against the memory they must read: milliseconds, bytes, and the share of what a copy reaches."""
+"""Times the target's passes, and relates the bytes they must read to the bandwidth that a copy reaches."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ COPY_BYTES = 2**28  # read, and as many written
 
 @dataclasses.dataclass(frozen=True)
 class RooflinePass:
-    """What is timed: `num_rows` rows of `tokens_per_row` tokens each, behind `context` cached ones."""
+    """A pass to time: `num_rows` rows of `tokens_per_row` tokens each, after `context` cached ones."""
 
     name: str
     num_rows: int
@@ -38,7 +39,7 @@ class RooflinePass:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timed:
-    """A pass's median seconds, the bytes it must read, and its share of the bandwidth that a copy reaches."""
+    """Holds a pass's median seconds, the bytes it must read, and its share of the bandwidth that a copy reaches."""
 
     timed: RooflinePass
     seconds: float
@@ -47,7 +48,7 @@ class Timed:
 
 
 def copy_bandwidth(runtime: Runtime) -> float:
-    """Returns the bytes a second, read and written, that all devices reach when each updates a large array in place."""
+    """Returns the bytes per second, read and written, of all devices together when each updates an array in place."""
     devices = 1 if runtime.mesh is None else runtime.mesh.devices.size
     shape = (devices, COPY_BYTES // 4)
     if runtime.mesh is None:
@@ -56,18 +57,18 @@ def copy_bandwidth(runtime: Runtime) -> float:
         rows = jax.sharding.NamedSharding(runtime.mesh, jax.sharding.PartitionSpec(runtime.mesh.axis_names))
         array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=rows)()
     # in place: on a CPU, memory that is new to the process costs more than writing to it
-    over = jax.jit(lambda given: given + 1.0, donate_argnums=0)
+    update = jax.jit(lambda values: values + 1.0, donate_argnums=0)
 
     def run() -> Array:
         nonlocal array
-        array = over(array)
+        array = update(array)
         return array
 
     return devices * 2 * COPY_BYTES / _median_seconds(run, 20)
 
 
 def random_target(config: GptOssConfig, weight_format: WeightFormat, runtime: Runtime, seed: int) -> TargetModel:
-    """Returns random weights of the target's shapes, sharded as it is: a pass takes as long with any values."""
+    """Returns random weights of the target's shapes and sharding: a pass takes as long with any values."""
 
     def make() -> TargetModel:
         return TargetModel(config, gpt_oss_weights.random_weights(config, jax.random.key(seed), weight_format))
@@ -116,19 +117,26 @@ def expert_costs(
         inputs = jax.random.normal(jax.random.key(seed + count), (count, config.hidden_size)).astype(
             weight_format.dtype
         )
-        seconds = []
-        for limit in (count, 0):
-            plan = dataclasses.replace(execution, max_per_expert_tokens=limit)
-            layer = jax.jit(
-                lambda x, w, plan=plan: mixture(x, w, config.num_experts_per_tok, config.swiglu_limit, plan)
-            )
-            seconds.append(_median_seconds(lambda layer=layer, x=inputs: layer(x, experts), repeats))
-        costs.append((count, *seconds))
+        each, grouped = (
+            _median_seconds(functools.partial(_layer(config, execution, limit), inputs, experts), repeats)
+            for limit in (count, 0)
+        )
+        costs.append((count, each, grouped))
     return costs
 
 
+def _layer(config: GptOssConfig, execution: Execution, max_per_expert_tokens: int) -> Callable[..., Array]:
+    """Returns the jitted layer of experts that computes expert by expert up to a number of tokens."""
+    execution = dataclasses.replace(execution, max_per_expert_tokens=max_per_expert_tokens)
+
+    def layer(inputs: Array, experts: Any) -> Array:
+        return mixture(inputs, experts, config.num_experts_per_tok, config.swiglu_limit, execution)
+
+    return jax.jit(layer)
+
+
 def pass_table(timed: Sequence[Timed], bandwidth: float) -> str:
-    """One line a pass."""
+    """Returns a table with a line for each pass."""
     head = ("pass", "rows", "tokens", "context", "ms", "reads", "share of copy")
     rows = [
         (
@@ -146,7 +154,7 @@ def pass_table(timed: Sequence[Timed], bandwidth: float) -> str:
 
 
 def expert_table(costs: Sequence[tuple[int, float, float]]) -> str:
-    """One line a number of tokens."""
+    """Returns a table with a line for each number of tokens."""
     head = ("tokens", "expert by expert", "grouped")
     return _columns(
         [head, *((f"{n}", f"{each * 1e3:.2f} ms", f"{grouped * 1e3:.2f} ms") for n, each, grouped in costs)]
@@ -166,12 +174,12 @@ def _runner(
     one: RooflinePass,
     specs: Any,
 ) -> Callable[[], Array]:
-    """Returns what runs a pass again and again over the same cache, which it writes in place."""
+    """Returns a function that runs a pass over the same cache each time, and writes it in place."""
     config, execution = target.config, runtime.execution
 
     def step(
         target: TargetModel, cache: KVCache, ids: Int[Array, "B T"], start: Int[Array, " B"]
-    ) -> tuple[Int[Array, " B"], KVCache]:
+    ) -> tuple[Int[Array, " B"], KVCache | None]:
         out = gpt_oss.forward(target, ids, start, cache, execution=execution)
         return gpt_oss.next_tokens(target.weights, out.hidden[:, -1], execution.shards), out.cache
 

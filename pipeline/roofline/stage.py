@@ -1,4 +1,4 @@
-"""`stage=roofline`: how near the target's passes come to what the machine's memory allows, at random weights."""
+"""`stage=roofline`: measures how near the target's passes come to the limit of the machine's memory."""
 
 import dataclasses
 import logging
@@ -22,7 +22,7 @@ RESULTS = "roofline.json"
 
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
-    """Time the target's passes and its experts, print both tables, log them."""
+    """Times the target's passes and its experts at random weights, prints both tables and logs them."""
     sizes = config.target.architecture
     if sizes is None:
         raise PipelineError("stage=roofline times a target of target.architecture; choose target=gpt_oss_20b, say")
@@ -49,7 +49,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     del target
     if runtime.mesh is None and not is_fused(model, weight_format):
         results["experts"] = _experts(config, model, weight_format, runtime.execution)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for one in timed:
         name = f"roofline/{one.timed.name}_{one.timed.num_rows}"
         metrics |= {f"{name}_seconds": one.seconds, f"{name}_share_of_copy": one.share}
@@ -59,7 +59,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
 
 
 def _passes(wanted: RooflineConfig, data: int) -> list[RooflinePass]:
-    """Rows are a multiple of the copies of the model."""
+    """Returns the passes to time; their rows are a multiple of the copies of the model."""
     batches = [-(-batch // data) * data for batch in wanted.batches]
     prefill = [RooflinePass("prefill", data, wanted.prefill_tokens, 0)]
     decode = [RooflinePass("decode", batch, 1, wanted.context) for batch in batches]

@@ -1,7 +1,7 @@
-"""`stage=smoke`: a random draft of the right shape through export, serve and bench, with everything asserted.
+"""`stage=smoke`: takes a random draft of the right shape through export, serve and bench, and checks the results.
 
-It shows in under two minutes that the machinery starts, commits, rolls back and changes no token; it says
-nothing about a draft's worth. The target is random too, so that nothing has to be trained.
+It shows in under two minutes that the program starts, commits, rolls back and changes no token; it says nothing
+about a draft's quality. The target is random too, so that nothing has to be trained.
 """
 
 import dataclasses
@@ -111,10 +111,10 @@ def _random_draft(workspace: Workspace) -> None:
 
 
 def _serve(workspace: Workspace) -> None:
-    """One request through HTTP, its tokens compared with the plain engine's."""
+    """Sends one request through HTTP, and compares its tokens with the plain engine's."""
     config = workspace.config
     target = read_target(workspace.target.path, WeightFormat())
-    draft = read_draft(workspace.open(DRAFT).path, jnp.float32)
+    draft = read_draft(Path(str(workspace.open(DRAFT).path)), jnp.float32)
     engine = EngineConfig(
         num_slots=config.serve.slots,
         max_length=config.engine.max_length,

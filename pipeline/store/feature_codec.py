@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
-KINDS = ("bfloat16", "int8", "none")
 BFLOAT16_EXPONENT = 0x7F80  # all ones: infinite or nan
 LARGEST = 127  # of int8, by either sign
 

@@ -54,7 +54,7 @@ class ShardRows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheLayout:
-    """How a cache keeps features: `stored` as codec.KINDS has it, of `num_tapped` layers, `feature_size` wide (L * D).
+    """How a cache keeps features: `stored` is bfloat16, int8 or none; of `num_tapped` layers, `feature_size` wide.
 
     Both numbers are 0 where none are stored.
     """

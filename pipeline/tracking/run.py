@@ -30,10 +30,9 @@ class Run:
     What carries the value of HF_TOKEN is refused.
     """
 
-    def __init__(self, client: Any, *, experiment_id: str, run_id: str, store: str) -> None:
+    def __init__(self, client: Any, *, run_id: str, store: str) -> None:
         self.run_id = run_id
         self._client = client
-        self._experiment_id = experiment_id
         self._store = store
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -86,13 +85,6 @@ class Run:
         refuse_token({key: value})
         with store_errors(self._store):
             self._client.set_tag(self.run_id, usable_name(key), value[:TAG_CHARACTERS])
-
-    @contextlib.contextmanager
-    def child(self, name: str) -> Iterator["Run"]:
-        """A run nested under this one, ended with the block."""
-        run = _started(self._client, self._experiment_id, name, parent_run_id=self.run_id, store=self._store)
-        with _ended(run):
-            yield run
 
     def _end(self, status: str) -> None:
         with store_errors(self._store):
@@ -162,7 +154,7 @@ def _started(
         tags["mlflow.source.git.commit"] = git_commit
     with store_errors(store):
         started = client.create_run(experiment_id, run_name=name, tags=tags)
-    return Run(client, experiment_id=experiment_id, run_id=started.info.run_id, store=store)
+    return Run(client, run_id=started.info.run_id, store=store)
 
 
 def _user() -> str:

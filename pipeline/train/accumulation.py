@@ -1,4 +1,4 @@
-"""Gradients of a batch that goes through the model in parts, so that memory holds what one part needs."""
+"""Computes the gradients of a batch in parts, so that memory holds what one part needs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ Differentiated = Callable[[Any, TrainBatch], tuple[tuple[Array, Any], Any]]
 
 
 def require_divisible_batch(num_rows: int, num_parts: int, *, data: int, fsdp: int) -> None:
-    """PipelineError when the rows of a batch cannot be shared out evenly to parts and devices."""
+    """Raises PipelineError when the rows of a batch cannot be split evenly over parts and devices."""
     if num_rows % (num_parts * data * fsdp):
         raise PipelineError(
             f"train.batch_sequences is {num_rows}; it must be a multiple of train.accumulation x "
@@ -27,9 +27,9 @@ def require_divisible_batch(num_rows: int, num_parts: int, *, data: int, fsdp: i
 def accumulated(
     differentiate: Differentiated, parameters: Any, batch: TrainBatch, num_parts: int, mesh: Mesh
 ) -> tuple[tuple[Array, Any], Any]:
-    """`differentiate(parameters, batch)`: the sum of what it makes of the parts, in float32 like the parameters.
+    """Returns `differentiate(parameters, batch)`, as the sum over the parts, in float32 like the parameters.
 
-    Every device takes its part's rows from its own, so none of them moves.
+    Every device takes a part's rows from its own rows, so that no row moves.
     """
     if num_parts == 1:
         return differentiate(parameters, batch)
@@ -46,8 +46,8 @@ def accumulated(
 
 
 def _parts(array: Array, num_parts: int, mesh: Mesh) -> Array:
-    """Rows [B, ...] as [parts, B / parts, ...], each device's own rows shared out to all parts."""
+    """Returns rows [B, ...] as [parts, B / parts, ...]; every part has rows of each device."""
     num_devices = mesh.shape["dp"] * mesh.shape["fsdp"]
-    own = array.reshape(num_devices, num_parts, -1, *array.shape[1:])
-    parts = jnp.moveaxis(own, 1, 0).reshape(num_parts, -1, *array.shape[1:])
+    by_device = array.reshape(num_devices, num_parts, -1, *array.shape[1:])
+    parts = jnp.moveaxis(by_device, 1, 0).reshape(num_parts, -1, *array.shape[1:])
     return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))

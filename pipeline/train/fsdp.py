@@ -1,6 +1,6 @@
-"""Weights that lie in shares on all devices, gathered where they are used (FSDP), and their gradients shared out again.
+"""Gathers sharded weights where they are used, and scatters their gradients (FSDP).
 
-Left to itself, XLA gathers float32 and casts behind that, or moves activations instead of weights.
+Left to itself, XLA gathers float32 and casts afterwards, or moves activations instead of weights.
 """
 
 import dataclasses
@@ -17,24 +17,28 @@ STORED = ("fsdp", "sp")  # axes that weights are split over to save memory alone
 
 
 def gather_matrices(node: Node, mesh: Mesh, specs: dict[str, PartitionSpec]) -> Node:
-    """A node whose kernels, by their field's name in `specs`, are whole but for what each device multiplies itself."""
-    wide = {}
+    """Returns a node with its matrices gathered over the axes that only store them.
+
+    `specs` has the partition of each matrix by its field's name. Axes along which each device multiplies its own part
+    stay split.
+    """
+    gathered: dict[str, Any] = {}
     for name, spec in specs.items():
-        kernel = getattr(node, name, None)
-        if kernel is not None:
-            wide[name] = _gathered(NamedSharding(mesh, spec), kernel)
-    return dataclasses.replace(node, **wide)
+        matrix = getattr(node, name, None)
+        if matrix is not None:
+            gathered[name] = _gathered(NamedSharding(mesh, spec), matrix)
+    return dataclasses.replace(node, **gathered)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(stored: NamedSharding, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-    here = jax.lax.with_sharding_constraint(kernel, stored)  # in its own precision, before it travels
+def _gathered(stored: NamedSharding, matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    local = jax.lax.with_sharding_constraint(matrix, stored)  # in its own precision, before it is sent
     used = PartitionSpec(*(_used(axes) for axes in stored.spec))
-    return jax.lax.with_sharding_constraint(here, NamedSharding(stored.mesh, used))
+    return jax.lax.with_sharding_constraint(local, NamedSharding(stored.mesh, used))
 
 
-def _forward(stored: NamedSharding, kernel: Array) -> tuple[Array, None]:
-    return _gathered(stored, kernel), None
+def _forward(stored: NamedSharding, matrix: Array) -> tuple[Array, None]:
+    return _gathered(stored, matrix), None
 
 
 def _backward(stored: NamedSharding, _: None, gradient: Array) -> tuple[Array]:
@@ -45,6 +49,6 @@ _gathered.defvjp(_forward, _backward)
 
 
 def _used(axes: Any) -> Any:
-    """What is left of the axes that one dimension is split over."""
+    """Returns the axes that one dimension stays split over."""
     left = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in STORED)
     return left or None

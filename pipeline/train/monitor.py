@@ -1,4 +1,4 @@
-"""What a person sees of a training run while it goes: progress, metrics and the acceptance on text."""
+"""Shows a training run to a person while it goes: progress, metrics and the acceptance on text."""
 
 import contextlib
 import dataclasses
@@ -23,16 +23,16 @@ PREFIXES = {"heldout": "eval", "train": "eval_train"}
 
 @dataclasses.dataclass(frozen=True)
 class DeviceCapacity:
-    """What the devices could compute: operations a step needs, and a second gives on all of them (None: unknown)."""
+    """Holds the operations that a step needs, and those that all devices do in a second (None: unknown)."""
 
     step_flops: float
     flops_per_second: float | None
 
 
 class TrainMonitor:
-    """Told of every step; speaks every `log_steps`, and evaluates where the recipe says so.
+    """Receives every step, logs every `log_steps`, and evaluates where the recipe says so.
 
-    `evaluate(step, weights)` scores a draft and writes down what it found.
+    `evaluate(step, weights)` scores a draft and records the evaluation.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TrainMonitor:
         self._open.__exit__(kind, error, traceback)
 
     def begin(self, report: StepReport) -> None:
-        """Training begins behind a step of an earlier run (0: none), whose evaluation may be owed."""
+        """Begins after a step of an earlier run (0: none), and evaluates it where that run ended before it could."""
         if report.step:
             log.info("train: going on; %d of %d steps are made", report.step, self._steps)
         if report.step and self._evaluates_at(report.step) and report.step > self._last_evaluated:
@@ -76,14 +76,18 @@ class TrainMonitor:
         self._progress = self._open.enter_context(Progress("train", self._steps, "steps", done=report.step))
 
     def step(self, report: StepReport) -> None:
-        """A step is done."""
+        """Counts a finished step, and logs and evaluates when it is time.
+
+        Used between `begin` and the end of the `with` block.
+        """
+        assert self._progress is not None, "`begin` opens it"
         for name, value in report.metrics.items():
             self._window[name].append(value)
-        if self._compiling:  # the first step says nothing of the rate
+        if self._compiling:  # the first step's time is the compiler's
             self._compiling = False
             del self._window["seconds"][-1], self._window["num_tokens"][-1]
         if report.step % self._log_steps == 0 or report.step == self._steps:
-            self._tell(report.step)
+            self._log(report.step)
         if self._evaluates_at(report.step):
             self._score(report)
         self._progress.advance(1, f"loss {report.metrics['loss']:.3f}{self._note}")
@@ -94,7 +98,7 @@ class TrainMonitor:
         self._note = f", accept_length {heldout:.2f} held out, {train:.2f} train"
         log_scores(self._tracker, {"heldout": found.heldout, "train": found.train}, report.step)
 
-    def _tell(self, step: int) -> None:
+    def _log(self, step: int) -> None:
         window = self._window
         metrics = {f"train/{name}": statistics.fmean(window[name]) for name in WINDOW_MEANS}
         metrics["train/learning_rate"] = window["learning_rate"][-1]
@@ -111,7 +115,7 @@ class TrainMonitor:
 
 
 def log_scores(tracker: Run, scores: Mapping[str, Score], step: int | None) -> None:
-    """Record scores by split: `eval/accept_length` held out, `eval_train/...`, and how far they are apart."""
+    """Logs scores by split: `eval/accept_length` held out, `eval_train/...`, and the ratio of the two."""
     metrics = {
         f"{PREFIXES[split]}/{name}": value for split, score in scores.items() for name, value in score.metrics().items()
     }

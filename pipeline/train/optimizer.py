@@ -1,4 +1,4 @@
-"""AdamW or Muon as drafts are trained with: no decay on norms and biases, cosine with warm-up, an average if wanted."""
+"""AdamW or Muon for drafts: no decay of norms and biases, cosine schedule with warm-up, a weight average if wanted."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,43 +11,45 @@ from jaxtyping import Array
 
 from pipeline.train.recipe import Recipe
 
-MUON_RMS = 0.2  # of a Muon step over the learning rate: what Adam's have
+MUON_RMS = 0.2  # root mean square of a Muon step over the learning rate, as Adam's steps have
 
 
 class Averaged(NamedTuple):
-    """The optimizer's memory of an exponential moving average of the weights."""
+    """The optimizer's state of an exponential moving average of the weights."""
 
     average: Any
 
 
 def optimizer_of(recipe: Recipe) -> optax.GradientTransformation:
-    """Clip by the global norm, step by the schedule, kernels decayed alone; then the average, which changes nothing.
+    """Returns the optimizer: clipping by the global norm, a step by the schedule, decay of matrices alone, the average.
 
-    Steps are Adam's, or with `muon` Muon's for kernels, scaled to the size that Adam's have, so that one learning rate
-    suits both. Source of the scale: `adjust_lr_fn="match_rms_adamw"` of torch.optim.Muon; arXiv 2502.16982.
+    The average changes no step. Steps are Adam's, or with `muon` Muon's for matrices, scaled to the size that
+    Adam's have, so that one learning rate suits both.
+    Source of the scale: `adjust_lr_fn="match_rms_adamw"` of torch.optim.Muon; arXiv 2502.16982.
     """
     adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
     steps = [
         optax.clip_by_global_norm(recipe.clip_grad),
-        optax.partition({True: _muon(), False: adam}, _is_kernel) if recipe.muon else adam,
-        optax.add_decayed_weights(recipe.weight_decay, mask=_is_kernel),
+        optax.partition({True: _muon(), False: adam}, _is_matrix) if recipe.muon else adam,
+        optax.add_decayed_weights(recipe.weight_decay, mask=_is_matrix),
         optax.scale_by_learning_rate(schedule_of(recipe)),
     ]
     return optax.chain(*steps, *([] if recipe.ema_decay is None else [averaged(recipe.ema_decay)]))
 
 
 def _muon() -> optax.GradientTransformation:
-    def axes(kernels: Any) -> Any:
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), kernels)
+    def axes(matrices: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), matrices)
 
-    def sized(update: Array, _weight: Array | None) -> Array:
+    def scale(update: Array, _weight: Array | None) -> Array:
+        # optax's `scale_by_shape` computes the factor in float32, which changes its last bit for some shapes
         return update * (MUON_RMS * max(update.shape) ** 0.5)
 
-    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless_with_tree_map(sized))
+    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless_with_tree_map(scale))
 
 
 def schedule_of(recipe: Recipe) -> Callable[[Array], Array]:
-    """The learning rate of a step (0, 1, ...): linear to its peak, then half a cosine to the final one."""
+    """Returns the learning rate by step (0, 1, ...): linear to its peak, then half a cosine to the final one."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=recipe.learning_rate,
@@ -58,16 +60,16 @@ def schedule_of(recipe: Recipe) -> Callable[[Array], Array]:
 
 
 def averaged(decay: float) -> optax.GradientTransformation:
-    """Keeps decay * average + (1 - decay) * weights of every step, beginning with the first weights."""
+    """Returns a transformation that averages: decay * average + (1 - decay) * weights, from the first weights on."""
 
     def init(weights: Any) -> Averaged:
-        return Averaged(jax.tree.map(jnp.copy, weights))  # the step donates weights and memory both
+        return Averaged(jax.tree.map(jnp.copy, weights))  # the step donates both weights and optimizer state
 
-    def update(updates: Any, memory: Averaged, weights: Any) -> tuple[Any, Averaged]:
+    def update(updates: Any, state: Averaged, weights: Any) -> tuple[Any, Averaged]:
         return updates, Averaged(
             jax.tree.map(
-                lambda kept, weight, change: decay * kept + (1 - decay) * (weight + change),
-                memory.average,
+                lambda average, weight, change: decay * average + (1 - decay) * (weight + change),
+                state.average,
                 weights,
                 updates,
             )
@@ -76,11 +78,11 @@ def averaged(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def average_in(memory: Any) -> Any | None:
-    """The averaged weights in the optimizer's memory, in the shape of the weights; None without one."""
-    found = [one.average for one in memory if isinstance(one, Averaged)]
+def average_in(state: Any) -> Any | None:
+    """Returns the averaged weights in the optimizer's state, in the shape of the weights; None without an average."""
+    found = [one.average for one in state if isinstance(one, Averaged)]
     return found[0] if found else None
 
 
-def _is_kernel(weights: Any) -> Any:
+def _is_matrix(weights: Any) -> Any:
     return jax.tree.map(lambda weight: weight.ndim > 1, weights)

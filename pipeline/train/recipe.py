@@ -1,4 +1,4 @@
-"""How a draft is trained: made from the configuration here, and nowhere else."""
+"""How a draft is trained; only this module makes it from the configuration."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ from pipeline.model.dflash.config import DFlashConfig
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the loss is made of; hashable, for `jit`.
+    """Holds the settings of the loss; hashable, for `jit`.
 
-    Block positions weigh as `position_weights` says, position 0 (the anchor) first, or under D-PACE, when there is a
-    `dpace_smoothing`, by what the draft gets right itself. The loss is (1 - `distillation`) times cross entropy against
-    the target's tokens plus `distillation` times that against its distribution.
+    `position_weights` has a weight for each block position, position 0 (the anchor) first; with a `dpace_smoothing`
+    D-PACE weights positions by what the draft gets right itself. The loss is (1 - `distillation`) times cross entropy
+    against the target's tokens plus `distillation` times that against its distribution.
     """
 
     position_weights: tuple[float, ...]
@@ -28,13 +28,13 @@ class Objective:
 
     @property
     def weights(self) -> Float32[np.ndarray, " K"]:
-        """The weights as an array."""
+        """Returns the position weights [K] as an array."""
         return np.array(self.position_weights, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSplit:
-    """The devices of a training: `data` copies of the weights, each split over `fsdp` x `tensor` of them.
+    """Divides the devices of a training: `data` copies of the weights, each split over `fsdp` x `tensor` of them.
 
     Batches are split over `data` and `fsdp`. A number of -1 stands for all devices that the others leave.
     """
@@ -46,9 +46,9 @@ class DeviceSplit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a draft is trained; `dtype` is that of the arithmetic, `remat` as in `dflash.denoise_blocks`.
+    """Holds how a draft is trained; `dtype` is that of the arithmetic, `remat` as in `dflash.denoise_blocks`.
 
-    A batch goes through in `accumulation` parts. Without `ema_decay` no average of the weights is computed.
+    A batch is computed in `accumulation` parts. Without `ema_decay` no average of the weights is computed.
     """
 
     steps: int
@@ -72,20 +72,20 @@ class Recipe:
     split: DeviceSplit = DeviceSplit()
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the draft is evaluated behind this step (1, 2, ...)."""
+        """Returns whether the draft is evaluated after this step (1, 2, ...)."""
         return step % self.eval_steps == 0 or step == self.steps
 
     def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is written behind this step: one that is evaluated may turn out the best."""
+        """Returns whether a checkpoint is written after this step: one that is evaluated may turn out the best."""
         return step % self.checkpoint_steps == 0 or self.evaluates_at(step)
 
 
 def recipe_of(train: TrainConfig, draft: DFlashConfig, seed: int, dtype: jnp.dtype) -> Recipe:
     """Returns the recipe of this configuration; `dtype` is the precision of the arithmetic where it names none."""
     mesh = train.mesh
-    given = (mesh.data, mesh.fsdp, mesh.tensor)
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     decay = train.loss_decay or blocks.default_decay(draft.block_size)
-    split = DeviceSplit() if given == (None, None, None) else DeviceSplit(*(size or 1 for size in given))
+    split = DeviceSplit() if sizes == (None, None, None) else DeviceSplit(*(size or 1 for size in sizes))
     return Recipe(
         steps=train.steps,
         batch_sequences=train.batch_sequences,

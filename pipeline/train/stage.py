@@ -1,4 +1,4 @@
-"""`stage=train`: teacher cache -> trained draft, as EasyDeL's best run directory and what it scored."""
+"""`stage=train`: makes a trained draft from a teacher cache: EasyDeL's best run directory and its scores."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from pipeline import distributed
 from pipeline.artifacts import artifact
@@ -56,9 +56,9 @@ SAVED_BYTES_PER_WEIGHT = 3 * 4  # the weight and Adam's two moments, float32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainInputs:
-    """What a training reads: texts, the whole target where it is live, and its two tables.
+    """Holds what a training reads: texts, the whole target where it is live, and its two tables.
 
-    `tables` gives embedding and head in a precision, on the devices of a mesh; the engine serves in `served_dtype`.
+    `tables` returns embedding and head in a precision, on the devices of a mesh; the engine serves in `served_dtype`.
     """
 
     draft: DFlashConfig
@@ -70,7 +70,7 @@ class TrainInputs:
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Trains the draft of this configuration, or goes on with it, or reports that it stands."""
+    """Trains the draft of this configuration, resumes its training, or reports that it exists."""
     workspace = Workspace(config)
     path = workspace.address(CHECKPOINT)
     if artifact.exists(path):
@@ -110,7 +110,7 @@ def _train(workspace: Workspace, path: Path, tracker: Run) -> None:
 
 
 def _open(path: Path, contract: Contract, draft: DFlashConfig) -> None:
-    """Makes or finds the directory to train in; PipelineError when what was begun there has other settings."""
+    """Makes or finds the directory to train in; raises PipelineError when a training of other settings began in it."""
     sizes = [leaf.size for leaf in jax.tree.leaves(weight_shapes(draft))]
     needed = 3 * SAVED_BYTES_PER_WEIGHT * sum(sizes)  # the best, the last, and the one being written
     require_free_space(path, needed, "training (three checkpoints)")
@@ -126,13 +126,14 @@ def _open(path: Path, contract: Contract, draft: DFlashConfig) -> None:
 
 
 def _decides(contract: dict[str, Any]) -> dict[str, Any]:
-    made_from = {key: contract["provenance"][key] for key in ("config", "parents")}
-    return {**contract, "provenance": made_from}
+    """Returns the part of a contract that decides the draft: no commit and no package versions."""
+    provenance = {key: contract["provenance"][key] for key in ("config", "parents")}
+    return {**contract, "provenance": provenance}
 
 
 def _is_over(scratch: Path, steps: int) -> bool:
-    """Whether every step is made and the last draft evaluated: a kill came behind it."""
-    return any(one.step == steps for one in best.read_evaluations(scratch))
+    """Returns whether the last step's draft is evaluated already, and only the end of the stage is missing."""
+    return any(evaluation.step == steps for evaluation in best.read_evaluations(scratch))
 
 
 def _inputs(workspace: Workspace, cache: StoragePath) -> TrainInputs:
@@ -161,7 +162,7 @@ def _inputs(workspace: Workspace, cache: StoragePath) -> TrainInputs:
 
 
 def _require_devices(recipe: Recipe) -> None:
-    """Raises PipelineError when the devices, or the rows of a batch, cannot be split as was said."""
+    """Raises PipelineError when the devices, or the rows of a batch, cannot be split as configured."""
     split, num_devices = recipe.split, jax.device_count()
     rest = split.data * split.tensor
     fsdp = num_devices // rest if split.fsdp == -1 else split.fsdp
@@ -185,7 +186,7 @@ def _fit(scratch: Path, workspace: Workspace, inputs: TrainInputs, tracker: Run)
     setup = trainer.TrainingSetup(
         draft=inputs.draft,
         recipe=recipe,
-        tables=functools.partial(inputs.tables, recipe.dtype),
+        tables=functools.partial(inputs.tables, jnp.dtype(recipe.dtype)),
         batch_at=batches.at,
         initial=_initial(workspace),
         complete=None if inputs.live is None else inputs.live.complete,
@@ -197,19 +198,19 @@ def _fit(scratch: Path, workspace: Workspace, inputs: TrainInputs, tracker: Run)
         capacity=_capacity(inputs, config.train, batches),
         evaluates_at=recipe.evaluates_at,
         evaluate=functools.partial(_evaluate, scratch, inputs),
-        last_evaluated=max((one.step for one in evaluations), default=0),
+        last_evaluated=max((evaluation.step for evaluation in evaluations), default=0),
     ) as monitor:
         trainer.fit(scratch, setup, monitor.begin, monitor.step)
 
 
 def _initial(workspace: Workspace) -> DFlashWeights | None:
-    """The weights of `train.init`, in float32."""
+    """Reads the weights of `train.init`, in float32; None without one."""
     directory = workspace.initial_draft
     return None if directory is None else read_draft(directory, jnp.float32).weights
 
 
 def _batches(split: CacheSplit, train: TrainConfig, seed: int) -> PaddedBatches | PackedBatches:
-    """Rows of one sequence each, or of `train.pack_tokens` tokens."""
+    """Returns batches of rows of one sequence each, or of `train.pack_tokens` tokens."""
     options: dict[str, Any] = {
         "num_anchors": train.anchors_per_sequence,
         "seed": seed,
@@ -246,7 +247,10 @@ def _capacity(inputs: TrainInputs, train: TrainConfig, batches: PaddedBatches | 
 def _evaluate(scratch: Path, inputs: TrainInputs, step: int, weights: DFlashWeights) -> Evaluation:
     """Scores a draft, in the precision it is served in, on held-out texts and on as many train texts."""
     weights = jax.tree.map(lambda array: array.astype(inputs.served_dtype), weights)
-    draft, tables = DraftModel(inputs.draft, weights), inputs.tables(inputs.served_dtype, weights.norm.sharding.mesh)
+    sharding = weights.norm.sharding
+    assert isinstance(sharding, NamedSharding), "EasyDeL trains on a mesh, of one device too"
+    assert isinstance(sharding.mesh, Mesh), "weights are on devices"
+    draft, tables = DraftModel(inputs.draft, weights), inputs.tables(inputs.served_dtype, sharding.mesh)
     count = min(EVALUATED_SEQUENCES, *(split.num_sequences for split in inputs.splits.values()))
     with_features = None if inputs.live is None else inputs.live.with_features
     scores: dict[str, Score] = {
@@ -256,19 +260,19 @@ def _evaluate(scratch: Path, inputs: TrainInputs, step: int, weights: DFlashWeig
     return best.record(scratch, step, scores)
 
 
-def _report(tracker: Run, made: Artifact, verb: str) -> None:
-    found = json.loads((made.path / EVALUATION).read_text())
-    step, steps = found["step"], made.settings["train.steps"]
+def _report(tracker: Run, checkpoint: Artifact, verb: str) -> None:
+    found = json.loads((checkpoint.path / EVALUATION).read_text())
+    step, steps = found["step"], checkpoint.settings["train.steps"]
     scores = {split: Score.from_json(found[split]) for split in ("heldout", "train")}
     log_scores(tracker, scores, step)
-    tracker.log_json(artifact.CONTRACT, made.contract)
+    tracker.log_json(artifact.CONTRACT, checkpoint.contract)
     tracker.log_json(EVALUATION, found)
     heldout, trained = scores["heldout"].total, scores["train"].total
     log.info(
         "train: the draft %s at %s; the best of its evaluations is that of step %d of %d; accept_length %.3f of %d on "
         "held-out texts, %.3f on train texts",
         verb,
-        made.path,
+        checkpoint.path,
         step,
         steps,
         heldout.accept_length,

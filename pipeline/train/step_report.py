@@ -1,4 +1,4 @@
-"""What a training step says of itself."""
+"""The report of a training step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pipeline.model.dflash.weights import DFlashWeights
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """A step's number (1 for the first), its metrics and the weights it left.
+    """Holds a step's number (1 for the first), its metrics and a function that returns the weights after it.
 
     Metrics: loss, learning_rate, token_accuracy, anchor_accept_length, num_tokens (drafted tokens learned
     from) and seconds.

@@ -1,12 +1,12 @@
-"""Another trainer beside ours: the same draft, first weights, sequences in the same batches, machine and threads.
+"""Runs another trainer beside ours: same draft, first weights, batches, machine and number of threads.
 
-The other trainer is a command that is given the names of two files (`other_program`). It reads the first one,
+The other trainer is a command that gets the names of two files (`external/command.py`). It reads the first one,
 
     {"draft": directory, "data": file, "order": [[index, ...], ...], "num_anchors": n, "threads": n, "seed": n,
      "recipe": {...}, "attention": name or null, "draft_out": file or null}
 
 trains the draft of the directory (HF layout, float32) one step per batch of `order`, `num_anchors` blocks in each, by
-the `recipe` (`PeerRecipe`), writes its tensors to `draft_out` when that is given, and to the second file
+the `recipe` (`PeerRecipe`), writes its tensors to `draft_out` unless that is null, and writes to the second file
 
     {"step_seconds": [s, ...], "losses": [x, ...], "attention": name}
 
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from pipeline.external import command as other_program
+from pipeline.external import command as peer_command
 from pipeline.model.layers.linear import Matrix, TransposedMatrix
 
 KEY = "train_peer.command"
@@ -33,7 +33,7 @@ WARM_UP_STEPS = 3  # of a pass, not counted
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeerRecipe:
-    """How the other trainer trains: slots' weights by its own names, and what its optimizer and schedule are given."""
+    """Holds how the other trainer trains: its name for block positions' weights, and the settings of its trainer."""
 
     weights: str
     decay: float
@@ -42,7 +42,7 @@ class PeerRecipe:
 
 
 # Defaults of `speculators train --speculator-type dflash` 0.9.0 (train/config/schema.py): Muon beside AdamW, linear
-# decay after 1 % of warm-up, D-PACE weights. The number of epochs is what steps take the place of.
+# decay after 1 % of warm-up, D-PACE weights. Our number of steps replaces its number of epochs.
 PUBLISHED = PeerRecipe(
     weights="dpace",
     decay=4.0,
@@ -53,7 +53,7 @@ PUBLISHED = PeerRecipe(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeerData:
-    """Sequences by number, and which of them each step's batch holds."""
+    """Holds the file of the sequences, and by index those in each step's batch."""
 
     file: Path
     order: list[list[int]]
@@ -63,22 +63,22 @@ class PeerData:
     def write(
         cls, file: Path, batches: Iterable[dict[str, np.ndarray]], embedding: Float[Array, "V D"], head: Matrix
     ) -> "PeerData":
-        """What these batches (fields of `loss.Batch`, a sequence to a row) hold, each sequence once."""
-        places: dict[bytes, int] = {}
+        """Writes the sequences of these batches (fields of a `TrainBatch`, a sequence to a row), each once."""
+        indices: dict[bytes, int] = {}
         sequences: list[dict[str, np.ndarray]] = []
-        order = []
+        order: list[list[int]] = []
         for batch in batches:
             order.append([])
             for row, generated in enumerate(batch["generated"]):
-                end = np.flatnonzero(generated)[-1] + 1  # nothing is learned of or from what lies behind
-                one = {name: batch[name][row, :end] for name in ("token_ids", "generated", "features")}
-                key = one["token_ids"].tobytes() + one["generated"].tobytes()
-                if key not in places:
-                    places[key] = len(sequences)
-                    sequences.append(one)
-                order[-1].append(places[key])
-        lengths = [len(one["token_ids"]) for one in sequences]
-        tokens = {name: np.concatenate([one[name] for one in sequences]) for name in sequences[0]}
+                end = np.flatnonzero(generated)[-1] + 1  # the loss neither reads nor predicts later positions
+                sequence = {name: batch[name][row, :end] for name in ("token_ids", "generated", "features")}
+                key = sequence["token_ids"].tobytes() + sequence["generated"].tobytes()
+                if key not in indices:
+                    indices[key] = len(sequences)
+                    sequences.append(sequence)
+                order[-1].append(indices[key])
+        lengths = [len(sequence["token_ids"]) for sequence in sequences]
+        tokens = {name: np.concatenate([sequence[name] for sequence in sequences]) for name in sequences[0]}
         np.savez(
             file,
             **{**tokens, "features": tokens["features"].view(np.int16)},
@@ -86,7 +86,7 @@ class PeerData:
             embedding=np.asarray(embedding),
             head=np.asarray(head.array if isinstance(head, TransposedMatrix) else head.T),
         )
-        return cls(file=file, order=order, num_tokens=[sum(lengths[one] for one in batch) for batch in order])
+        return cls(file=file, order=order, num_tokens=[sum(lengths[index] for index in batch) for batch in order])
 
 
 def run_peer_trainer(
@@ -100,24 +100,24 @@ def run_peer_trainer(
     attention: str | None = None,
     draft_out: Path | None = None,
 ) -> dict[str, Any]:
-    """The other trainer's answer. Raises PipelineError when it fails."""
-    given = {
+    """Returns the other trainer's answer. Raises PipelineError when it fails."""
+    question = {
         "draft": str(draft),
         "data": str(data.file),
         "order": data.order,
         "num_anchors": num_anchors,
-        "threads": len(os.sched_getaffinity(0)),  # as many as XLA takes
+        "threads": len(os.sched_getaffinity(0)),  # as many as XLA uses
         "seed": seed,
         "recipe": dataclasses.asdict(recipe),
         "attention": attention,
         "draft_out": None if draft_out is None else str(draft_out),
     }
-    return other_program.run_json(command, given, KEY)
+    return peer_command.run_json(command, question, KEY)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingComparison:
-    """Seconds of each step, pass by pass, ours and theirs, and tokens of each step's batch."""
+    """Holds the seconds of each step, pass by pass, ours and theirs, and the tokens of each step's batch."""
 
     ours: tuple[tuple[float, ...], ...]
     theirs: tuple[tuple[float, ...], ...]
@@ -125,14 +125,14 @@ class TrainingComparison:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as fast our step is, pass by pass: the median over steps, each with the same batch."""
+        """Returns by pass how many times as fast our step is: the median over steps, each with the same batch."""
         return [
             statistics.median(their / our for our, their in list(zip(*steps, strict=True))[WARM_UP_STEPS:])
             for steps in zip(self.ours, self.theirs, strict=True)
         ]
 
     def metrics(self) -> dict[str, float]:
-        """As they are logged."""
+        """Returns the metrics as they are logged."""
         ratios = self.ratios
         return {
             "train_peer/ours_tokens_per_second": self._speed(self.ours),

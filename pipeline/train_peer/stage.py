@@ -1,4 +1,4 @@
-"""`stage=train_peer`: training steps beside another trainer's, and what both drafts are worth after as many steps."""
+"""`stage=train_peer`: compares training steps with another trainer's, and both drafts after as many steps."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ log = logging.getLogger("pipeline")
 
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
-    """Compares, prints the lines, logs them."""
+    """Compares, prints the lines and logs them. Raises PipelineError without a command, or with too few steps."""
     wanted = config.train_peer
     if not wanted.command:
         raise PipelineError(
@@ -76,7 +76,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pair:
-    """What both trainers are given, in float32."""
+    """Holds the inputs of both trainers, in float32."""
 
     folder: Path
     command: Sequence[str]
@@ -177,7 +177,7 @@ def _fresh(directory: Path) -> Path:
 
 
 def _speeds(pair: _Pair, num_steps: int, repeats: int) -> dict[str, float]:
-    """Passes of so many steps, ours and theirs in turn; the other trainer's attention is chosen in its first."""
+    """Times passes of `num_steps`, ours and theirs in turn; the other trainer chooses its attention in its first."""
     data = pair.prepare(num_steps)
     attention: str | None = None
     ours, theirs = [], []
@@ -201,18 +201,18 @@ def _speeds(pair: _Pair, num_steps: int, repeats: int) -> dict[str, float]:
 
 
 def _qualities(pair: _Pair, num_steps: int, heldout: CacheSplit) -> dict[str, float]:
-    """Accept lengths on held-out texts of what each made of the same batches, from the same weights."""
+    """Returns accept lengths on held-out texts of what each trained from the same weights on the same batches."""
     data = pair.prepare(num_steps)
-    made = {
+    trained = {
         "ours": pair.ours(num_steps)[0],
         "theirs_as_published": pair.theirs(data, PUBLISHED, None)[0],
         "theirs_with_our_recipe": pair.theirs(data, pair.alike(), None)[0],
     }
     tables = FrozenTables(*pair.tables, pair.draft_config.vocab_size)
     measured = {}
-    for name, weights in made.items():
+    for name, weights in trained.items():
         draft = DraftModel(pair.draft_config, weights)
-        found = evaluate(draft, tables, heldout, num_sequences=EVALUATED_SEQUENCES)
-        measured[f"train_peer/{name}_accept_length"] = found.total.accept_length
-        print(f"{name:24} {found.total.accept_length:.3f} accept_length after {num_steps} steps", flush=True)
+        score = evaluate(draft, tables, heldout, num_sequences=EVALUATED_SEQUENCES).total
+        measured[f"train_peer/{name}_accept_length"] = score.accept_length
+        print(f"{name:24} {score.accept_length:.3f} accept_length after {num_steps} steps", flush=True)
     return measured

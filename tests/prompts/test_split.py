@@ -5,7 +5,7 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import generated, prompt_of
-from pipeline.prompts.split import fingerprint, is_heldout, split_by_hash
+from pipeline.prompts.split import is_heldout, split_by_hash
 
 PROMPTS = list(generated(0, 2_000, "low").prompts)
 
@@ -57,10 +57,3 @@ def test_the_first_eight_bytes_of_the_id_decide(digits, held):
 def test_a_split_with_an_empty_side_is_refused(prompts, fraction, message):
     with pytest.raises(PipelineError, match=message):
         split_by_hash(prompts, fraction)
-
-
-def test_the_fingerprint_follows_ids_efforts_and_order():
-    a, b = PROMPTS[:2]
-    louder = prompt_of(a.messages, "high")
-    assert fingerprint([a, b]) == fingerprint([a, b])
-    assert len({fingerprint(each) for each in ([a, b], [b, a], [a], [louder, b], [])}) == 5

@@ -1,6 +1,6 @@
-"""Features from the frozen target inside the training job: the cache then holds tokens alone.
+"""Computes features with the frozen target during training, so that the cache holds tokens alone.
 
-What a token's features are is defined in `engine/capture.py`, for stored and for live ones.
+`engine/capture.py` defines a token's features, for stored and for live ones.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from pipeline.store.layout import CachedSequence
 
 @dataclasses.dataclass(frozen=True)
 class LiveTarget:
-    """The frozen target on the devices of the training."""
+    """Holds the frozen target on the devices of the training."""
 
     target: TargetModel
     tapped_layers: tuple[int, ...]
     runtime: Runtime
-    distils: bool = False  # whether the loss asks for the target's final hidden states
+    distils: bool = False  # whether the loss needs the target's final hidden states
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Array]:
-        """Returns the fields of a `TrainBatch` that the target makes of its tokens."""
+        """Returns the fields of a `TrainBatch` that the target computes from its tokens."""
         token_ids = batch["token_ids"]
         if self.runtime.mesh is not None:  # the same devices in another order of axes
             token_ids = jax.device_put(token_ids, NamedSharding(self.runtime.mesh, ROWS))

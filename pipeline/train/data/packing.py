@@ -1,4 +1,4 @@
-"""Several sequences to a row of fixed length: which share one follows from their lengths and the epoch's draw alone."""
+"""Packs several sequences into a row of fixed length, by their lengths and the epoch's draw alone."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from pipeline.errors import PipelineError
 
 
 def pack(costs: Int[np.ndarray, " S"], order: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices whose costs are at most `capacity` in sum: each, in `order`, into the fullest row that takes it.
+    """Packs indices, in `order`, each into the fullest row that has room; returns rows of cost sum <= `capacity`.
 
-    How many rows there are, and how full each, depends on the costs in that order alone and not on which index has
-    which: orders that differ among equal costs alone give as many rows. With descending costs, best-fit decreasing.
+    The number of rows and their fill depend only on the costs in that order: orders that differ among equal costs alone
+    give as many rows. With descending costs this is best-fit decreasing.
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set where some row has room for r more: the best fit is the lowest bit from the cost on
+    rooms = 0  # bit r is set when some row has room for r more: the best fit is the lowest set bit from the cost up
     for index in order:
         cost = int(costs[index])
         fitting = rooms >> cost
@@ -34,22 +34,22 @@ def pack(costs: Int[np.ndarray, " S"], order: Sequence[int], capacity: int) -> l
 
 
 def anchors_per_row(num_tokens: Int[np.ndarray, " S"], num_anchors: Int[np.ndarray, " S"], row_tokens: int) -> int:
-    """Places for anchors in a row of `row_tokens`: as many as that many tokens have on average, or a sequence alone."""
+    """Returns how many anchors a row has room for: the average of `row_tokens` tokens, or one sequence's most."""
     return max(int(num_anchors.max()), -(-int(num_anchors.sum()) * row_tokens // int(num_tokens.sum())))
 
 
 def costs_of(
     num_tokens: Int[np.ndarray, " S"], num_anchors: Int[np.ndarray, " S"], row_tokens: int, row_anchors: int
 ) -> Int[np.ndarray, " S"]:
-    """The larger of the shares that sequences take of a row of `row_tokens` tokens and `row_anchors` blocks, in tokens.
+    """Returns sequences' costs in tokens: the larger of the shares they take of a row's tokens and of its anchors.
 
-    Rows of sequences whose costs are at most `row_tokens` in sum have room for all of their tokens and anchors.
+    Sequences whose costs are at most `row_tokens` in sum fit into a row with all of their tokens and anchors.
     """
     return np.maximum(num_tokens, -(-num_anchors * row_tokens // row_anchors))
 
 
-def require_fitting(num_tokens: Int[np.ndarray, " S"], row_tokens: int) -> None:
-    """PipelineError when some sequence is longer than a row."""
+def require_sequences_fit(num_tokens: Int[np.ndarray, " S"], row_tokens: int) -> None:
+    """Raises PipelineError when some sequence is longer than a row."""
     longer = np.flatnonzero(num_tokens > row_tokens)
     if len(longer):
         raise PipelineError(

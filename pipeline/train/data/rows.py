@@ -1,4 +1,4 @@
-"""Sequences laid out as rows; each host's rows."""
+"""Lays sequences out as rows, and divides the rows of a batch among hosts."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ LENGTH_STEP = 32  # padded lengths are multiples of it
 
 
 def padded_row_length(num_tokens: Int[np.ndarray, " sequences"], *, divisor: int = 1) -> int:
-    """The length of the longest sequence, or its half (`divisor` 2), rounded up."""
+    """Returns the length of the longest sequence, or its half (`divisor` 2), rounded up to whole LENGTH_STEPs."""
     return -(-int(num_tokens.max()) // (divisor * LENGTH_STEP)) * LENGTH_STEP
 
 
 def stack(sequences: Sequence[CachedSequence], num_positions: int) -> dict[str, np.ndarray]:
-    """Sequences as rows of `num_positions` tokens: token_ids [B, T], generated [B, T], features [B, T, L*D]."""
+    """Returns sequences as rows of `num_positions` tokens: token_ids [B, T], generated [B, T], features [B, T, L*D]."""
     width = 0 if sequences[0].features is None else sequences[0].features.shape[1]
     fields = lay_out([[sequence] for sequence in sequences], num_positions, width)
     del fields["starts"]
@@ -26,9 +26,9 @@ def stack(sequences: Sequence[CachedSequence], num_positions: int) -> dict[str, 
 
 
 def lay_out(rows: Sequence[Sequence[CachedSequence]], num_positions: int, width: int) -> dict[str, np.ndarray]:
-    """As `stack` for rows that hold any number of sequences, end to end; `starts` [B, T] says where each begins.
+    """Does as `stack` for rows that hold any number of sequences, end to end; `starts` [B, T] says where each begins.
 
-    Features are `width` wide; 0 where the target makes them later.
+    Features are `width` wide: 0 when the target computes them later.
     """
     shape = (len(rows), num_positions)
     token_ids = np.zeros(shape, dtype=np.int32)
@@ -49,11 +49,14 @@ def lay_out(rows: Sequence[Sequence[CachedSequence]], num_positions: int, width:
 
 
 def rows_of_host(num_sequences: int, index: int, count: int) -> slice:
-    """Which rows of a batch the host `index` of `count` reads; PipelineError when they cannot be shared out evenly."""
+    """Returns the rows of a batch that host `index` of `count` reads.
+
+    Raises PipelineError when the rows cannot be split evenly over hosts.
+    """
     if num_sequences % count:
         raise PipelineError(
             f"train.batch_sequences is {num_sequences}; {count} hosts read equal parts of a batch: give a multiple of "
             f"{count}"
         )
-    own = num_sequences // count
-    return slice(index * own, (index + 1) * own)
+    per_host = num_sequences // count
+    return slice(index * per_host, (index + 1) * per_host)

@@ -1,4 +1,4 @@
-"""Counts of what a draft was trained on, for its model card."""
+"""Counts the texts that a draft was trained on, for its model card."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ def summarize(cache: Artifact) -> dict[str, Any]:
         }
         for name, split in splits.items()
     }
-    made = {key: cache.settings.get(f"prompts.{key}") for key in PROMPTS}
-    made |= {key: cache.settings.get(f"teacher_cache.{key}") for key in ANSWERS}
+    origin = {key: cache.settings.get(f"prompts.{key}") for key in PROMPTS}
+    origin |= {key: cache.settings.get(f"teacher_cache.{key}") for key in ANSWERS}
     return {
         "splits": counts,
         "longest_tokens": max(int(split.num_tokens.max()) for split in splits.values()),
-        "made": {key: value for key, value in made.items() if value is not None},
+        "made": {key: value for key, value in origin.items() if value is not None},
     }

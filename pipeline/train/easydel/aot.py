@@ -1,4 +1,4 @@
-"""The training step lowered for devices that need not be there, by the shapes of what it is given."""
+"""Lowers the training step for devices that need not be there, from the shapes of its arguments alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.model.hf import dflash as hf_dflash
 from pipeline.model.layers.linear import TransposedMatrix
 from pipeline.train.easydel import step as step_module
 from pipeline.train.easydel import trainer
-from pipeline.train.easydel.draft_module import KERNELS, DraftModule, DraftModuleConfig
+from pipeline.train.easydel.draft_module import MATRICES, DraftModule, DraftModuleConfig
 from pipeline.train.loss import vocab_shard
 from pipeline.train.loss.vocab_shard import FrozenTables
 from pipeline.train.recipe import DeviceSplit, Recipe
@@ -43,18 +43,20 @@ def lower_train_step(
     module_config = DraftModuleConfig(draft=hf_dflash.config_to_hf(config, "float32", {}))
     optimizer, schedule = trainer.arguments_of(Path("run"), recipe).get_optimizer_and_scheduler(recipe.steps)
 
-    def new_state() -> EasyDeLState:
+    def create_state() -> EasyDeLState:
         module = DraftModule(
             config=module_config, dtype=recipe.dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(recipe.seed)
         )
         return EasyDeLState.create(step=0, model=module, tx=optimizer, init_opt_state=True)
 
-    state = jax.eval_shape(new_state)
+    state = jax.eval_shape(create_state)
     shardings = jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec_of(path, leaf)), state)
     tables = _tables(config, recipe, mesh)
     step = step_module.jitted_step(config, recipe, schedule, shardings, tables)
     return step.lower(
-        jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, shardings),
+        jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+        ),
         _batch(config, recipe, num_positions, num_anchors, NamedSharding(mesh, vocab_shard.ROWS_SPEC), packed=packed),
         tables,
     )
@@ -71,9 +73,9 @@ def _mesh(split: DeviceSplit, devices: Sequence[Any]) -> Mesh:
 
 
 def spec_of(path: Any, leaf: Any) -> PartitionSpec:
-    """Of a parameter, or of what the optimizer keeps of it under the same name."""
+    """Returns the partition of a parameter, or of what the optimizer stores for it under the same name."""
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    return KERNELS.get(names[-1], PartitionSpec()) if names and leaf.ndim == 2 else PartitionSpec()
+    return MATRICES.get(names[-1], PartitionSpec()) if names and leaf.ndim == 2 else PartitionSpec()
 
 
 def _batch(
@@ -95,9 +97,9 @@ def _batch(
 
 
 def _tables(config: DFlashConfig, recipe: Recipe, mesh: Mesh) -> FrozenTables:
-    """The shapes of embedding and head as `vocab_shard.shard_tables` shards them."""
+    """Returns the shapes of embedding and head as `vocab_shard.shard_tables` shards them."""
     size = config.vocab_size + -config.vocab_size % vocab_shard.num_vocab_shards(mesh)
     shape = (size, config.hidden_size)
-    sharding, _ = vocab_shard.table_shardings(TransposedMatrix(shape), mesh)
-    table = jax.ShapeDtypeStruct(shape, recipe.dtype, sharding=sharding)
+    sharding = NamedSharding(mesh, vocab_shard.EMBEDDING_SPEC)  # that of a head stored as [V, D] too
+    table: Any = jax.ShapeDtypeStruct(shape, recipe.dtype, sharding=sharding)
     return FrozenTables(table, TransposedMatrix(table), config.vocab_size, mesh)

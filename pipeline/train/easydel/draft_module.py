@@ -1,6 +1,6 @@
-"""The draft as EasyDeL knows a model: its parameters and their names; the mathematics stays in model/draft.
+"""The draft as an EasyDeL model: its parameters and their names. The mathematics stays in `pipeline/model/dflash`.
 
-Parameters carry the paths of `DraftWeights` (`layers/0/query`), which are also their names on disk.
+Parameters have the paths of `DFlashWeights` (`layers/0/query`), which are also their names on disk.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pipeline.model.hf import dflash as hf_dflash
 
 MODEL_TYPE = "dflash_draft"
 _OUT, _IN = PartitionSpec(("fsdp", "sp"), "tp"), PartitionSpec("tp", ("fsdp", "sp"))
-KERNELS = {  # split over both of their axes [in, out]; everything else is on every device
+MATRICES = {  # each split over both of its axes [in, out]; everything else is on every device
     "fuse": _OUT,
     "query": _OUT,
     "key": _OUT,
@@ -36,7 +36,7 @@ KERNELS = {  # split over both of their axes [in, out]; everything else is on ev
 
 @register_config(MODEL_TYPE)
 class DraftModuleConfig(EasyDeLBaseConfig):
-    """Carries the draft's HF config (`hf_draft.config_to_hf`) and, for EasyDeL, its sizes."""
+    """Carries the draft's HF config (`hf_dflash.config_to_hf`) and, for EasyDeL, its sizes."""
 
     model_type = MODEL_TYPE
 
@@ -45,25 +45,26 @@ class DraftModuleConfig(EasyDeLBaseConfig):
         super().__init__(**options)
 
     def to_draft(self) -> DFlashConfig:
-        """The config of the draft that the parameters belong to."""
+        """Returns the config of the draft that the parameters belong to."""
+        assert self.draft is not None, "EasyDeL alone makes a config without a draft, and asks it for none"
         return hf_dflash.config_from_hf(self.draft)
 
 
 class Parameters(nnx.Module):
-    """The arrays of one node of a weights tree, by field name."""
+    """Holds the arrays of one node of a weights tree, by field name."""
 
     def __init__(self, fields: dict[str, jax.Array]) -> None:
         for name, array in fields.items():
             setattr(self, name, nnx.Param(array))
 
     def craft_sharding(self, **_options: Any) -> dict[str, PartitionSpec]:
-        """EasyDeL asks every module for the partition of its own parameters."""
+        """Returns the partition of the module's own parameters, as EasyDeL asks of every module."""
         return _partition(self)
 
 
 @register_module(TaskType.BASE_MODULE, config=DraftModuleConfig, model_type=MODEL_TYPE)
 class DraftModule(EasyDeLBaseModule):
-    """A draft in training."""
+    """Holds the parameters of a draft in training."""
 
     _task_type = TaskType.BASE_MODULE
     _model_type = MODEL_TYPE
@@ -72,8 +73,8 @@ class DraftModule(EasyDeLBaseModule):
     def __init__(
         self,
         config: DraftModuleConfig,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: Any = jnp.float32,  # EasyDeL annotates jnp.dtype and is given jnp.bfloat16 and the like
+        param_dtype: Any = jnp.float32,
         precision: Any = None,
         *,
         rngs: nnx.Rngs,
@@ -85,29 +86,29 @@ class DraftModule(EasyDeLBaseModule):
         self.layers = nnx.List([Parameters(_arrays(layer)) for layer in weights.layers])
 
     def weights(self) -> DFlashWeights:
-        """The parameters as `model/draft` wants them."""
+        """Returns the parameters in the form in which `pipeline/model/dflash` takes them."""
         layers = tuple(DFlashLayerWeights(**_values(layer, DFlashLayerWeights)) for layer in self.layers)
         return DFlashWeights(**_values(self, DFlashWeights), layers=layers)
 
     def begin_with(self, weights: DFlashWeights) -> None:
-        """Put `weights` in the place of the random ones."""
+        """Replaces the random weights by `weights`."""
         for node, values in [(self, weights), *zip(self.layers, weights.layers, strict=True)]:
             for name, array in _arrays(values).items():
                 parameter = getattr(node, name)
-                given = np.asarray(array, parameter[...].dtype)  # every host has all of it
-                parameter[...] = jax.device_put(given, parameter[...].sharding)
+                whole = np.asarray(array, parameter[...].dtype)  # every host has all of it
+                parameter[...] = jax.device_put(whole, parameter[...].sharding)
 
     def craft_sharding(self, **_options: Any) -> dict[str, PartitionSpec]:
-        """As that of `Parameters`."""
+        """Returns the partition of the parameters outside of layers, as `Parameters` does for a layer's."""
         return _partition(self)
 
     @classmethod
     def can_generate(cls) -> bool:
-        """No: else a module that was loaded again would be saved with a generation config."""
+        """Returns False: else a module that was loaded again would be saved with a generation config."""
         return False
 
     def flops_per_token(self, *args: Any, **kwargs: Any) -> float:
-        """EasyDeL's estimate fits no block model; ours counts nothing."""
+        """Returns 1, which counts nothing: EasyDeL's estimate fits no model that drafts blocks."""
         return 1.0
 
 
@@ -118,7 +119,7 @@ def _arrays(node: Any) -> dict[str, jax.Array]:
 
 def _partition(module: nnx.Module) -> dict[str, PartitionSpec]:
     names = [name for name, value in vars(module).items() if isinstance(value, nnx.Param)]
-    return {name: KERNELS.get(name, PartitionSpec()) for name in names}
+    return {name: MATRICES.get(name, PartitionSpec()) for name in names}
 
 
 def _values(module: nnx.Module, kind: type) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
-"""Ctrl-C between two training steps instead of within one.
+"""Lets Ctrl-C act between two training steps instead of within one.
 
 Within a step the old state is donated and the new one not there yet; EasyDeL's loop catches the interrupt and
-then trips over what is gone.
+then fails on arrays that were deleted.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def between_steps() -> Iterator[Callable[[], None]]:
-    """Hold SIGINT and SIGTERM back; the function given raises KeyboardInterrupt once one has come.
+    """Holds SIGINT and SIGTERM back; yields a function that raises KeyboardInterrupt once one has come.
 
     A second signal acts at once, as it would have without this. Signals that were ignored stay ignored.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield lambda: None
         return
     came = False

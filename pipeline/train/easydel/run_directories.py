@@ -1,4 +1,4 @@
-"""EasyDeL's run-<step> directories: which are complete, and what in them differs between equal runs."""
+"""EasyDeL's run-<step> directories: marks complete ones, and takes out what differs between equal runs."""
 
 import json
 import shutil
@@ -14,14 +14,14 @@ DROPPED = ("README.md", "easydel-training-arguments.json")  # clocks, device nam
 
 
 def path_of(root: Path, step: int) -> Path:
-    """Where the run directory of a step is."""
+    """Returns where the run directory of a step is."""
     return root / f"run-{step}"
 
 
 def settle(run: Path, step: int) -> None:
-    """Mark a run directory that is wholly written, after taking out what a clock, machine or path put there.
+    """Marks a run directory that is wholly written, after taking out what depends on clock, machine or path.
 
-    What is left is the same for every run that made the same numbers.
+    What is left is the same for every run that computed the same numbers.
     """
     for name in DROPPED:
         (run / name).unlink(missing_ok=True)
@@ -31,12 +31,12 @@ def settle(run: Path, step: int) -> None:
 
 
 def keep_only(root: Path, run: Path | None) -> None:
-    """Delete every other run directory of `root`: unfinished ones, and those that `run` has overtaken."""
+    """Deletes every run directory of `root` but `run`: unfinished ones, and those of earlier steps."""
     for other in root.glob("run-*"):
         if other != run:
             shutil.rmtree(other)
 
 
 def latest(root: Path) -> int:
-    """The step of the last complete run directory; 0 without one."""
+    """Returns the step of the last complete run directory; 0 without one."""
     return max((json.loads(mark.read_text())["step"] for mark in root.glob(f"run-*/{COMPLETE}")), default=0)

@@ -1,11 +1,12 @@
-"""Checkpoints of several hosts on a disk that they share: each host writes its parts of arrays, the first the rest.
+"""Saves checkpoints of several hosts on a disk that they share: each writes its parts of arrays, the primary the rest.
 
-EasyDeL does so in buckets. On what it takes for a local disk every host writes every file, and a shared one then holds
-files that two have written at once.
+EasyDeL does so in buckets. On a path that it considers local every host writes every file, and on a shared disk two
+hosts then write one file at once.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from easydel.infra import base_state
 from easydel.infra.mixins import bridge
@@ -14,12 +15,13 @@ from eformer.serialization import fsspec_utils
 
 from pipeline import distributed
 
-ASKING = (base_state, bridge, base_trainer, fsspec_utils)  # modules of theirs that ask whether a path is remote
+# modules of EasyDeL's that ask whether a path is remote; Any, for their type does not list the name
+ASKING: tuple[Any, ...] = (base_state, bridge, base_trainer, fsspec_utils)
 
 
 @contextlib.contextmanager
 def one_writer() -> Iterator[None]:
-    """While several hosts save, every path is as good as remote."""
+    """Makes EasyDeL treat every path as remote for the block; changes nothing when there is one host."""
     if not distributed.is_multihost():
         yield
         return
@@ -29,5 +31,5 @@ def one_writer() -> Iterator[None]:
             module.is_remote_path = lambda path: True
         yield
     finally:
-        for module, asked in zip(ASKING, before, strict=True):
-            module.is_remote_path = asked
+        for module, function in zip(ASKING, before, strict=True):
+            module.is_remote_path = function

@@ -1,4 +1,4 @@
-"""The jitted training step."""
+"""Builds the jitted training step."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.dflash.model import DraftModel
 from pipeline.train import fsdp
 from pipeline.train.accumulation import accumulated, require_divisible_batch
-from pipeline.train.easydel.draft_module import KERNELS
+from pipeline.train.easydel.draft_module import MATRICES, DraftModule
 from pipeline.train.loss import vocab_shard
 from pipeline.train.loss.objective import LossSums, TrainBatch, draft_sums, normaliser
 from pipeline.train.loss.vocab_shard import FrozenTables
@@ -29,11 +29,13 @@ def jitted_step(
     """Returns the training step, jitted: state, batch and the target's tables in, the donated state and metrics out.
 
     `state` has the sharding of every array of the state; of `tables` the shapes and the mesh count. Raises
-    PipelineError when devices and parts do not share out the rows evenly.
+    PipelineError when the rows cannot be split evenly over devices and parts.
     """
     mesh = tables.mesh
     assert mesh is not None, "EasyDeL trains on a mesh, of one device too"
     require_divisible_batch(recipe.batch_sequences, recipe.accumulation, data=mesh.shape["dp"], fsdp=mesh.shape["fsdp"])
+    embedding: Any  # shardings stand where the arrays do
+    head: Any
     embedding, head = vocab_shard.table_shardings(tables.head, mesh)
     frozen = dataclasses.replace(tables, embedding=embedding, head=head)
     return jax.jit(
@@ -45,11 +47,11 @@ def jitted_step(
 
 
 def _matrix_specs(state: Any) -> dict[str, PartitionSpec]:
-    """The partition of the matrices of each name, which is the same in every layer."""
+    """Returns the partition of the matrices of each name, which is the same in every layer."""
     found = {}
     for path, sharding in jax.tree_util.tree_leaves_with_path(state.graphstate):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if names and names[-1] in KERNELS:
+        if names and names[-1] in MATRICES:
             found[names[-1]] = sharding.spec
     return found
 
@@ -64,11 +66,13 @@ def _train_step(
     tables: FrozenTables,
 ) -> tuple[EasyDeLState, LossMetrics]:
     objective, mesh = recipe.objective, tables.mesh
+    assert mesh is not None, "EasyDeL trains on a mesh, of one device too"
     total = normaliser(config, TrainBatch(**batch), objective)
 
     def loss_of(parameters: Any, part: TrainBatch) -> tuple[Array, LossSums]:
-        weights = state.merge(parameters).weights()
-        weights = jax.tree.map(lambda array: array.astype(recipe.dtype), weights)  # the arithmetic's precision
+        module = state.merge(parameters)
+        assert isinstance(module, DraftModule), "the state is that of a draft"
+        weights = jax.tree.map(lambda array: array.astype(recipe.dtype), module.weights())  # the arithmetic's precision
         sums = draft_sums(
             DraftModel(config, weights),
             tables,

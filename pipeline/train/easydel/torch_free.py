@@ -1,7 +1,7 @@
 """Lets EasyDeL's model classes be imported where torch is not installed.
 
 EasyDeL patches the torch code of a few transformers models when its model classes are imported. Without
-torch these modules raise; empty ones in their place take the patches and are never used.
+torch these modules raise; empty ones installed in their place take the patches and are never used.
 Source: docs/easydel.md#torch.
 """
 
@@ -14,7 +14,7 @@ PATCHED_MODELS = ("dbrx", "glm4v_moe", "llama4", "phimoe", "qwen3_5_moe", "qwen3
 
 
 def install() -> None:
-    """Put the empty modules in place; nothing when torch is there."""
+    """Installs the empty modules; does nothing where torch is installed."""
     if importlib.util.find_spec("torch") is not None:
         return
     for model in PATCHED_MODELS:

@@ -1,7 +1,7 @@
-"""EasyDeL's training loop around the draft: what it computes, what it reads, when it saves and what it may not hide.
+"""Trains the draft in EasyDeL's loop, with our step, our batches, our checkpoints and our checks.
 
-EasyDeL's loop ends quietly on a TypeError and begins anew when a checkpoint cannot be read. Here every such
-end is an error, and where training began is compared with where it had to begin.
+EasyDeL's loop ends quietly on a TypeError and begins anew when a checkpoint cannot be read. This module makes every
+such end an error, and compares the step at which training began with the one at which it had to.
 Source: docs/easydel.md#the-trainer.
 """
 
@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import easydel as ed
 import jax
@@ -41,11 +41,11 @@ from pipeline.train.step_report import StepReport
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What a training is given.
+    """Holds the inputs of a training.
 
-    `tables` gives the target's embedding and head on the devices of a mesh. `batch_at(step)` gives the fields of a
-    `TrainBatch`, this host's rows of them, but for those that `complete` makes when their turn comes. Training begins
-    with `initial` (float32), or with random weights.
+    `tables` returns the target's embedding and head on the devices of a mesh. `batch_at(step)` returns this host's rows
+    of the fields of a `TrainBatch`, without those that `complete` adds just before the step. Training begins with
+    `initial` (float32), or with random weights.
     """
 
     draft: DFlashConfig
@@ -62,10 +62,10 @@ def fit(
     on_start: Callable[[StepReport], None],
     on_step: Callable[[StepReport], None],
 ) -> None:
-    """Trains to `recipe.steps`, going on from the last complete run directory under `directory`.
+    """Trains to `recipe.steps`, beginning at the last complete run directory under `directory`.
 
-    `on_start` is called with the step that an earlier run made last (0) and the weights that it left. Leaves exactly
-    one run directory, of the last step. Raises PipelineError when EasyDeL did not do what it should, and whatever the
+    `on_start` is called with the last step of an earlier run (0 without one) and its weights. Leaves exactly one run
+    directory, that of the last step. Raises PipelineError when EasyDeL did not do what it should, and whatever the
     callbacks raise.
     """
     recipe = setup.recipe
@@ -113,23 +113,25 @@ def fit(
 
 
 def weights_in(state: EasyDeLState) -> DFlashWeights:
-    """The weights that a state stands for: their average, where one is kept."""
+    """Returns the weights of a state: their average, where the optimizer computes one."""
     average = average_in(state.opt_state)
-    return (state.model if average is None else state.merge(average)).weights()
+    module = state.model if average is None else state.merge(average)
+    assert isinstance(module, DraftModule), "the state is that of a draft"
+    return module.weights()
 
 
 class Arguments(ed.TrainingArguments):
     """EasyDeL's arguments, with our optimizer."""
 
-    recipe: ClassVar[Recipe]  # of an object, which is no field that EasyDeL would write to a file
+    recipe: Recipe  # set by `arguments_of`; no field of the dataclass, or EasyDeL would write it to a file
 
     def get_optimizer_and_scheduler(self, steps: int | None = None) -> tuple[Any, Any]:
-        """Ours, whatever number of steps EasyDeL asks for: it asks for 2^63 when it reads a checkpoint."""
+        """Returns ours, whatever number of steps EasyDeL asks for: it asks for 2^63 when it reads a checkpoint."""
         return optimizer_of(self.recipe), schedule_of(self.recipe)
 
 
 def arguments_of(directory: Path, recipe: Recipe) -> Arguments:
-    """EasyDeL's arguments for a training that writes to `directory`."""
+    """Returns EasyDeL's arguments for a training that writes to `directory`."""
     arguments = Arguments(
         save_directory=str(directory.parent),
         model_name=directory.name,
@@ -137,7 +139,7 @@ def arguments_of(directory: Path, recipe: Recipe) -> Arguments:
         num_train_epochs=1,
         total_batch_size=recipe.batch_sequences,
         do_eval=False,
-        save_steps=None,  # DraftTrainer says when
+        save_steps=None,  # DraftTrainer decides when
         save_total_limit=None,
         save_optimizer_state=True,
         do_last_save=False,
@@ -158,9 +160,12 @@ def arguments_of(directory: Path, recipe: Recipe) -> Arguments:
 class DraftTrainer(ed.Trainer):
     """EasyDeL's Trainer with our step, batches and checkpoints."""
 
+    arguments: Arguments  # EasyDeL's own may be None
+    model_state: EasyDeLState
+
     def __init__(
         self,
-        arguments: ed.TrainingArguments,
+        arguments: Arguments,
         module: DraftModule,
         setup: TrainingSetup,
         tables: FrozenTables,
@@ -173,16 +178,17 @@ class DraftTrainer(ed.Trainer):
         super().__init__(arguments=arguments, model_state=_state_of(module), data_collator=lambda batch: batch)
 
     def began_at(self) -> int:
-        """The step at which state and optimizer agree to be; -1 when they do not."""
+        """Returns the step that state and optimizer agree on; -1 when they do not agree."""
         step = int(self.model_state.step)
         leaves = jax.tree_util.tree_leaves_with_path(self.model_state.opt_state)
         counts = {int(leaf) for path, leaf in leaves if jax.tree_util.keystr(path).endswith(".count")}
         return step if counts == {step} else -1
 
     def configure_dataloaders(self) -> TrainerConfigureDataloaderOutput:
-        """Batches from where the state stands: EasyDeL would replay all that were used before."""
+        """Returns batches from the state's step on: EasyDeL would read all that were used before once more."""
+        loader: Any = _Loader(lambda: prefetch(self._setup.batch_at, int(self.model_state.step)))
         return TrainerConfigureDataloaderOutput(
-            dataloader_train=_Loader(lambda: prefetch(self._setup.batch_at, int(self.model_state.step))),
+            dataloader_train=loader,
             max_training_steps=self._recipe.steps,
             dataloader_eval=None,
             max_evaluation_steps=0,
@@ -192,22 +198,21 @@ class DraftTrainer(ed.Trainer):
         return data_iter  # it begins at the right step already
 
     def _preprocess_batch_input(self, state: EasyDeLState, batch: dict, is_train: bool) -> tuple[dict, dict]:
-        """The batch where the step wants it; EasyDeL's own drops bfloat16 arrays, which are no numbers to NumPy.
+        """Returns the batch on the devices; EasyDeL's own drops bfloat16 arrays, which are no numbers to NumPy.
 
-        The target of a live training runs here, on the thread that runs the step: devices of several hosts must be
-        given their programs in one order.
+        The target of a live training runs in this method, on the thread that runs the step: devices of several hosts
+        must get their programs in one order.
         """
         rows = NamedSharding(self.model.mesh, vocab_shard.ROWS_SPEC)
         batch = {name: distributed.shard_rows(array, rows) for name, array in batch.items()}
         complete = self._setup.complete
-        made = {} if complete is None else complete(batch)
-        return batch | {name: jax.device_put(array, rows) for name, array in made.items()}, {}
+        completed = {} if complete is None else complete(batch)
+        return batch | {name: jax.device_put(array, rows) for name, array in completed.items()}, {}
 
     def configure_functions(self) -> TrainerConfigureFunctionOutput:
-        """The jitted step, whose state is donated."""
+        """Returns the jitted step, which donates its state."""
         compiled = jitted_step(self._setup.draft, self._recipe, self.scheduler, self.state_shardings, self._tables)
-        self._train_shared_fn_extra_args = (self._tables,)
-        self._train_shared_fn_static_args = ()
+        self._train_shared_fn_extra_args_ = (self._tables,)  # what EasyDeL's setter of the name without _ assigns
         self.arguments.ensure_checkpoint_path()
         return TrainerConfigureFunctionOutput(
             sharded_training_step_function=compiled,
@@ -220,9 +225,12 @@ class DraftTrainer(ed.Trainer):
         state, metrics, self.failure = super()._execute_train_step(state, batch)
         return state, metrics, self.failure
 
-    def on_step_end(self, state: EasyDeLState, metrics: LossMetrics, step: int) -> tuple[EasyDeLState, LossMetrics]:
-        """Refuse a loss that is not finite, save when it is time, report."""
-        with self._remembered():
+    def on_step_end(self, state: EasyDeLState, metrics: Any, step: int) -> tuple[EasyDeLState, Any]:
+        """Refuses a loss that is not finite, saves where the recipe does, and reports the step.
+
+        `metrics` are `LossMetrics`, whatever EasyDeL's annotation says.
+        """
+        with self._failure_recorded():
             values = {"loss": float(metrics.loss), "learning_rate": float(metrics.learning_rate)}
             values |= {name: float(value) for name, value in metrics.other_metrics.items()}
             values["seconds"] = float(metrics.execution_time)
@@ -234,10 +242,10 @@ class DraftTrainer(ed.Trainer):
         return state, metrics
 
     def _save_checkpoint_for_step(self, state: EasyDeLState, *, step: int, **options: Any) -> None:
-        return None  # on_step_end does
+        return None  # on_step_end saves
 
     def _save_readme(self, save_directory: Any) -> None:
-        """Nothing: it would hold the time and the names of devices."""
+        """Writes nothing: the file would hold the time and the names of devices."""
 
     def _save(self, state: EasyDeLState, step: int) -> None:
         root = Path(str(self.arguments._get_save_directory()))
@@ -251,8 +259,8 @@ class DraftTrainer(ed.Trainer):
         distributed.barrier(f"step {step} is complete")
 
     @contextlib.contextmanager
-    def _remembered(self) -> Iterator[None]:
-        """Keep what our own code raises: EasyDeL's loop swallows some kinds."""
+    def _failure_recorded(self) -> Iterator[None]:
+        """Records what our own code raises: EasyDeL's loop swallows some kinds."""
         try:
             yield
         except BaseException as error:
@@ -261,21 +269,21 @@ class DraftTrainer(ed.Trainer):
 
 
 def _state_of(module: DraftModule) -> EasyDeLState:
-    """The state to begin with. Each of several hosts has the same in its own memory, and gives its devices their parts.
+    """Returns the state to begin with. Each host has all of it in its own memory and sends its devices their parts.
 
-    EasyDeL hands it out with `device_put`, which takes from one host's devices nothing that others are to have: so
-    weights come in arrays of NumPy, and what is small lies on all devices already.
+    EasyDeL distributes it with `device_put`, which cannot move an array from one host's devices to those of others: so
+    weights come as arrays of NumPy, and what is small is on all devices already.
     """
     state = module.to_state()
     if not distributed.is_multihost():
         return state
-    everywhere = NamedSharding(module.mesh, PartitionSpec())
+    replicated = NamedSharding(module.mesh, PartitionSpec())
 
     def on_all(leaf: Array) -> Array:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             key = np.asarray(jax.random.key_data(leaf))
-            return jax.jit(jax.random.wrap_key_data, out_shardings=everywhere)(key)
-        return jax.device_put(np.asarray(leaf), everywhere)
+            return jax.jit(jax.random.wrap_key_data, out_shardings=replicated)(key)
+        return jax.device_put(np.asarray(leaf), replicated)
 
     return state.replace(
         step=on_all(jnp.int32(state.step)),
@@ -286,7 +294,7 @@ def _state_of(module: DraftModule) -> EasyDeLState:
 
 @dataclasses.dataclass(frozen=True)
 class _Loader:
-    """What EasyDeL asks of a data loader: to be iterable."""
+    """A data loader as EasyDeL wants it: an object that can be iterated over."""
 
     iterate: Callable[[], Iterator[dict[str, np.ndarray]]]
 

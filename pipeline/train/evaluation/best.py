@@ -1,9 +1,9 @@
-"""Which of a training's checkpoints is the best: the one with the highest accept_length on held-out texts.
+"""Finds and preserves the best checkpoint of a training: the one with the highest accept_length on held-out texts.
 
-Every evaluation is written down beside the run directories, and the best one's run directory is kept under
-`best/`, where EasyDeL does not look for one to go on from. The held-out texts with the rounds over them are written
-before the evaluation, for only the best one's are kept. A kill between any two of these steps is made good by `keep`,
-which looks at what is written down alone.
+Every evaluation is recorded beside the run directories, and the best one's run directory is preserved under `best/`,
+where EasyDeL does not look for one to resume from. The held-out texts with the rounds over them are written before the
+evaluation, and only the best one's stay. `link_best` repairs what a kill between any two of these steps leaves, from
+the recorded evaluations alone.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ EVALUATIONS, BEST = "evaluations.json", "best"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a draft scores behind a step, on held-out texts and on as many that it was trained on."""
+    """Holds a draft's scores after a step, on held-out texts and on as many that it was trained on."""
 
     step: int
     heldout: Score
@@ -33,32 +33,31 @@ class Evaluation:
 
 
 def read_evaluations(root: Path) -> list[Evaluation]:
-    """The evaluations of the training in `root`, in order."""
+    """Returns the evaluations of the training in `root`, in order."""
     file = root / EVALUATIONS
     rows = json.loads(file.read_text()) if file.is_file() else []
     return [Evaluation(row["step"], Score.from_json(row["heldout"]), Score.from_json(row["train"])) for row in rows]
 
 
 def record(root: Path, step: int, scores: Mapping[str, Score]) -> Evaluation:
-    """Write an evaluation down and keep the run directory of its step if it is the best so far."""
+    """Records an evaluation, and preserves the run directory of its step if it is the best so far."""
     new = Evaluation(step, scores["heldout"], scores["train"])
     if distributed.is_primary():
-        before = [
-            one for one in read_evaluations(root) if one.step < step
-        ]  # a training may have been set back to a checkpoint
+        # later ones are of a training that was set back to a checkpoint
+        before = [evaluation for evaluation in read_evaluations(root) if evaluation.step < step]
         write_bytes(_texts_of(root, step), heldout_rounds.to_lines(new.heldout.texts))
-        write_json(root / EVALUATIONS, [as_json(one) for one in (*before, new)])
+        write_json(root / EVALUATIONS, [as_json(evaluation) for evaluation in (*before, new)])
         link_best(root)
     return new
 
 
 def best_of(evaluations: list[Evaluation]) -> Evaluation:
-    """The best one; the earlier of two equals."""
-    return max(evaluations, key=lambda one: one.heldout.total.accept_length)
+    """Returns the best one; the earlier of two equals."""
+    return max(evaluations, key=lambda evaluation: evaluation.heldout.total.accept_length)
 
 
 def link_best(root: Path) -> None:
-    """See to it that `best/` holds the best evaluation's run directory and no other."""
+    """Makes `best/` hold the best evaluation's run directory and no other."""
     evaluations = read_evaluations(root)
     if not evaluations:
         return
@@ -76,15 +75,15 @@ def link_best(root: Path) -> None:
 
 
 def finalize(root: Path) -> Evaluation:
-    """End a training: leave the best run directory as the only one in `root`; tells its evaluation.
+    """Ends a training: leaves the best run directory as the only one in `root`, and returns its evaluation.
 
-    The held-out texts of that evaluation are left as `scored.FILE`.
+    The held-out texts of that evaluation are left as `heldout_rounds.FILE`. Raises PipelineError when one is missing.
     """
     best = best_of(read_evaluations(root))
-    kept, final = run_directories.path_of(root / BEST, best.step), run_directories.path_of(root, best.step)
-    if kept.exists():
+    linked, final = run_directories.path_of(root / BEST, best.step), run_directories.path_of(root, best.step)
+    if linked.exists():
         shutil.rmtree(final, ignore_errors=True)
-        os.rename(kept, final)
+        os.rename(linked, final)
     if not (final / run_directories.COMPLETE).is_file():
         raise PipelineError(f"{root} holds no run directory of step {best.step}; delete it and train again")
     run_directories.keep_only(root, final)
@@ -97,9 +96,9 @@ def finalize(root: Path) -> Evaluation:
     return best
 
 
-def as_json(one: Evaluation) -> dict[str, object]:
-    """As a row of evaluations.json."""
-    return {"step": one.step, "heldout": one.heldout.to_json(), "train": one.train.to_json()}
+def as_json(evaluation: Evaluation) -> dict[str, object]:
+    """Returns an evaluation as a row of evaluations.json."""
+    return {"step": evaluation.step, "heldout": evaluation.heldout.to_json(), "train": evaluation.train.to_json()}
 
 
 def _texts_of(root: Path, step: int | str) -> Path:
@@ -107,7 +106,7 @@ def _texts_of(root: Path, step: int | str) -> Path:
 
 
 def _link(source: str | Path, destination: str | Path) -> None:
-    """A second name for the same bytes where the disk has such; run directories are never written to again."""
+    """Makes a hard link, or a copy where the disk has no links; run directories are never written to again."""
     try:
         os.link(source, destination)
     except OSError:

@@ -1,4 +1,4 @@
-"""How many tokens a draft would yield per round on text that the target wrote: the engine's rounds, without it."""
+"""Counts how many tokens a draft yields per round on text that the target wrote: the engine's rounds, without it."""
 
 import dataclasses
 import functools
@@ -36,12 +36,11 @@ def evaluate(
     num_sequences: int | None = None,
     with_features: Callable[[list[CachedSequence]], list[CachedSequence]] | None = None,
 ) -> Score:
-    """Returns the rounds of an engine that decodes the first `num_sequences` texts of a split (default: all).
+    """Returns the rounds that an engine would run to decode the first `num_sequences` texts of a split (default: all).
 
-    `with_features` gives sequences that are stored without features theirs. With a mesh (of `tables`) the draft's
-    weights are on it too.
-    A block is drafted at every generated position, over the cached features before it; walking from the
-    first generated token by what each block yields gives exactly the rounds that greedy decoding runs.
+    `with_features` computes the features of sequences that are stored without them. With a mesh (of `tables`) the
+    draft's weights are on it too. A block is drafted at every generated position, over the cached features before it;
+    the walk from the first generated token by the tokens each block yields is exactly the rounds of greedy decoding.
     """
     mesh = tables.mesh
     count = split.num_sequences if num_sequences is None else min(num_sequences, split.num_sequences)
@@ -70,9 +69,9 @@ def evaluate(
 
 
 def _channels(sequence: CachedSequence, rounds: list[int]) -> list[str]:
-    """The channel of the first token that each round yields."""
+    """Returns the channel of the first token that each round yields."""
     first = sequence.prompt_tokens + 1 + np.cumsum([0, *(count + 1 for count in rounds)])[:-1]
-    return [Channel(sequence.channels[at]).name for at in first]
+    return [Channel(sequence.channels[position]).name for position in first]
 
 
 def _accepted_everywhere(
@@ -81,9 +80,9 @@ def _accepted_everywhere(
     num_positions: int,
     put: Callable[[np.ndarray], Array],
 ) -> Int[np.ndarray, "B T"]:
-    """How many tokens of a block are accepted at each position of each sequence; 0 where no block starts."""
-    inputs = stack(sequences, num_positions)
-    inputs = {name: put(inputs[name]) for name in ("token_ids", "features")}
+    """Returns how many tokens of a block are accepted at each position of each sequence; 0 where no block starts."""
+    rows = stack(sequences, num_positions)
+    inputs = {name: put(rows[name]) for name in ("token_ids", "features")}
     first = np.array([sequence.prompt_tokens for sequence in sequences])
     last = np.array([len(sequence.token_ids) for sequence in sequences]) - 2
     accepted_at = np.zeros((len(sequences), num_positions), dtype=np.int32)

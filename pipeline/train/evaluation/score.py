@@ -1,4 +1,4 @@
-"""What an evaluation found: acceptance over a split's texts, as a whole and by what the texts are."""
+"""The score of an evaluation: acceptance over a split's texts, in total and by effort and channel."""
 
 import dataclasses
 from collections import defaultdict
@@ -12,10 +12,10 @@ from pipeline.store.heldout_rounds import HeldoutText
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Acceptance over `num_sequences` texts.
+    """Holds the acceptance over `num_sequences` texts.
 
-    `by_effort` parts it by the reasoning effort of a text, `by_channel` by the channel that a round begins in.
-    `texts` are the texts themselves, in the split's order; they are written to a file of their own (best.py).
+    `by_effort` divides it by the reasoning effort of a text, `by_channel` by the channel that a round begins in.
+    `texts` are the texts themselves, in the split's order; `best.py` writes them to a file of their own.
     """
 
     num_sequences: int
@@ -25,14 +25,14 @@ class Score:
     texts: tuple[HeldoutText, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def metrics(self) -> dict[str, float]:
-        """The whole's metrics, and accept_length of every part where there are several."""
+        """Returns the metrics of the total, and accept_length of every part where there are several."""
         parts = [part for part in (self.by_effort, self.by_channel) if len(part) > 1]
         return self.total.metrics() | {
             f"accept_length_{name}": found.accept_length for part in parts for name, found in part.items()
         }
 
     def to_json(self) -> dict[str, Any]:
-        """As evaluation.json has it; metrics beside the histograms that they are read off, and no texts."""
+        """Returns the score as evaluation.json has it: histograms, the metrics computed from them, and no texts."""
         return {
             "num_sequences": self.num_sequences,
             **_values(self.total),
@@ -42,7 +42,7 @@ class Score:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Score":
-        """The inverse of `to_json`."""
+        """Reads the value that `to_json` returns."""
         return cls(
             found["num_sequences"],
             _read(found),
@@ -52,7 +52,7 @@ class Score:
 
 
 class Tally:
-    """Adds rounds up to a `Score`."""
+    """Sums rounds up to a `Score`."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -64,15 +64,15 @@ class Tally:
     def add(self, rounds: list[int], channels: list[str], effort: str) -> None:
         """Adds the rounds of one text: how many tokens each accepted, and the channel it began in."""
         self._num_sequences += 1
-        found = Acceptance.of(rounds, self._block_size)
-        self._total += found
-        self._by_effort[effort] += found
+        acceptance_of_text = Acceptance.of(rounds, self._block_size)
+        self._total += acceptance_of_text
+        self._by_effort[effort] += acceptance_of_text
         for channel in sorted(set(channels)):
-            own = [count for count, where in zip(rounds, channels, strict=True) if where == channel]
-            self._by_channel[channel] += Acceptance.of(own, self._block_size)
+            in_channel = [count for count, begun_in in zip(rounds, channels, strict=True) if begun_in == channel]
+            self._by_channel[channel] += Acceptance.of(in_channel, self._block_size)
 
     def score(self) -> Score:
-        """What was added so far."""
+        """Returns the score of all rounds added so far."""
         return Score(self._num_sequences, self._total, dict(self._by_effort), dict(self._by_channel))
 
 

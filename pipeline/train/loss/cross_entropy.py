@@ -1,7 +1,8 @@
-"""Cross entropy over a vocabulary too large to hold the logits of: in chunks, over a vocabulary split over devices.
+"""Cross entropy in chunks of tokens, over a vocabulary split over devices, so that no device holds all logits.
 
-A token's gradient with respect to its hidden state is known once its logits are, but for one factor: that of its loss.
-So it is made in the forward pass, chunk by chunk, and scaled in the backward pass. No logits are kept or made again.
+A token's logits determine the gradient of its loss with respect to its hidden state, up to the factor that arrives in
+the backward pass. So the forward pass computes it, chunk by chunk, and the backward pass scales it. No logits are
+stored or computed twice.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ MAX_LOGITS = 2**25  # elements a device holds at once
 
 
 class TokenLosses(NamedTuple):
-    """The losses of every drafted token. `loss` alone has a gradient, with respect to the hidden states alone.
+    """Holds the losses of every drafted token. `loss` alone has a gradient, with respect to the hidden states alone.
 
     `loss` is (1 - distillation) * `text` + distillation * cross entropy against the teacher's distribution; `text` is
     cross entropy against the token that the text has; `predicted` is the draft's own most likely token.
@@ -68,6 +69,7 @@ def _forward(
     task: _Task, head: Matrix, hidden: Array, labels: Array, teacher: Array | None
 ) -> tuple[TokenLosses, tuple[Array, Array]]:
     losses, gradient = _over_devices(task, head, hidden, labels, teacher, with_gradient=True)
+    assert gradient is not None, "it was asked for"
     return losses, (gradient, jnp.zeros((), hidden.dtype))
 
 
@@ -93,12 +95,12 @@ def _over_devices(
 def _in_chunks(
     task: _Task, head: Matrix, hidden: Array, labels: Array, teacher: Array | None, *, with_gradient: bool
 ) -> tuple[TokenLosses, Array | None]:
-    """The losses of this device's tokens, and the gradients of `loss`, a part of the tokens at a time."""
+    """Returns the losses of this device's tokens, and the gradients of `loss`, computed a chunk of tokens at a time."""
     num_tokens, num_local = labels.size, _num_rows(head)
     shares = 1 if task.mesh is None else task.mesh.shape["fsdp"]
     size = max(1, min(num_tokens, MAX_LOGITS // (shares * num_local)))
     num_chunks = -(-num_tokens // size)
-    size = -(-num_tokens // num_chunks)  # as many in each as can be
+    size = -(-num_tokens // num_chunks)  # chunks of equal size, as nearly as can be
 
     def parts(array: Array) -> Array:
         flat = array.reshape(num_tokens, *array.shape[labels.ndim :])
@@ -116,11 +118,11 @@ def _in_chunks(
 
 
 def _mapped(function: Callable[[Any], Any], parts: Any) -> Any:
-    """`jax.lax.map`; without a loop when there is one part."""
+    """Does as `jax.lax.map`, without a loop when there is one part."""
     if len(jax.tree.leaves(parts)[0]) > 1:
         return jax.lax.map(function, parts)
-    made = function(jax.tree.map(lambda array: array[0], parts))
-    return jax.tree.map(lambda array: array[None], made)
+    result = function(jax.tree.map(lambda array: array[0], parts))
+    return jax.tree.map(lambda array: array[None], result)
 
 
 def _chunk(
@@ -156,7 +158,7 @@ def _chunk(
 
 
 def _distribution(shard: VocabShard, head: Matrix, teacher: Float[Array, "tokens D"]) -> Float[Array, "tokens local"]:
-    """The teacher's probabilities of this device's share of the vocabulary."""
+    """Returns the teacher's probabilities of this device's share of the vocabulary."""
     logits = shard.mask_padding(
         product(teacher.astype(_table(head).dtype), head)
     )  # as the target itself multiplies them
@@ -177,5 +179,5 @@ def _num_rows(head: Matrix) -> int:
 
 
 def _transposed(head: Matrix) -> Matrix:
-    """The matrix of the product back, from the vocabulary to hidden states."""
+    """Returns the matrix that multiplies from the vocabulary back to hidden states."""
     return head.array if isinstance(head, TransposedMatrix) else TransposedMatrix(head)

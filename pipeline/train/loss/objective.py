@@ -1,4 +1,4 @@
-"""What a draft learns from: cross entropy of every drafted token against the target's own text."""
+"""The loss of a draft: cross entropy of every drafted token against the target's own text."""
 
 from typing import NamedTuple
 
@@ -15,15 +15,15 @@ from pipeline.train.loss.position_weights import dpace
 from pipeline.train.loss.vocab_shard import FrozenTables, embed_tokens
 from pipeline.train.recipe import Objective
 
-SMALLEST_WEIGHT = 1e-9  # far below any position's: a batch in which nothing counts has loss 0 instead of none
+SMALLEST_WEIGHT = 1e-9  # far below any position's: a batch in which no position counts has loss 0, not NaN
 
 
 class TrainBatch(NamedTuple):
-    """B rows of T tokens, and A blocks in each.
+    """Holds B rows of T tokens, and A blocks in each.
 
-    `generated` marks the target's own tokens, `anchor_taken` those of `anchors` that hold one. A row is one sequence,
-    padded, or with `starts` several end to end (`blocks.py` says what they are). `teacher_hidden`, the target's final
-    normed hidden states, is what distillation needs.
+    `generated` marks the target's own tokens, `anchor_taken` the `anchors` that are in use. A row is one sequence,
+    padded, or with `starts` (see `blocks.py`) several end to end. Distillation needs `teacher_hidden`, the target's
+    final normed hidden states.
     """
 
     token_ids: Int[Array, "B T"]
@@ -36,9 +36,9 @@ class TrainBatch(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Sums of which a loss and the metrics beside it are ratios; those of parts of a batch add up.
+    """Holds the sums whose ratios are a loss and its metrics; those of parts of a batch add up.
 
-    `loss` is already over the whole batch's normaliser.
+    `loss` is already divided by the whole batch's normaliser.
     """
 
     loss: Float[Array, ""]
@@ -91,7 +91,7 @@ def block_hidden(
 
 
 def normaliser(config: DFlashConfig, batch: TrainBatch, objective: Objective) -> Float[Array, ""]:
-    """Returns what the sum over positions is divided by: the sum of weights, or with D-PACE the number of sequences."""
+    """Returns the divisor of the sum over positions: the sum of weights, or with D-PACE the number of sequences."""
     if objective.dpace_smoothing is None:
         total = (_labels(config, batch)[1] * objective.weights[1:]).sum()
     elif batch.starts is None:
@@ -136,7 +136,7 @@ def draft_sums(
 
 
 def _inputs(config: DFlashConfig, tables: FrozenTables, anchor_ids: Int[Array, "B A"]) -> Float[Array, "B A K D"]:
-    """The embeddings of [anchor, mask, ...], each looked up once."""
+    """Returns the embeddings of [anchor, mask, ...]; the mask is looked up once."""
     ids = jnp.pad(anchor_ids, [(0, 0), (0, 1)], constant_values=config.mask_token_id)
     found = embed_tokens(tables, ids)[:, :, None]
     batch, num_blocks = anchor_ids.shape
@@ -152,7 +152,7 @@ def _labels(config: DFlashConfig, batch: TrainBatch) -> tuple[Int[Array, "B A dr
 
 
 def _teacher(config: DFlashConfig, batch: TrainBatch) -> Float[Array, "B A drafted D"]:
-    """The states that the target's head turns into its distribution of each token: those a position before."""
+    """Returns the states from which the target's head predicts each token: those of the position before."""
     assert batch.teacher_hidden is not None, "distillation needs the target's hidden states"
     last = batch.token_ids.shape[1] - 1
     before = blocks.block_positions(batch.anchors, config.block_size)[..., :-1]

@@ -1,4 +1,4 @@
-"""How much each drafted position counts where the draft itself decides: D-PACE."""
+"""D-PACE: weights of drafted positions that the draft's own probabilities decide."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ def dpace(
     """Returns weights of positions by the cross entropy `text` of their tokens; zero for those that do not count.
 
     A position's token is smoothed to be right with probability (1 - smoothing) * exp(-text) + smoothing; the product up
-    to a position says how likely a round gets there, and a position weighs as much as all that it opens the way to: the
-    sum of those products from itself on. No gradient flows through weights.
+    to a position estimates how likely a round reaches it, and a position's weight is the sum of those products from
+    itself on. No gradient flows through weights.
     Source: SpecForge 0.2.0, algorithms/common/dflash_family_model.py, `_dpace_weight` ("dpace"); arXiv 2605.18810.
     """
     right = (1 - smoothing) * jnp.exp(-jax.lax.stop_gradient(text)) + smoothing

@@ -1,8 +1,8 @@
 """The target's embedding and head in training: split by vocabulary over the devices that hold one copy of the draft.
 
-A table of GPT-OSS has 201,088 rows, 1.2 GB in bfloat16. Neither is ever gathered: hidden states of blocks travel to the
-vocabulary instead, and what all devices found for them is summed where they came from. That exchanges less than the
-table as long as a step drafts fewer tokens than the vocabulary has.
+A table of GPT-OSS has 201,088 rows, 1.2 GB in bfloat16. Neither is ever gathered: hidden states of blocks are
+sent to the vocabulary's devices instead, and the results are summed where the states came from. That exchanges less
+than the table as long as a step drafts fewer tokens than the vocabulary has.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ ROW_AXES = ("dp", "fsdp")  # axes of EasyDeL's mesh that the rows of a batch are
 VOCAB_AXES = ("fsdp", "ep", "tp", "sp")  # those that the vocabulary is split over: all but copies of the whole
 SHARED_AXIS = "fsdp"  # over which both are
 ROWS_SPEC = PartitionSpec(ROW_AXES)
+EMBEDDING_SPEC = PartitionSpec(VOCAB_AXES, None)
 
 
 @pytree_dataclass(static=("vocab_size", "mesh"))
@@ -34,7 +35,7 @@ class FrozenTables:
 
     @property
     def is_split(self) -> bool:
-        """Whether there is more than one device to split the tables over."""
+        """Returns whether there is more than one device to split the tables over."""
         return self.mesh is not None and self.mesh.size > 1
 
 
@@ -51,7 +52,7 @@ class VocabShard:
 
     @property
     def axis(self) -> AxisShards:
-        """The split vocabulary."""
+        """Returns the axes that the vocabulary is split over."""
         return AxisShards(VOCAB_AXES, self.is_split)
 
     def all_gather(self, rows: Shaped[Array, "rows ..."]) -> Shaped[Array, "tokens ..."]:
@@ -66,7 +67,7 @@ class VocabShard:
         return jax.lax.psum(rows, [axis for axis in VOCAB_AXES if axis != SHARED_AXIS])
 
     def local_rows(self, tokens: Shaped[Array, "tokens ..."], num_rows: int) -> Shaped[Array, "rows ..."]:
-        """Returns, of what every device has of all tokens, the part for those that came from here."""
+        """Returns, of what every device has of all tokens, the part for those that came from this device."""
         if not self.is_split:
             return tokens
         return jax.lax.dynamic_slice_in_dim(tokens, jax.lax.axis_index(SHARED_AXIS) * num_rows, num_rows)
@@ -94,12 +95,12 @@ def num_row_shards(mesh: Mesh | None) -> int:
 
 def table_spec(table: Matrix) -> PartitionSpec:
     """Returns the partition of an embedding or a head stored as [V, D], or of a head [D, V] that is not transposed."""
-    return PartitionSpec(VOCAB_AXES, None) if isinstance(table, TransposedMatrix) else PartitionSpec(None, VOCAB_AXES)
+    return EMBEDDING_SPEC if isinstance(table, TransposedMatrix) else PartitionSpec(None, VOCAB_AXES)
 
 
 def table_shardings(head: Matrix, mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
     """Returns the shardings of embedding and head."""
-    return NamedSharding(mesh, PartitionSpec(VOCAB_AXES, None)), NamedSharding(mesh, table_spec(head))
+    return NamedSharding(mesh, EMBEDDING_SPEC), NamedSharding(mesh, table_spec(head))
 
 
 def shard_tables(embedding: Float[Array, "V D"], head: Matrix, mesh: Mesh) -> FrozenTables:
@@ -131,6 +132,6 @@ def embed_tokens(tables: FrozenTables, token_ids: Int[Array, "B some"]) -> Float
         found = shard.axis.rows(table, shard.all_gather(ids))
         return shard.reduce_scatter(found)  # exact in any precision: one device has the row, the others zeros
 
-    specs = (PartitionSpec(VOCAB_AXES, None), ROWS_SPEC)
+    specs = (EMBEDDING_SPEC, ROWS_SPEC)
     spread = jax.shard_map(local, mesh=tables.mesh, in_specs=specs, out_specs=ROWS_SPEC, check_vma=False)
     return spread(tables.embedding, token_ids)

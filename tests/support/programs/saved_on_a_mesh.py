@@ -44,7 +44,7 @@ def main() -> None:
     environment.prepare()
     from easydel.infra.base_state import EasyDeLState
 
-    from pipeline.train.easydel.draft_module import KERNELS, DraftModule, DraftModuleConfig
+    from pipeline.train.easydel.draft_module import MATRICES, DraftModule, DraftModuleConfig
 
     directory, (data, fsdp, tensor) = Path(sys.argv[1]), map(int, sys.argv[2].split("x"))
     mesh = Mesh(np.array(jax.devices()).reshape(data, fsdp, 1, tensor, 1), AXES)
@@ -55,8 +55,8 @@ def main() -> None:
 
     def split(path: tuple, leaf: jax.Array) -> jax.Array:
         names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
-        kernel = next((name for name in KERNELS if name in names), None)
-        spec = PartitionSpec() if kernel is None or leaf.ndim < 2 else KERNELS[kernel]
+        kernel = next((name for name in MATRICES if name in names), None)
+        spec = PartitionSpec() if kernel is None or leaf.ndim < 2 else MATRICES[kernel]
         return jax.device_put(leaf / 2 if "average" in names else leaf, NamedSharding(mesh, spec))
 
     state = jax.tree_util.tree_map_with_path(split, state)

@@ -328,5 +328,5 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient():
 
 def test_rows_that_devices_and_parts_do_not_share_out_evenly_are_refused():
     require_divisible_batch(16, 2, data=2, fsdp=4)
-    with pytest.raises(PipelineError, match=r"train.batch_sequences is 12; .* train.fsdp \(1 x 2 x 4\)"):
+    with pytest.raises(PipelineError, match=r"train.batch_sequences is 12; .* train.mesh.fsdp \(1 x 2 x 4\)"):
         require_divisible_batch(12, 1, data=2, fsdp=4)

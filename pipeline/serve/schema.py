@@ -157,7 +157,7 @@ def _given(
         elif key not in known:
             raise ApiError(
                 f"the parameter {_shown(key)} is not known; supported: {', '.join(known)}",
-                param=key,
+                param=key.encode(errors="replace").decode(),  # half of a surrogate pair cannot be sent back
                 code="unknown_parameter",
             )
     return given

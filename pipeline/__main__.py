@@ -1,4 +1,4 @@
-"""The command line: composes the configuration, types it, opens the tracker and runs one stage, or `all` of them."""
+"""Runs the command line: composes and types the configuration, opens the tracker and runs one stage or `all`."""
 
 import contextlib
 import importlib
@@ -103,7 +103,7 @@ def _export_hf_token() -> None:
 
 
 def _typed(composed: DictConfig) -> PipelineConfig:
-    """The configuration as dataclasses; keys that the schema lacks (`+key=`) and values still missing raise."""
+    """Returns the configuration as dataclasses; keys that the schema lacks (`+key=`) and values still missing raise."""
     values = OmegaConf.to_container(composed, resolve=True)
     config = OmegaConf.merge(OmegaConf.structured(PipelineConfig), values)
     missing = sorted(OmegaConf.missing_keys(config))

@@ -1,4 +1,4 @@
-"""Several hosts that run one program: how they find each other, which of them speaks, and how it tells the others."""
+"""Lets several hosts run one program: they find each other, and the primary host broadcasts to the others."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ FIRST_BYTES, SIZE_BYTES = 2**12, 8
 
 @functools.cache  # JAX joins once
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Meet the other hosts; must come before anything else asks JAX for devices.
+    """Connects to the other hosts; must come before anything else asks JAX for devices.
 
     What is None JAX finds out where it can, as on a TPU slice or under SLURM. Raises PipelineError when it cannot.
     """
@@ -31,37 +31,37 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
 
 def is_primary() -> bool:
-    """Whether this is the host that answers, writes and logs; alone it is."""
+    """Returns whether this is the host that answers, writes and logs; a host alone is."""
     return jax.process_index() == 0
 
 
 def is_multihost() -> bool:
-    """Whether there are others."""
+    """Returns whether there are other hosts."""
     return jax.process_count() > 1
 
 
-def barrier(where: str) -> None:
-    """Go on when all hosts are here; alone at once."""
+def barrier(name: str) -> None:
+    """Waits until all hosts have reached the barrier of this name; a host alone goes on at once."""
     if is_multihost():
-        multihost_utils.sync_global_devices(where)
+        multihost_utils.sync_global_devices(name)
 
 
 def gather_to_host(array: Any) -> np.ndarray:
-    """An array that lies on the devices of all hosts, whole on each of them."""
+    """Returns, on every host, the whole of an array that lies on the devices of all hosts."""
     if is_multihost() and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
 def shard_rows(rows: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The array of which every host has its own part of the rows; `sharding` splits rows evenly over the hosts."""
+    """Returns the array whose rows the hosts hold in parts; `sharding` splits rows evenly over the hosts."""
     if is_multihost():
         return jax.make_array_from_process_local_data(sharding, rows)
     return jax.device_put(rows, sharding)
 
 
 def broadcast_from_primary(message: Any) -> Any:
-    """What the first host gives here, on every host; JSON values. All hosts must call this equally often."""
+    """Returns the primary's message, a JSON value, on every host. All hosts must call this equally often."""
     text = json.dumps(message).encode() if is_primary() else b""
     first = _broadcast(len(text).to_bytes(SIZE_BYTES, "little") + text[: FIRST_BYTES - SIZE_BYTES], FIRST_BYTES)
     size, begun = int.from_bytes(first[:SIZE_BYTES], "little"), first[SIZE_BYTES:]

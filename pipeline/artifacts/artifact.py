@@ -38,7 +38,7 @@ KEY_DIGITS = 12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parent:
-    """What an artifact was made from: the parent's key, and the fingerprint of the very parent that was read."""
+    """Identifies what an artifact was made from: its key, and the fingerprint of the very artifact that was read."""
 
     key: str
     fingerprint: str
@@ -46,7 +46,7 @@ class Parent:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A complete artifact.
+    """Describes a complete artifact.
 
     `key` is computed from the settings that decide its bytes and from its parents' keys, before it is made;
     `fingerprint` is the sha256 over the names and sha256s of its files, the contract's aside. `settings` are by dotted
@@ -114,17 +114,17 @@ def read(path: StoragePath, kind: str, *, make_with: str, verify: bool = False) 
     )
 
 
-def require_intact(made: Artifact, names: Collection[str], *, make_with: str, memory: Path | None = None) -> None:
+def require_intact(artifact: Artifact, names: Collection[str], *, make_with: str, memory: Path | None = None) -> None:
     """Compares the sha256s of files that are about to be read; raises one PipelineError that names all that differ.
 
     Those of large files on a disk are remembered in `memory` for as long as the files are not touched.
     """
-    if isinstance(made.path, BucketPath):
-        damaged = storage.damaged_files(made.path, {name: made.files[name] for name in names}, verify=True)
+    if isinstance(artifact.path, BucketPath):
+        damaged = storage.damaged_files(artifact.path, {name: artifact.files[name] for name in names}, verify=True)
     else:
-        found = {name: remembered_sha256(made.path / name, memory) for name in names}
-        damaged = [f"{name}: {storage.CHANGED}" for name in names if found[name] != made.files[name]["sha256"]]
-    _require_undamaged(made.path, made.kind, damaged, make_with)
+        found = {name: remembered_sha256(artifact.path / name, memory) for name in names}
+        damaged = [f"{name}: {storage.CHANGED}" for name in names if found[name] != artifact.files[name]["sha256"]]
+    _require_undamaged(artifact.path, artifact.kind, damaged, make_with)
 
 
 def _require_undamaged(path: StoragePath, kind: str, damaged: Sequence[str], make_with: str) -> None:

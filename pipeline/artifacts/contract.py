@@ -1,4 +1,4 @@
-"""Contracts: what an artifact was made for, and the comparison that a reader makes before it uses one."""
+"""Describes what an artifact was made for, and compares that before a reader uses one."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ class TargetIdentity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextIdentity:
-    """Identifies how text becomes tokens, and which of them end an answer; contracts of format 1 have no `stop_token_ids`."""
+    """Identifies how text becomes tokens, and which end an answer; old contracts have no `stop_token_ids`."""
 
     tokenizer_fingerprint: str
     chat_template_fingerprint: str
@@ -50,7 +50,7 @@ class DraftIdentity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contract:
-    """The contents of `contract.json`. A part that a stage has not decided yet is None and compares with anything."""
+    """Holds the contents of `contract.json`. A part that is not decided yet is None and compares with anything."""
 
     target: TargetIdentity
     text: TextIdentity

@@ -61,7 +61,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def free_bytes(path: Path) -> int:
     """Returns the free bytes of the disk that holds `path`, or will hold it."""
     path = path.absolute()
-    return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def require_free_space(path: Path, needed_bytes: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Fingerprints of values and files; the sha256 of a large file is remembered for as long as it is not touched."""
+"""Computes fingerprints of values and files; that of a large file is remembered until the file is touched."""
 
 import contextlib
 import hashlib
@@ -60,7 +60,7 @@ def remembered_sha256(path: Path, memory: Path | None) -> str:
 
 
 def _remembered(memory: Path) -> dict[str, dict[str, Any]]:
-    """What is remembered; nothing where the file is damaged, for it only saves time."""
+    """Returns what is remembered; nothing where the file is damaged, for it only saves time."""
     try:
         known = json.loads(memory.read_text())
         return {name: entry for name, entry in known.items() if isinstance(entry, dict)}

@@ -1,4 +1,4 @@
-"""Who made an artifact: stage, settings, parents, and the version of this program and of what it stands on."""
+"""Records what made an artifact: stage, settings, parents, and the versions of this program and its packages."""
 
 import functools
 import importlib.metadata
@@ -15,7 +15,7 @@ UNKNOWN = "unknown"
 
 
 def provenance(stage: str, config: Mapping[str, Any], parents: Mapping[str, str]) -> dict[str, Any]:
-    """Returns who makes an artifact: stage, settings, git commit, package versions, parents' fingerprints.
+    """Returns what makes an artifact: stage, settings, git commit, package versions, parents' fingerprints.
 
     No clock and no host name: an artifact made twice has the same bytes.
     """
@@ -42,8 +42,8 @@ def git_commit() -> str:
 
     It is `unknown` where that source is in no repository: installed, or copied below somebody else's.
     """
-    own = _git("ls-files", "--error-unmatch", "artifacts/provenance.py")
-    commit = own and _git("rev-parse", "HEAD")
+    is_tracked = _git("ls-files", "--error-unmatch", "artifacts/provenance.py") is not None
+    commit = _git("rev-parse", "HEAD") if is_tracked else None
     if not commit:
         return UNKNOWN
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(top)conf")
@@ -67,20 +67,20 @@ def _required() -> list[str]:
         requirements = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         requirements = _project().get("dependencies", [])
-    own = [requirement for requirement in requirements if "extra ==" not in requirement]
-    names = {re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0] for requirement in own}
+    always = [requirement for requirement in requirements if "extra ==" not in requirement]
+    names = {re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0] for requirement in always}
     return sorted({*names, "jaxlib"})
 
 
 @functools.cache
 def _project() -> dict[str, Any]:
-    """The [project] table of a checkout that is not installed."""
+    """Returns the [project] table of a checkout that is not installed."""
     file = SOURCE.parent / "pyproject.toml"
     return tomllib.loads(file.read_text()).get("project", {}) if file.is_file() else {}
 
 
 def _git(*arguments: str) -> str | None:
-    """What git answers about the package's folder, or None."""
+    """Returns what git answers about the package's folder, or None where it fails."""
     try:
         answer = subprocess.run(["git", *arguments], cwd=SOURCE, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

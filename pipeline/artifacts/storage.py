@@ -30,7 +30,7 @@ OF_A_SERVICE = ("retry attempts failed", "curl_code", "http_response_code")  # i
 
 @dataclasses.dataclass(frozen=True)
 class BucketPath:
-    """A file or a prefix in a bucket, with what artifacts need of pathlib.Path. Errors name the URL."""
+    """Names a file or a prefix in a bucket, with what artifacts need of pathlib.Path. Errors name the URL."""
 
     url: str  # without a slash at its end
 
@@ -164,7 +164,7 @@ def record_of_bytes(data: bytes) -> dict[str, Any]:
 
 
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """Returns how a file's record differs from the one written with it, or None; without a sha256 sizes are compared."""
+    """Returns how a file's record differs from the one written with it, or None; a record may lack its sha256."""
     if found["bytes"] != wanted["bytes"]:
         return f"{found['bytes']} bytes, written with {wanted['bytes']}"
     if found.get("sha256", wanted["sha256"]) != wanted["sha256"]:
@@ -189,11 +189,11 @@ def _problem(file: StoragePath, wanted: Mapping[str, Any], verify: bool) -> str 
 
 
 def _missing_or_short(root: BucketPath, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Buckets are asked for no sizes, but for the last byte of every file."""
+    """Asks a bucket for the last byte of every file, because it reports no sizes."""
     problems, names = [], list(entries)
     with _service_errors(root):
-        for at in range(0, len(names), AT_ONCE):
-            some = names[at : at + AT_ONCE]
+        for start in range(0, len(names), AT_ONCE):
+            some = names[start : start + AT_ONCE]
             ends = [slice(max(entries[name]["bytes"] - 1, 0), entries[name]["bytes"]) for name in some]
             reads = [_store(root / name).read("", byte_range=end) for name, end in zip(some, ends, strict=True)]
             for name, read in zip(some, reads, strict=True):

@@ -1,4 +1,4 @@
-"""Turns errors that a person can mend into one line with what was given, what exists and what was probably meant."""
+"""Turns errors that a person can mend into one line: what was written, what exists, what was probably meant."""
 
 import contextlib
 import dataclasses
@@ -54,17 +54,17 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _explained(error: BaseException) -> str:
-    """What was given, what exists and what was probably meant."""
+    """Returns what was written, what exists and what was probably meant."""
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group} is {name!r}; it must be one of {', '.join(error.options)}{_meant(name, error.options)}"
     if isinstance(error, OverrideParseException):
         stages = [stage.value for stage in Stage]
-        given = error.override
-        hint = f"; did you mean stage={given}?" if given in stages else _quoting(given)
+        override = error.override
+        hint = f"; did you mean stage={override}?" if override in stages else _quoting(override)
         reasons = [line for line in str(error).splitlines() if not line.startswith(("Error parsing", "See http"))]
-        return f"cannot read the override {given!r}: {' '.join(reasons)}{hint}"
+        return f"cannot read the override {override!r}: {' '.join(reasons)}{hint}"
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
         return _unknown_key(str(cause.full_key))
     if isinstance(cause, ValidationError) and cause.full_key:
@@ -80,7 +80,7 @@ def _explained(error: BaseException) -> str:
 
 
 def _quoting(override: str) -> str:
-    """How to write an override whose value Hydra cannot read as it is."""
+    """Returns how to write an override whose value Hydra cannot read as it is."""
     key, separator, value = override.partition("=")
     if not separator:
         return "; write key=value"
@@ -107,7 +107,7 @@ def _unknown_key(key: str) -> str:
 
 
 def _names(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted name in the schema, inner nodes too."""
+    """Returns every dotted name in the schema, inner nodes too."""
     found = []
     for field in dataclasses.fields(schema):
         name = f"{prefix}{field.name}"
@@ -118,6 +118,6 @@ def _names(schema: type, prefix: str = "") -> list[str]:
     return found
 
 
-def _meant(given: str, options: Iterable[str], namesakes: Iterable[str] = ()) -> str:
-    close = list(dict.fromkeys([*namesakes, *difflib.get_close_matches(given, list(options), n=2, cutoff=0.7)]))
+def _meant(name: str, options: Iterable[str], namesakes: Iterable[str] = ()) -> str:
+    close = list(dict.fromkeys([*namesakes, *difflib.get_close_matches(name, list(options), n=2, cutoff=0.7)]))
     return f"; did you mean {' or '.join(close)}?" if close else ""

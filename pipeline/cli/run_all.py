@@ -1,4 +1,4 @@
-"""`stage=all`: a process per stage, which ends with its parent."""
+"""Runs `stage=all`: a process per stage, which ends with its parent."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ PARENT_RUN_ID = "PIPELINE_PARENT_RUN_ID"  # environment variable: set by `all` f
 
 
 class StageFailed(Exception):
-    """A stage that `all` started ended with `code`; it has printed why itself."""
+    """Says that a stage that `all` started ended with `code`; the stage has printed why."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ def run_all(tracker: Run) -> None:
 
 
 def _run_in_process(stage: Stage, parent_run_id: str) -> int:
-    """Run one stage with this command's overrides; its exit code, negative when a signal killed it.
+    """Runs one stage with this command's overrides; returns its exit code, negative when a signal killed it.
 
     The stage holds the read end of our pipe as its stdin and ends when that closes, so that it never outlives us.
     """
@@ -68,7 +68,7 @@ def _run_in_process(stage: Stage, parent_run_id: str) -> int:
 
 
 def live_and_die_with_parent() -> None:
-    """In a stage of `all`: leaves Ctrl-C to the parent, which sends SIGTERM, and end when the parent has ended."""
+    """Leaves Ctrl-C, in a stage of `all`, to the parent, which sends SIGTERM, and ends when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

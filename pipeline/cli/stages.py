@@ -1,4 +1,4 @@
-"""What each stage needs and makes; the table that is printed without a stage; where conf/ is."""
+"""Lists what each stage needs and makes, prints that as a table, and finds conf/."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageInfo:
-    """What a stage needs and makes; it is `pipeline/<stage>/stage.py`."""
+    """Says what a stage needs and makes; the stage is `pipeline/<stage>/stage.py`."""
 
     needs: str
     makes: str

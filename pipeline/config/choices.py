@@ -1,10 +1,10 @@
-"""The values that a setting chooses from."""
+"""Lists the values that settings choose from."""
 
 import enum
 
 
 class Stage(enum.Enum):
-    """The stages, in the order in which `all` runs its own."""
+    """Lists the stages, in the order in which `all` runs its own."""
 
     target = "target"
     teacher_cache = "teacher_cache"
@@ -21,21 +21,21 @@ class Stage(enum.Enum):
 
 
 class Precision(enum.Enum):
-    """Compute and weight precision of a model."""
+    """Names the compute and weight precision of a model."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
 class ExpertWeights(enum.Enum):
-    """How the experts are held: packed as published, or expanded to floats of `target.precision` when read."""
+    """Says how experts are held: packed as published, or expanded to floats of `target.precision` when read."""
 
     mxfp4 = "mxfp4"
     bf16 = "bf16"
 
 
 class Effort(enum.Enum):
-    """Harmony reasoning effort; `mixed` draws one for each prompt from `prompts.effort_mix`."""
+    """Names a Harmony reasoning effort; `mixed` draws one for each prompt from `prompts.effort_mix`."""
 
     low = "low"
     medium = "medium"
@@ -44,7 +44,7 @@ class Effort(enum.Enum):
 
 
 class ReasoningEffort(enum.Enum):
-    """Harmony reasoning effort of one request."""
+    """Names the Harmony reasoning effort of one request."""
 
     low = "low"
     medium = "medium"
@@ -52,7 +52,7 @@ class ReasoningEffort(enum.Enum):
 
 
 class PromptSource(enum.Enum):
-    """Where prompts come from: `generated` is the tiny target's corpus, `everyday` is in plain English."""
+    """Says where prompts come from: `generated` is the tiny target's corpus, `everyday` is in plain English."""
 
     generated = "generated"
     everyday = "everyday"
@@ -61,21 +61,21 @@ class PromptSource(enum.Enum):
 
 
 class Generator(enum.Enum):
-    """Who writes the answers of a teacher cache: our engine, or an OpenAI-compatible endpoint with the target."""
+    """Says who answers for a teacher cache: our engine, or an OpenAI-compatible endpoint with the target."""
 
     engine = "engine"
     openai = "openai"
 
 
 class OpenAIApi(enum.Enum):
-    """What an endpoint is sent: `chat` sends messages for text, `completions` tokens for tokens, exact both ways."""
+    """Says what an endpoint gets: `chat` sends messages for text, `completions` sends tokens for tokens."""
 
     chat = "chat"
     completions = "completions"
 
 
 class FeatureStore(enum.Enum):
-    """How a teacher cache keeps features: as served, as int8 with a scale per token, or not at all."""
+    """Says how a teacher cache stores features: as served, as int8 with a scale per token, or not at all."""
 
     bfloat16 = "bfloat16"
     int8 = "int8"
@@ -83,28 +83,28 @@ class FeatureStore(enum.Enum):
 
 
 class FeatureSource(enum.Enum):
-    """Where training takes features from: the teacher cache, or the frozen target inside the training job."""
+    """Says where training takes features from: the teacher cache, or the frozen target inside the training job."""
 
     cached = "cached"
     live = "live"
 
 
 class LossWeights(enum.Enum):
-    """How block positions are weighted: `decay` by `train.loss_decay`, `dpace` by what the draft gets right itself."""
+    """Says how block positions are weighted: `decay` by `train.loss_decay`, `dpace` by what the draft gets right."""
 
     decay = "decay"
     dpace = "dpace"
 
 
 class Optimizer(enum.Enum):
-    """Which optimizer updates the matrices: AdamW, or Muon (norms and biases are AdamW's in any case)."""
+    """Names the optimizer of the matrices: AdamW or Muon (AdamW updates norms and biases in any case)."""
 
     adamw = "adamw"
     muon = "muon"
 
 
 class ServeMode(enum.Enum):
-    """Which decoding arm a server runs."""
+    """Names the decoding arm that a server runs."""
 
     dflash = "dflash"
     plain = "plain"

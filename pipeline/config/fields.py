@@ -16,7 +16,7 @@ ALWAYS = object()  # the `unset` of fields that are as old as keys are: they cou
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a value must be: `holds` says whether it is, `text` ends the sentence "it must be ..."."""
+    """Says what a value must be: `holds` tests it, `text` ends the sentence "it must be ..."."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -24,7 +24,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """What a field says about itself besides its default."""
+    """Holds what a field declares besides its default."""
 
     rule: Rule | None
     kinds: tuple[str, ...]
@@ -66,7 +66,7 @@ def group(schema: type) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One value of a configuration, with its dotted name and its declaration."""
+    """Holds one value of a configuration, with its dotted name and its declaration."""
 
     name: str
     value: Any
@@ -118,7 +118,7 @@ plain_name = Rule(
     "a plain name of letters, digits, dots, hyphens and underscores",
     lambda value: re.fullmatch(r"[A-Za-z0-9][\w.-]*", value) is not None,
 )
-all_positive = Rule("a list of positive numbers", lambda value: bool(value) and all(one > 0 for one in value))
+all_positive = Rule("a list of positive numbers", lambda value: bool(value) and all(number > 0 for number in value))
 ascending = Rule(
     "layer ids that ascend without repeats", lambda value: bool(value) and sorted(set(value)) == list(value)
 )

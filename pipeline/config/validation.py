@@ -1,4 +1,4 @@
-"""Rules over several values of a configuration; one error lists every rule that is broken, the fields' own too."""
+"""Checks the rules of a configuration; one error lists every rule that is broken."""
 
 import math
 import urllib.parse
@@ -25,7 +25,7 @@ EFFORTS = {"low", "medium", "high"}
 def validate(config: PipelineConfig) -> None:
     """Raises one PipelineError that lists every value breaking a rule, as `key is value; it must be ...`."""
     broken = [
-        *_own_rules(config),
+        *_field_rules(config),
         *_target(config.target),
         *_prompts(config.prompts),
         *_teacher_cache(config.teacher_cache),
@@ -39,8 +39,8 @@ def validate(config: PipelineConfig) -> None:
         raise PipelineError("configuration: " + "\n  ".join(broken))
 
 
-def _own_rules(config: PipelineConfig) -> list[str]:
-    """The rules that fields declare themselves; a value that is None breaks none."""
+def _field_rules(config: PipelineConfig) -> list[str]:
+    """Returns the broken rules that fields declare themselves; a value that is None breaks none."""
     return [
         f"{leaf.name} is {_shown(leaf.value)}; it must be {leaf.declaration.rule.text}"
         for leaf in fields.leaves(config)
@@ -100,8 +100,8 @@ def _prompts(prompts: PromptsConfig) -> list[str]:
 def _teacher_cache(cache: TeacherCacheConfig) -> list[str]:
     broken = []
     if cache.generator is Generator.openai and (cache.openai.url is None or cache.openai.model is None):
-        given = f"url is {cache.openai.url}, model is {cache.openai.model}"
-        broken.append(f"teacher_cache.openai: {given}; teacher_cache.generator=openai needs both")
+        values = f"url is {cache.openai.url}, model is {cache.openai.model}"
+        broken.append(f"teacher_cache.openai: {values}; teacher_cache.generator=openai needs both")
     if cache.openai.url is not None and not _is_plain_url(cache.openai.url):
         broken.append(
             "teacher_cache.openai.url is no plain address; it must be such as http://localhost:8000/v1, without user, "
@@ -143,7 +143,7 @@ def _train(train: TrainConfig) -> list[str]:
 
 
 def _features(config: PipelineConfig) -> list[str]:
-    """What depends on whether training reads features from the cache or takes them from the live target."""
+    """Returns the broken rules that depend on whether features come from the cache or from the live target."""
     train, broken = config.train, []
     if train.features is FeatureSource.cached:
         if config.teacher_cache.features is FeatureStore.none:
@@ -176,5 +176,5 @@ def _export(config: PipelineConfig) -> list[str]:
 def _hosts(config: PipelineConfig) -> list[str]:
     if not uses_hosts(config.mesh) or config.stage in ON_HOSTS:
         return []
-    stage, served = config.stage and config.stage.value, ", ".join(f"stage={one.value}" for one in ON_HOSTS)
-    return [f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run {served}"]
+    stage, allowed = config.stage and config.stage.value, ", ".join(f"stage={stage.value}" for stage in ON_HOSTS)
+    return [f"stage is {stage}; several hosts (mesh.hosts, mesh.coordinator) run {allowed}"]

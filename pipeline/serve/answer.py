@@ -1,5 +1,7 @@
-"""One request's answer as it grows: its text by channel, why it ended, and what it used."""
+"""Collects one request's answer as it grows: its text by channel, why it ended, and what it used."""
 
+import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,11 +32,11 @@ class Answer:
 
     @property
     def calls(self) -> list[ToolChannel]:
-        """The calls of functions in it; their arguments are in `texts`."""
+        """The calls of functions in the answer; their arguments are in `texts`."""
         return [channel for channel in self.texts if isinstance(channel, ToolChannel)]
 
     def take(self, update: StepUpdate) -> list[tuple[TextChannel, str]]:
-        """The new pieces of text, each with its channel; `finish_reason` tells whether they are the last."""
+        """Returns the new pieces of text, each with its channel; they are the last when `finish_reason` is set."""
         pieces: list[tuple[TextChannel, str]] = []
         before = len(self.token_ids)
         # one by one, to know which token completes a stop string; all at once is quicker
@@ -60,7 +62,7 @@ class Answer:
         return pieces
 
     def acceptance(self) -> Acceptance | None:
-        """This answer's rounds; None on the plain arm."""
+        """Returns the acceptance of this answer's rounds; None on the plain arm."""
         return None if self._block_size is None else Acceptance.of(self._num_accepted, self._block_size)
 
     def _visible(self, pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:
@@ -72,7 +74,7 @@ class Answer:
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """OpenAI's usage object over the answers of one HTTP request.
+    """Returns OpenAI's usage object over the answers of one HTTP request.
 
     Rejected prediction tokens are drafted ones that the target did not accept; they are no completion tokens.
     """
@@ -95,15 +97,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _merged(pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:
-    """Neighbours of one channel joined, empty pieces left out; a call counts though it has no arguments yet."""
-    current, texts = None, []
-    for channel, text in pieces:
-        if not text and not isinstance(channel, ToolChannel):
-            continue
-        if channel != current and texts:
-            yield current, "".join(texts)
-            texts = []
-        current = channel
-        texts.append(text)
-    if texts:
-        yield current, "".join(texts)
+    """Joins neighbours of one channel and drops empty pieces, but for a call's, which may have no arguments yet."""
+    full = [piece for piece in pieces if piece[1] or isinstance(piece[0], ToolChannel)]
+    for channel, group in itertools.groupby(full, key=operator.itemgetter(0)):
+        yield channel, "".join(text for _, text in group)

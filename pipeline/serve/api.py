@@ -1,4 +1,4 @@
-"""OpenAI's HTTP endpoints over a worker. Decoding is greedy: a request without a temperature gets temperature 0."""
+"""Serves OpenAI's HTTP endpoints with an engine's thread. Decoding is greedy: the default temperature is 0."""
 
 import asyncio
 import contextlib
@@ -30,12 +30,12 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 
 
 class Generation:
-    """One HTTP request's generations, one per prompt, all accepted by the engine."""
+    """Holds one HTTP request's generations, one per prompt, all accepted by the engine."""
 
     def __init__(
-        self, stream: RequestStream, answers: Sequence[Answer], replies: Responses, counters: metrics.Counters
+        self, stream: RequestStream, answers: Sequence[Answer], responses: Responses, counters: metrics.Counters
     ) -> None:
-        self.responses = replies
+        self.responses = responses
         self.answers = answers
         self._stream = stream
         self._index = {request_id: index for index, request_id in enumerate(stream.request_ids)}
@@ -44,7 +44,7 @@ class Generation:
         self._lost = "cancelled"  # what became of answers that are not finished
 
     async def pieces(self) -> AsyncIterator[tuple[int, list[tuple[TextChannel, str]]]]:
-        """The index of an answer and its new text, until all are finished; raises Unavailable."""
+        """Yields the index of an answer and its new text, until all are finished; raises Unavailable."""
         try:
             async for update in self._stream.updates():
                 index = self._index[update.request_id]
@@ -61,13 +61,13 @@ class Generation:
             raise
 
     async def whole(self) -> dict[str, Any]:
-        """The reply to a request that does not stream."""
+        """Returns the reply to a request that does not stream."""
         async for _ in self.pieces():
             pass
         return self.responses.whole(self.answers)
 
     async def events(self, *, with_usage: bool) -> AsyncIterator[str]:
-        """The reply as server-sent events; a failure on the way is told as an error event."""
+        """Yields the reply as server-sent events; a failure on the way is an error event."""
         for chunk in self.responses.opening(len(self.answers)):
             yield _event(chunk)
         try:
@@ -83,20 +83,20 @@ class Generation:
         yield "data: [DONE]\n\n"
 
     def close(self) -> None:
-        """Cancel what is still being generated; called once, however the request ends."""
+        """Cancels what is still being generated; called once, however the request ends."""
         self._stream.close()
         self._counters.requests[self._lost] += sum(answer.finish_reason is None for answer in self.answers)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that tell when the response is over: sent, broken off or abandoned."""
+    """Sends server-sent events and calls `closed` when the response is over: sent, broken off or abandoned."""
 
     def __init__(self, events: AsyncIterator[str], *, closed: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._closed = closed
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """ASGI's entry."""
+        """Sends the response (ASGI's entry)."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -104,7 +104,7 @@ class EventStream(StreamingResponse):
 
 
 class Api:
-    """The endpoints' state: one served model; `date` None is today, for templates that print the date."""
+    """Answers the endpoints for one served model; `date` None is today, for templates that print the date."""
 
     def __init__(
         self,
@@ -126,34 +126,34 @@ class Api:
         self._created = int(time.time())
 
     async def completions(self, http: HttpRequest) -> Response:
-        """POST /v1/completions: text, or tokens, continued as they are."""
-        asked = schema.read_completion(await _body(http), self.model)
+        """Answers POST /v1/completions: text or tokens are continued as they are."""
+        body = schema.read_completion(await _body(http), self.model)
         prompts = [
             prompt if isinstance(prompt, tuple) else tuple(self._tokenizer.encode(prompt, add_special_tokens=False))
-            for prompt in asked.prompts
+            for prompt in body.prompts
         ]
-        responses = CompletionResponses(f"cmpl-{secrets.token_hex(12)}", self.model, asked.return_token_ids)
-        return await self._answer(http, asked, prompts, responses)
+        responses = CompletionResponses(f"cmpl-{secrets.token_hex(12)}", self.model, body.return_token_ids)
+        return await self._answer(http, body, prompts, responses)
 
     async def chat(self, http: HttpRequest) -> Response:
-        """POST /v1/chat/completions: messages in the target's chat format; analysis and final apart if it has both."""
-        asked = schema.read_chat(await _body(http), self.model)
-        self._refuse_unknown(asked)
+        """Answers POST /v1/chat/completions: messages in the target's chat format; its channels come apart."""
+        body = schema.read_chat(await _body(http), self.model)
+        self._refuse_unknown(body)
         try:
-            effort = asked.effort or self._effort
-            prompt = render_prompt(self._tokenizer, asked.messages, effort, tools=asked.tools, date=self._date)
+            effort = body.effort or self._effort
+            prompt = render_prompt(self._tokenizer, body.messages, effort, tools=body.tools, date=self._date)
         except PipelineError as error:
             raise ApiError(str(error), param="messages") from error
-        token_ids = prompt if asked.return_token_ids else None
+        token_ids = prompt if body.return_token_ids else None
         responses = ChatResponses(f"chatcmpl-{secrets.token_hex(12)}", self.model, token_ids)
-        return await self._answer(http, asked, [tuple(prompt)], responses)
+        return await self._answer(http, body, [tuple(prompt)], responses)
 
     def models(self) -> dict[str, Any]:
-        """GET /v1/models."""
+        """Answers GET /v1/models."""
         return {"object": "list", "data": [self._model()]}
 
     def retrieve_model(self, name: str) -> dict[str, Any]:
-        """GET /v1/models/{name}."""
+        """Answers GET /v1/models/{name}."""
         if name != self.model:
             raise ApiError(
                 f"the model {name!r} is not served here; served: {self.model!r}",
@@ -164,31 +164,31 @@ class Api:
         return self._model()
 
     def health(self) -> JSONResponse:
-        """GET /health: 200 while the engine runs, 503 with the reason once it has failed."""
+        """Answers GET /health: 200 while the engine runs, 503 with the reason once it has failed."""
         if self.engine_thread.failure is not None:
             return JSONResponse({"status": "failed", "reason": self.engine_thread.failure}, 503)
         return JSONResponse({"status": "ok"})
 
     def metrics(self) -> PlainTextResponse:
-        """GET /metrics."""
+        """Answers GET /metrics."""
         text = metrics.exposition(self.counters, self.engine, healthy=self.engine_thread.failure is None)
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
-    def _refuse_unknown(self, asked: schema.ChatBody) -> None:
-        """Raises ApiError for what the target's chat format does not know, and for tools that are none."""
+    def _refuse_unknown(self, body: schema.ChatBody) -> None:
+        """Raises ApiError for what the target's chat format does not know, and for tools that are malformed."""
         chat_format = chat_format_of(self._tokenizer)
-        if asked.effort is not None and not chat_format.has_efforts:
+        if body.effort is not None and not chat_format.has_efforts:
             raise ApiError(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
-        if asked.tools and not chat_format.has_tools:
+        if body.tools and not chat_format.has_tools:
             raise ApiError(f"{self.model} knows no tools: leave them out", param="tools")
-        problem = tools_problem(asked.tools)
+        problem = tools_problem(body.tools)
         if problem is not None:
             raise ApiError(problem, param="tools")
 
     async def _answer(
         self,
         http: HttpRequest,
-        asked: schema.CompletionBody | schema.ChatBody,
+        body: schema.CompletionBody | schema.ChatBody,
         prompts: list[tuple[int, ...]],
         responses: Responses,
     ) -> Response:
@@ -196,7 +196,7 @@ class Api:
             Request(
                 request_id=f"{responses.reply_id}-{index}",
                 prompt_ids=prompt,
-                max_new_tokens=self._room(prompt, asked.max_tokens, responses.prompt_param),
+                max_new_tokens=self._room(prompt, body.max_tokens, responses.prompt_param),
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -206,11 +206,11 @@ class Api:
             raise ApiError(str(error), param=responses.prompt_param) from error
         except Unavailable as error:
             raise _unavailable(error) from error
-        chat = isinstance(asked, schema.ChatBody)
+        chat = isinstance(body, schema.ChatBody)
         answers = [
             Answer(
                 chat_reader(self._tokenizer) if chat else PlainReader(self._tokenizer, TEXT),
-                stop=asked.stop,
+                stop=body.stop,
                 stop_channel=FINAL if chat else TEXT,
                 prompt_tokens=len(prompt),
                 block_size=self.engine.block_size,
@@ -218,12 +218,12 @@ class Api:
             for prompt in prompts
         ]
         call = Generation(stream, answers, responses, self.counters)
-        if asked.stream:
-            return EventStream(call.events(with_usage=asked.stream_usage), closed=call.close)
+        if body.stream:
+            return EventStream(call.events(with_usage=body.stream_usage), closed=call.close)
         return await _while_connected(http, call)
 
     def _room(self, prompt: tuple[int, ...], max_tokens: int | None, param: str) -> int:
-        """How many tokens to generate; raises ApiError when the engine has not room for them."""
+        """Returns how many tokens to generate; raises ApiError when the engine has no room for them."""
         wanted = 1 if max_tokens is None else max_tokens
         if len(prompt) + wanted > self.engine.config.max_length:
             more = "at least one more is" if max_tokens is None else f"{max_tokens} more are"
@@ -247,7 +247,7 @@ class Api:
 
 
 def create_app(api: Api) -> FastAPI:
-    """The routes, and every error in OpenAI's shape."""
+    """Returns the application: the routes, and every error in OpenAI's shape."""
     app = FastAPI(title=f"{api.model}, DFLASH", docs_url=None, redoc_url=None, openapi_url=None)
     app.post("/v1/completions", response_model=None)(api.completions)
     app.post("/v1/chat/completions", response_model=None)(api.chat)
@@ -290,7 +290,7 @@ async def _body(http: HttpRequest) -> Any:
 
 
 async def _while_connected(http: HttpRequest, call: Generation) -> Response:
-    """The whole reply, given up when the client goes away."""
+    """Returns the whole reply, or ends the generation when the client goes away."""
     done, gone = asyncio.create_task(call.whole()), asyncio.create_task(_disconnected(http))
     try:
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)

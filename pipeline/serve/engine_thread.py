@@ -1,4 +1,4 @@
-"""The thread that owns the engine, and what the asyncio side holds of it."""
+"""Runs the engine in a thread of its own and hands its updates to asyncio."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ IDLE_SECONDS = 5.0  # between two calls of `while_idle`
 
 
 class Unavailable(Exception):
-    """The engine has failed or is shutting down: this answer cannot be finished here. `status` is HTTP's."""
+    """Says that the engine has failed or is shutting down, so that no answer can be finished. `status` is HTTP's."""
 
     def __init__(self, message: str, status: int = 503) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class Unavailable(Exception):
 
 
 class RequestStream:
-    """The updates of requests that were submitted together; used on one event loop."""
+    """Carries the updates of requests that were submitted together; it is used on one event loop."""
 
     def __init__(self, engine_thread: "EngineThread", request_ids: Sequence[str]) -> None:
         self.request_ids = tuple(request_ids)
@@ -38,7 +38,7 @@ class RequestStream:
         self._accepted: asyncio.Future[None] = self._loop.create_future()
 
     async def updates(self) -> AsyncIterator[StepUpdate]:
-        """Updates as they come, until every request has finished or was cancelled; raises Unavailable."""
+        """Yields updates as they come, until every request has finished or was cancelled; raises Unavailable."""
         while self._open:
             item = await self._items.get()
             if isinstance(item, Exception):
@@ -51,26 +51,26 @@ class RequestStream:
             yield item
 
     def cancel(self, request_id: str) -> None:
-        """Stop generating for a request; no error when it has finished."""
+        """Stops generating for a request; it is no error when the request has finished."""
         if request_id in self._open:
             self._open.discard(request_id)
             self._engine_thread.send(_Cancel((request_id,)))
 
     def close(self) -> None:
-        """Cancel what is still open."""
+        """Cancels what is still open."""
         for request_id in tuple(self._open):
             self.cancel(request_id)
 
     async def accepted(self) -> None:
-        """Wait for the engine's verdict; raises what it raised."""
+        """Waits until the engine has accepted the requests; raises what it raised."""
         await self._accepted
 
     def settle(self, error: Exception | None) -> None:
-        """From the engine's thread: deliver the verdict."""
+        """Delivers, from the engine's thread, whether it accepted the requests."""
         self._call(self._settle, error)
 
     def put(self, item: StepUpdate | Exception) -> None:
-        """From the engine's thread: hand over an update, or what ends all of them."""
+        """Hands over, from the engine's thread, an update or the error that ends all requests."""
         self._call(self._items.put_nowait, item)
 
     def _settle(self, error: Exception | None) -> None:
@@ -105,7 +105,7 @@ class _Stop:
 class EngineThread:
     """Steps the engine while it has work; takes orders from any thread between steps.
 
-    When a step raises, every request that is open or comes later gets Unavailable, and `failure` tells why:
+    When a step raises, every request that is open or comes later gets Unavailable, and `failure` says why:
     the engine's buffers were donated to the step that failed. `while_idle` is called now and then while there is
     nothing to do.
     """
@@ -121,21 +121,24 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Starts the thread."""
         self._thread.start()
 
     def end(self) -> None:
-        """Have the thread end after its current step; open requests get Unavailable."""
+        """Lets the thread end after its current step; open requests get Unavailable."""
         self.send(_Stop())
 
     def stop(self, timeout_seconds: float = 30.0) -> bool:
-        """End the thread and wait for it; whether it ended in time."""
+        """Ends the thread and waits for it; returns whether it ended in time."""
         self.end()
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
     async def submit(self, requests: Sequence[Request]) -> RequestStream:
-        """Run requests, all or none. Raises PipelineError when the engine refuses one, or Unavailable."""
+        """Submits requests, all or none, and returns their stream.
+
+        Raises PipelineError when the engine refuses one, or Unavailable.
+        """
         stream = RequestStream(self, [request.request_id for request in requests])
         self.send(_Submit(tuple(requests), stream))
         try:
@@ -146,7 +149,7 @@ class EngineThread:
         return stream
 
     def send(self, order: "_Submit | _Cancel | _Stop") -> None:
-        """Leave an order for the thread, from any thread."""
+        """Leaves an order for the engine's thread, from any thread."""
         with self._lock:
             if self._ended is None:
                 self._orders.put(order)
@@ -168,7 +171,7 @@ class EngineThread:
         self._finish(reason)
 
     def _take_orders(self) -> bool:
-        """Carry out all orders, waiting for one when the engine is idle; False to stop."""
+        """Carries out all orders, waiting for one when the engine is idle; returns False to stop."""
         while not self._orders.empty() or not self._engine.has_work:
             order = self._next_order()
             if isinstance(order, _Stop):

@@ -1,4 +1,4 @@
-"""The server's metrics in Prometheus' text format; acceptance is the engine's, read and never recomputed."""
+"""Writes the server's metrics in Prometheus' text format; acceptance is read from the engine, never recomputed."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ OUTCOMES = ("stop", "length", "refused", "cancelled", "failed")
 
 @dataclasses.dataclass
 class Counters:
-    """What the HTTP side counts: prompts by how they ended, and tokens."""
+    """Holds what the HTTP side counts: prompts by how they ended, and tokens."""
 
     requests: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     prompt_tokens: int = 0
@@ -59,11 +59,11 @@ class _ServerMetrics(Collector):
         yield _labelled(GaugeMetricFamily, "accept_rate_at_k", text, "k", at_k)
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
+def _gauge(name: str, text: str, value: int | float) -> Metric:
     return GaugeMetricFamily(f"serve_{name}", text, value=value)
 
 
-def _counter(name: str, text: str, value: float) -> Metric:
+def _counter(name: str, text: str, value: int | float) -> Metric:
     return CounterMetricFamily(f"serve_{name}", text, value=value)
 
 
@@ -72,9 +72,9 @@ def _labelled(
     name: str,
     text: str,
     label: str,
-    samples: Mapping[str, float],
+    samples: Mapping[str, int | float],
 ) -> Metric:
-    made = family(f"serve_{name}", text, labels=[label])
+    metric = family(f"serve_{name}", text, labels=[label])
     for value, sample in samples.items():
-        made.add_metric([value], sample)
-    return made
+        metric.add_metric([value], sample)
+    return metric

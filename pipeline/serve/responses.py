@@ -1,4 +1,4 @@
-"""The bodies that go back: OpenAI's completion and chat completion objects, whole and in chunks."""
+"""Writes OpenAI's completion and chat completion objects, whole and in chunks."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from pipeline.serve.text_stream import ANALYSIS, FINAL, TEXT, TextChannel, ToolC
 
 
 class CompletionResponses:
-    """Replies of /v1/completions; with `token_ids`, each choice carries the tokens of its text too (as vLLM's)."""
+    """Writes the replies of /v1/completions; with `token_ids` each choice carries its tokens too, as vLLM's does."""
 
     prompt_param = "prompt"
 
@@ -21,7 +21,7 @@ class CompletionResponses:
         self._sent: dict[int, int] = {}  # tokens already sent, by choice
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The reply in one."""
+        """Returns the reply that is not streamed."""
         choices = [
             self._choice(index, answer.texts.get(TEXT, ""), answer.finish_reason, answer.token_ids)
             for index, answer in enumerate(answers)
@@ -29,11 +29,11 @@ class CompletionResponses:
         return {**self.chunk(choices), "usage": usage(answers)}
 
     def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
-        """Chunks sent before any text: none."""
+        """Yields the chunks sent before any text: none."""
         yield from ()
 
     def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
-        """Chunks for new pieces of an answer."""
+        """Yields the chunks for new pieces of an answer."""
         new = answer.token_ids[self._sent.get(index, 0) :]
         if pieces or answer.finish_reason is not None or (new and self._token_ids):
             self._sent[index] = len(answer.token_ids)
@@ -41,7 +41,7 @@ class CompletionResponses:
             yield self.chunk([self._choice(index, text, answer.finish_reason, new)])
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The object around choices."""
+        """Returns the object around choices."""
         return {
             "id": self.reply_id,
             "object": "text_completion",
@@ -56,9 +56,10 @@ class CompletionResponses:
 
 
 class ChatResponses:
-    """Replies of /v1/chat/completions: final is the content; analysis goes by both names in use; calls are apart.
+    """Writes the replies of /v1/chat/completions.
 
-    With `prompt_ids` a whole reply carries them, and its choices the tokens of their answers (as vLLM's).
+    The final text is the content; the analysis goes by both names in use; calls are apart. With
+    `prompt_ids` a whole reply carries them, and its choices the tokens of their answers, as vLLM's do.
     """
 
     prompt_param = "messages"
@@ -68,31 +69,31 @@ class ChatResponses:
         self._model = model
         self._created = int(time.time())
         self._prompt_ids = prompt_ids
-        self._told: set[tuple[int, ToolChannel]] = set()  # calls whose id and name are sent, by choice
+        self._announced: set[tuple[int, ToolChannel]] = set()  # calls whose id and name are sent, by choice
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The reply in one."""
-        told = {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids)}
+        """Returns the reply that is not streamed."""
+        prompt = {} if self._prompt_ids is None else {"prompt_token_ids": list(self._prompt_ids)}
         choices = []
         for index, answer in enumerate(answers):
             analysis = answer.texts.get(ANALYSIS)
-            message = {"role": "assistant", "content": answer.texts.get(FINAL, ""), "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": answer.texts.get(FINAL, ""), "refusal": None}
             message |= {"reasoning_content": analysis, "reasoning": analysis}
             calls = answer.calls
             if calls:
                 message["content"] = message["content"] or None
                 message["tool_calls"] = [self._call(index, call, answer.texts[call]) for call in calls]
             choice = {"index": index, "message": message, "logprobs": None, "finish_reason": _reason(answer)}
-            choices.append({**choice, "token_ids": answer.token_ids} if told else choice)
-        return {**self._reply("chat.completion", choices), **told, "usage": usage(answers)}
+            choices.append({**choice, "token_ids": answer.token_ids} if prompt else choice)
+        return {**self._reply("chat.completion", choices), **prompt, "usage": usage(answers)}
 
     def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
-        """Chunks sent before any text: who speaks."""
+        """Yields the chunks sent before any text: they say who speaks."""
         for index in range(num_answers):
             yield self._delta(index, {"role": "assistant", "content": ""}, None)
 
     def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
-        """Chunks for new pieces of an answer."""
+        """Yields the chunks for new pieces of an answer."""
         for channel, text in pieces:
             if isinstance(channel, ToolChannel):
                 yield self._delta(index, {"tool_calls": [self._call_delta(index, channel, text)]}, None)
@@ -103,19 +104,19 @@ class ChatResponses:
             yield self._delta(index, {}, _reason(answer))
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The object around choices."""
+        """Returns the object around choices."""
         return self._reply("chat.completion.chunk", choices)
 
     def _call(self, index: int, call: ToolChannel, arguments: str) -> dict[str, Any]:
-        """A call with an id of its own."""
+        """Returns a call with an id of its own."""
         function = {"name": call.name, "arguments": arguments}
         return {"id": f"call-{self.reply_id}-{index}-{call.index}", "type": "function", "function": function}
 
     def _call_delta(self, index: int, call: ToolChannel, text: str) -> dict[str, Any]:
-        """A call's first piece has its id and name, the later ones more of its arguments."""
-        if (index, call) in self._told:
+        """Returns a piece of a call: the first has its id and name, the later ones more of its arguments."""
+        if (index, call) in self._announced:
             return {"index": call.index, "function": {"arguments": text}}
-        self._told.add((index, call))
+        self._announced.add((index, call))
         return {"index": call.index, **self._call(index, call, text)}
 
     def _delta(self, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class ChatResponses:
 
 
 def _reason(answer: Answer) -> str | None:
-    """Why an answer ended, as OpenAI says it: with calls, or by itself, or at its limit."""
+    """Returns why an answer ended, in OpenAI's words: with calls, by itself, or at its limit."""
     return "tool_calls" if answer.finish_reason == "stop" and answer.calls else answer.finish_reason
 
 

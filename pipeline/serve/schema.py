@@ -1,4 +1,4 @@
-"""What clients may ask for: OpenAI bodies, checked key by key. What is not served is refused, never ignored."""
+"""Checks OpenAI's request bodies key by key: what is not served is refused, never ignored."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ _FIELDS = {  # of a message beside its role and content
 
 
 class ApiError(Exception):
-    """A request that is not served: an HTTP status and the fields of OpenAI's error object."""
+    """Says why a request is not served: an HTTP status and the fields of OpenAI's error object."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ApiError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What both endpoints take. `max_tokens` None: as many as the context has room for."""
+    """Holds what both endpoints take. `max_tokens` None: as many as the context has room for."""
 
     max_tokens: int | None
     stop: tuple[str, ...]
@@ -84,7 +84,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionBody(Options):
-    """A body of /v1/completions: each prompt is text or tokens."""
+    """Holds a body of /v1/completions: each prompt is text or tokens."""
 
     prompts: tuple[str | tuple[int, ...], ...]
     return_token_ids: bool
@@ -92,7 +92,7 @@ class CompletionBody(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatBody(Options):
-    """A body of /v1/chat/completions; `effort` None: the server's default. Without calls wanted it has no tools."""
+    """Holds a body of /v1/chat/completions; `effort` None: the server's default. No `tools` when none may be called."""
 
     messages: list[dict[str, Any]]
     tools: list[Any]
@@ -101,86 +101,87 @@ class ChatBody(Options):
 
 
 def read_completion(body: Any, model: str) -> CompletionBody:
-    """Check a body of /v1/completions for the served `model`; raises Refusal."""
-    given = _given(body, model, _COMPLETION, {**_UNSERVED, **_UNSERVED_COMPLETION})
-    options = _options(given)
+    """Returns the body of a request to /v1/completions for the served `model`; raises ApiError."""
+    values = _requested(body, model, _COMPLETION, {**_UNSERVED, **_UNSERVED_COMPLETION})
+    options = _options(values)
     if options["max_tokens"] is None:
         options["max_tokens"] = DEFAULT_COMPLETION_TOKENS
     return CompletionBody(
-        prompts=_prompts(given.get("prompt")), return_token_ids=_flag(given, "return_token_ids"), **options
+        prompts=_prompts(values.get("prompt")), return_token_ids=_flag(values, "return_token_ids"), **options
     )
 
 
 def read_chat(body: Any, model: str) -> ChatBody:
-    """Check a body of /v1/chat/completions for the served `model`; raises Refusal."""
-    given = _given(body, model, _CHAT, {**_UNSERVED, **_UNSERVED_CHAT})
-    effort = given.get("reasoning_effort")
+    """Returns the body of a request to /v1/chat/completions for the served `model`; raises ApiError."""
+    values = _requested(body, model, _CHAT, {**_UNSERVED, **_UNSERVED_CHAT})
+    effort = values.get("reasoning_effort")
     if effort is not None and effort_problem(effort) is not None:
         raise ApiError(
             f"reasoning_effort is {_shown(effort)}; supported: {', '.join(EFFORTS)}", param="reasoning_effort"
         )
-    options = _options(given)
-    limits = {key: _count(given, key) for key in ("max_tokens", "max_completion_tokens") if key in given}
+    options = _options(values)
+    limits = {key: _count(values, key) for key in ("max_tokens", "max_completion_tokens") if key in values}
     if len(set(limits.values())) > 1:
-        told = " and ".join(f"{key} is {value}" for key, value in limits.items())
-        raise ApiError(f"{told}; give one of them, or the same value", param="max_completion_tokens")
+        both = " and ".join(f"{key} is {value}" for key, value in limits.items())
+        raise ApiError(f"{both}; give one of them, or the same value", param="max_completion_tokens")
     options["max_tokens"] = next(iter(limits.values()), None)
-    token_ids = _flag(given, "return_token_ids")
+    token_ids = _flag(values, "return_token_ids")
     if token_ids and options["stream"]:
         raise ApiError("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
-    messages, tools = _messages(given.get("messages")), _tools(given)
+    messages, tools = _messages(values.get("messages")), _tools(values)
     return ChatBody(messages=messages, tools=tools, effort=effort, return_token_ids=token_ids, **options)
 
 
-def _given(
+def _requested(
     body: Any, model: str, known: tuple[str, ...], unserved: Mapping[str, tuple[tuple[Any, ...], str]]
 ) -> dict[str, Any]:
-    """The keys that ask for something, null ones left out. Raises Refusal for what is not served."""
+    """Returns the keys that ask for something, null ones left out. Raises ApiError for what is not served."""
     if not isinstance(body, dict):
         raise ApiError(f"the body is {_shown(body)}; wanted a JSON object")
-    given = {key: value for key, value in body.items() if value is not None}
-    asked = given.get("model")
-    if not isinstance(asked, str):
-        raise ApiError(f"model is {_shown(asked)}; wanted a name; {model!r} is served", param="model")
-    if asked != model:
+    values = {key: value for key, value in body.items() if value is not None}
+    name = values.get("model")
+    if not isinstance(name, str):
+        raise ApiError(f"model is {_shown(name)}; wanted a name; {model!r} is served", param="model")
+    if name != model:
         raise ApiError(
-            f"the model {_shown(asked)} is not served here; served: {model!r}",
+            f"the model {_shown(name)} is not served here; served: {model!r}",
             param="model",
             code="model_not_found",
             status=404,
         )
-    for key, value in given.items():
+    for key, value in values.items():
         if key in unserved:
             neutral, advice = unserved[key]
-            if not any(_same(value, one) for one in neutral):
+            if not any(_same(value, harmless) for harmless in neutral):
                 raise ApiError(f"{key} is {_shown(value)}; {advice}", param=key, code="unsupported_value")
         elif key not in known:
             raise ApiError(
                 f"the parameter {_shown(key)} is not known; supported: {', '.join(known)}",
-                param=key,
+                param=key.encode(errors="replace").decode(),  # half of a surrogate pair cannot be sent back
                 code="unknown_parameter",
             )
-    return given
+    return values
 
 
-def _options(given: Mapping[str, Any]) -> dict[str, Any]:
-    stream, asked = _flag(given, "stream"), given.get("stream_options", {})
-    if not isinstance(asked, dict) or asked.keys() - {"include_usage"}:
+def _options(values: Mapping[str, Any]) -> dict[str, Any]:
+    stream, stream_options = _flag(values, "stream"), values.get("stream_options", {})
+    if not isinstance(stream_options, dict) or stream_options.keys() - {"include_usage"}:
         raise ApiError(
-            f"stream_options is {_shown(asked)}; supported: an object with include_usage", param="stream_options"
+            f"stream_options is {_shown(stream_options)}; supported: an object with include_usage",
+            param="stream_options",
         )
-    if asked and not stream:
+    if stream_options and not stream:
         raise ApiError("stream_options is given without stream; set stream to true", param="stream_options")
     return {
-        "max_tokens": _count(given, "max_tokens"),
-        "stop": _stop(given.get("stop", [])),
+        "max_tokens": _count(values, "max_tokens"),
+        "stop": _stop(values.get("stop", [])),
         "stream": stream,
-        "stream_usage": _flag(asked, "include_usage"),
+        "stream_usage": _flag(stream_options, "include_usage"),
     }
 
 
-def _flag(given: Mapping[str, Any], key: str) -> bool:
-    value = given.get(key)
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key)
     if value is None:
         return False
     if not isinstance(value, bool):
@@ -188,8 +189,8 @@ def _flag(given: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _count(given: Mapping[str, Any], key: str) -> int | None:
-    value = given.get(key)
+def _count(values: Mapping[str, Any], key: str) -> int | None:
+    value = values.get(key)
     if value is None:
         return None
     if not _is_integer(value) or value < 1:
@@ -229,10 +230,10 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     return tuple(prompts)
 
 
-def _tools(given: Mapping[str, Any]) -> list[Any]:
-    """The tools to offer; whether they are tools is for the renderer to say."""
-    _flag(given, "parallel_tool_calls")  # an answer has one call in any case, for a call ends it
-    tools, choice = given.get("tools", []), given.get("tool_choice", "auto")
+def _tools(values: Mapping[str, Any]) -> list[Any]:
+    """Returns the tools to offer; whether they are tools is checked when they are rendered."""
+    _flag(values, "parallel_tool_calls")  # an answer has one call in any case, for a call ends it
+    tools, choice = values.get("tools", []), values.get("tool_choice", "auto")
     if not isinstance(tools, list):
         raise ApiError(f"tools is {_shown(tools)}; wanted a list of functions", param="tools")
     if choice not in ("none", "auto"):
@@ -245,25 +246,23 @@ def _tools(given: Mapping[str, Any]) -> list[Any]:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    """Messages with plain text contents; what makes a good prompt of them is for the renderer to say."""
+    """Returns messages with plain text contents; whether they make a prompt is checked when they are rendered."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ApiError(f"messages is {_shown(value)}; wanted a list of role and content objects", param="messages")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
-def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
+def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
     role = message.get("role")
     known = ("role", "content", *(_FIELDS.get(role, ()) if isinstance(role, str) else ()))
     for key, value in message.items():
         if key not in known and value not in (None, []):
-            raise ApiError(
-                f"{place} has {_shown(key)} {_shown(value)}; supported: {', '.join(known)}", param="messages"
-            )
+            raise ApiError(f"{name} has {_shown(key)} {_shown(value)}; supported: {', '.join(known)}", param="messages")
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-                raise ApiError(f"{place} has a content part {_shown(part)}; supported: text parts", param="messages")
+                raise ApiError(f"{name} has a content part {_shown(part)}; supported: text parts", param="messages")
         content = "".join(_text(part["text"], "messages") for part in content)
     if isinstance(content, str):
         content = _text(content, "messages")

@@ -1,4 +1,4 @@
-"""A FastAPI application on a port, until SIGINT or SIGTERM."""
+"""Runs a FastAPI application on a port until SIGINT or SIGTERM."""
 
 import asyncio
 import contextlib
@@ -12,13 +12,13 @@ from fastapi import FastAPI
 from pipeline.errors import PipelineError
 
 GRACE_SECONDS = 5  # how long requests in flight may go on after a signal; then `cut` ends them
-LAST_SECONDS = 10  # how long they may take to tell that; then their connections are closed
+LAST_SECONDS = 10  # how long their last answers may take; then their connections are closed
 BACKLOG = 2048  # connections that wait to be taken
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the port (0: any free one) without answering on it yet; PipelineError when it cannot be had."""
-    with _told(host, port):
+    """Takes the port (0: any free one) without answering on it yet; raises PipelineError when it cannot be had."""
+    with _port_errors(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
@@ -31,29 +31,29 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(listener: socket.socket) -> str:
-    """Where a bound socket answers."""
+    """Returns the URL at which a bound socket answers."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's, which calls `cut` when requests in flight have had their grace."""
+    """Uvicorn's server, which calls `cut` when requests in flight have had their grace."""
 
     def __init__(self, config: uvicorn.Config, cut: Callable[[], None]) -> None:
         super().__init__(config)
         self._cut = cut
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End, quickly when nothing is in flight."""
+        """Ends the server, quickly when nothing is in flight."""
         timer = asyncio.get_running_loop().call_later(GRACE_SECONDS, self._cut)
         await super().shutdown(sockets)
         timer.cancel()
 
 
 def create_server(app: FastAPI, listener: socket.socket, *, cut: Callable[[], None]) -> Server:
-    """A server for `app`, its port open: from here on clients are not turned away. `cut` must not block."""
+    """Returns a server for `app` and opens its port: clients are no longer turned away. `cut` must not block."""
     host, port = listener.getsockname()[:2]
-    with _told(host, port):
+    with _port_errors(host, port):
         listener.listen(BACKLOG)  # fails when another server took the port meanwhile
     config = uvicorn.Config(
         app,
@@ -67,13 +67,13 @@ def create_server(app: FastAPI, listener: socket.socket, *, cut: Callable[[], No
 
 
 def serve(server: Server, listener: socket.socket) -> None:
-    """Answer requests until `server.should_exit`, SIGINT or SIGTERM; requests in flight get some seconds."""
+    """Answers requests until `server.should_exit`, SIGINT or SIGTERM; requests in flight get some seconds."""
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has ended
         server.run(sockets=[listener])
 
 
 @contextlib.contextmanager
-def _told(host: str, port: int) -> Iterator[None]:
+def _port_errors(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except (OSError, OverflowError) as error:

@@ -1,9 +1,10 @@
-"""`stage=serve`: the target, alone or with its draft, behind an OpenAI-style HTTP server."""
+"""`stage=serve` puts the target, alone or with its draft, behind an OpenAI-style HTTP server."""
 
 import contextlib
 import json
 import logging
 import time
+from pathlib import Path
 
 from pipeline import distributed
 from pipeline.config.choices import ServeMode
@@ -82,10 +83,11 @@ def _engine(workspace: Workspace) -> Engine:
             f"engine.max_length is {engine.max_length}; {config.target.name} has {limit} positions "
             f"(max_position_embeddings); set engine.max_length to {limit} or less"
         )
-    exported = workspace.open(DRAFT) if config.serve.mode is ServeMode.dflash else None
-    runtime = runtime_for(config.mesh, target.path, draft=None if exported is None else exported.path)
+    is_dflash = config.serve.mode is ServeMode.dflash
+    draft_path = Path(str(workspace.open(DRAFT).path)) if is_dflash else None  # drafts are never in buckets
+    runtime = runtime_for(config.mesh, target.path, draft=draft_path)
     model = load_target(config.target, target.path, runtime)
-    draft = None if exported is None else load_draft(config.target.precision, exported.path, runtime)
+    draft = None if draft_path is None else load_draft(config.target.precision, draft_path, runtime)
     kind = PrimaryEngine if distributed.is_multihost() and distributed.is_primary() else Engine
     return kind(model, draft, engine, runtime)
 

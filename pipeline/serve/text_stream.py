@@ -1,4 +1,4 @@
-"""Tokens to text as they come: characters split over tokens, Harmony channels and calls, and stop strings."""
+"""Turns tokens into text as they come: split characters, Harmony channels and calls, and stop strings."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character (
 
 @dataclasses.dataclass(frozen=True)
 class ToolChannel:
-    """The channel of a call's arguments: the `index`-th call of an answer, of the function `name`."""
+    """Names the channel of a call's arguments: the `index`-th call of an answer, of the function `name`."""
 
     index: int
     name: str
@@ -24,58 +24,64 @@ TextChannel = str | ToolChannel
 
 
 class Detokenizer:
-    """Decodes a byte-level token stream piece by piece; a character is given when its last byte is there."""
+    """Decodes a byte-level token stream piece by piece; a character is returned when its last byte is there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._pending: list[int] = []  # tokens since the last point at which text and tokens ended together
-        self._given = 0  # characters of the pending tokens' text already taken from it
+        self._taken = 0  # characters of the pending tokens' text already taken from it
         self._doubtful = ""  # replacement characters, shown if anything follows them
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that is certain now."""
+        """Returns the text that is certain now."""
         self._pending += token_ids
         text = self._decoded()
         if text.endswith(REPLACEMENT):  # an unfinished character decodes to one of these
-            certain = text[self._given : -1]
-            self._given = len(text) - 1
+            certain = text[self._taken : -1]
+            self._taken = len(text) - 1
         else:
-            certain = text[self._given :]
-            self._pending, self._given = [], 0
+            certain = text[self._taken :]
+            self._pending, self._taken = [], 0
         certain = self._doubtful + certain
         shown = certain.rstrip(REPLACEMENT)
         self._doubtful = certain[len(shown) :]
         return shown
 
     def flush(self) -> str:
-        """What was held back, as replacement characters; the next push starts afresh."""
-        rest = self._doubtful + self._decoded()[self._given :]
-        self._pending, self._given, self._doubtful = [], 0, ""
+        """Returns what was held back, as replacement characters; the next push starts afresh."""
+        rest = self._doubtful + self._decoded()[self._taken :]
+        self._pending, self._taken, self._doubtful = [], 0, ""
         return rest
 
     def _decoded(self) -> str:
-        return self._tokenizer.decode(self._pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return _decoded(self._tokenizer, self._pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _decoded(tokenizer: Tokenizer, token_ids: Sequence[int], **options: bool) -> str:
+    text = tokenizer.decode(list(token_ids), **options)
+    assert isinstance(text, str), "only batches give lists"
+    return text
 
 
 class PlainReader:
-    """All text is one channel; special tokens are left out."""
+    """Reads all text as one channel; special tokens are left out."""
 
     def __init__(self, tokenizer: Tokenizer, channel: str) -> None:
         self._text = Detokenizer(tokenizer)
         self._channel = channel
 
     def push(self, token_ids: Sequence[int]) -> Iterator[tuple[TextChannel, str]]:
-        """Read further tokens."""
+        """Yields the text of further tokens."""
         yield self._channel, self._text.push(token_ids)
 
     def finish(self, *, cut_off: bool) -> Iterator[tuple[TextChannel, str]]:
-        """End the answer."""
+        """Ends the answer and yields what was held back; with `cut_off` what was unfinished is dropped."""
         rest = self._text.flush()
         yield self._channel, "" if cut_off else rest
 
 
 class ChannelReader:
-    """The analysis and the final text of an answer, and its calls, as they come.
+    """Reads the analysis and the final text of an answer, and its calls, as they come.
 
     No token is lost in silence: channels other than final (commentary) count as analysis, text outside of any
     message as final. A message to a function is a call, whose first piece comes with its header. The recipient stands
@@ -98,7 +104,7 @@ class ChannelReader:
         self._stopped = False
 
     def push(self, token_ids: Sequence[int]) -> Iterator[tuple[TextChannel, str]]:
-        """Read further tokens; what follows a stop token is not read."""
+        """Yields the text of further tokens; what follows a stop token is not read."""
         body: list[int] = []
         for token_id in token_ids:
             if self._stopped:
@@ -115,21 +121,21 @@ class ChannelReader:
         yield from self._read(body)
 
     def finish(self, *, cut_off: bool) -> Iterator[tuple[TextChannel, str]]:
-        """End the answer."""
+        """Ends the answer and yields what was held back; with `cut_off` what was unfinished is dropped."""
         opening = self._opened(None)
         yield from self._read([] if self._function_in(opening) else opening)
         yield from self._end_body(cut_off=cut_off)
 
     def _unless_opening(self, token_id: int) -> list[int]:
-        """The tokens that are text, once they are: none while the answer may begin with a recipient."""
+        """Returns the tokens that are text: none while the answer may begin with a recipient."""
         if self._opening is None:
             return [token_id]
         self._opening.append(token_id)
-        text, wanted = self._tokenizer.decode(self._opening), f" {CALLED}"
+        text, wanted = _decoded(self._tokenizer, self._opening), f" {CALLED}"
         return [] if wanted.startswith(text) or text.startswith(wanted) else self._opened(None)
 
     def _opened(self, control_token: str | None) -> list[int]:
-        """The first tokens as text, or, before the rest of a header, as the beginning of it."""
+        """Returns the first tokens as text, or, before the rest of a header, makes them its beginning."""
         opening, self._opening = self._opening or [], None
         if control_token not in ("<|channel|>", "<|message|>") or not self._function_in(opening):
             return opening
@@ -166,7 +172,7 @@ class ChannelReader:
     def _begin_body(self) -> Iterator[tuple[TextChannel, str]]:
         header = self._header or []
         called, self._called, self._header = self._function_in(header) or self._called, None, None
-        words = self._tokenizer.decode(header, skip_special_tokens=True).split()
+        words = _decoded(self._tokenizer, header, skip_special_tokens=True).split()
         if called is None:
             self._channel = FINAL if not words or words[0] == FINAL else ANALYSIS
             return
@@ -175,8 +181,8 @@ class ChannelReader:
         yield self._channel, ""
 
     def _function_in(self, header: list[int]) -> str | None:
-        """The function that a header, or a part of it, is addressed to."""
-        words = self._tokenizer.decode(header).replace(CONSTRAIN, " ").split()
+        """Returns the function that a header, or a part of it, is addressed to."""
+        words = _decoded(self._tokenizer, header).replace(CONSTRAIN, " ").split()
         names = [word.removeprefix(CALLED) for word in words if word.startswith(CALLED)]
         return next((name for name in names if name), None)
 
@@ -185,7 +191,7 @@ Reader = PlainReader | ChannelReader
 
 
 def chat_reader(tokenizer: Tokenizer) -> Reader:
-    """Reads an answer in the tokenizer's chat format; where that has no channels, all of it is final."""
+    """Returns the reader of the tokenizer's chat format; where that has no channels, all text is final."""
     return ChannelReader(tokenizer) if chat_format_of(tokenizer).has_channels else PlainReader(tokenizer, FINAL)
 
 
@@ -198,7 +204,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The text that no stop string can take back; "" once one was `found`."""
+        """Returns the text that no stop string can take back; "" once one was `found`."""
         if self.found:
             return ""
         text = self._held + text
@@ -211,11 +217,11 @@ class StopStrings:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Returns what was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
+    """Returns the length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""Held-out texts of the target with the rounds that the training evaluation counted over them; JSON lines on disk."""
+"""Stores held-out texts of the target with the rounds that the training evaluation counted over them, as JSON lines."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ FILE = "heldout.jsonl"  # in a checkpoint: what its evaluation read, and the rou
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldoutText:
-    """A prompt with the target's answer, and the drafted tokens that each round over it accepted.
+    """Holds a prompt with the target's answer, and the drafted tokens that each round over it accepted.
 
     The first `prompt_tokens` of `token_ids` are the prompt's.
     """

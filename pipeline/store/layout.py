@@ -1,4 +1,4 @@
-"""What a teacher cache holds: arrays, names, sizes, format version."""
+"""Describes what a teacher cache holds: arrays, names, sizes, format version."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ NO_FEATURES = "none"  # how a cache stores features that the live target gives
 
 HEADER, SHARD, ROWS = "store.json", "shard.json", "rows.json"
 
-CHUNK_TOKENS = 256  # what one sequence reads in vain is at most this at either end
+CHUNK_TOKENS = 256  # a sequence reads at most this in vain at either end
 
 FILE_TOKENS = 4096  # of features: what is read to compare a sha256 before a sequence can be (118 MB for gpt-oss)
 
@@ -30,7 +30,7 @@ MEND = "delete the cache's directory and run stage=teacher_cache again"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CachedSequence:
-    """A prompt and the target's answer, token by token: its id, its channel, its features (bfloat16 [T, L * D]).
+    """Holds a prompt and the target's answer, token by token: its id, its channel, its features (bfloat16 [T, L * D]).
 
     `features` is None where none are stored or none were asked for.
     """
@@ -43,7 +43,7 @@ class CachedSequence:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardRows:
-    """The sequences of a shard in order, column by column. `num_tokens` counts prompt and answer."""
+    """Holds the sequences of a shard in order, column by column. `num_tokens` counts prompt and answer."""
 
     prompt_ids: list[str]
     efforts: list[str]
@@ -54,9 +54,9 @@ class ShardRows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheLayout:
-    """How a cache keeps features: `stored` is bfloat16, int8 or none; of `num_tapped` layers, `feature_size` wide.
+    """How a cache stores the features of `num_tapped` layers: `stored` is bfloat16, int8 or none.
 
-    Both numbers are 0 where none are stored.
+    `feature_size` is the width of all layers together (L * D). Both numbers are 0 where no features are stored.
     """
 
     stored: str
@@ -65,11 +65,11 @@ class CacheLayout:
 
     @property
     def token_bytes(self) -> int:
-        """What a token takes: its id, its channel and its features."""
+        """The bytes that a token takes: its id, its channel and its features."""
         return 4 + 1 + feature_codec.token_bytes(self.stored, self.feature_size, self.num_tapped)
 
     def arrays(self, num_tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """The arrays of a shard: their types and shapes."""
+        """Returns the types and shapes of a shard's arrays, by name."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {
             "tokens": ("int32", (num_tokens,)),
             "channels": ("uint8", (num_tokens,)),
@@ -82,18 +82,18 @@ class CacheLayout:
 
 
 def shard_path(root: StoragePath, split: str, index: int) -> StoragePath:
-    """Where shard `index` of a split lives."""
+    """Returns the path of shard `index` of a split."""
     return root / split / f"{index:05d}"
 
 
 def estimated_bytes(num_tokens: int, num_sequences: int, num_shards: int, layout: CacheLayout) -> int:
-    """Upper bound of what shards take: tokens, channels and features in full chunks, rows and headers."""
+    """Returns an upper bound of the bytes of shards: tokens, channels and features in full chunks, rows and headers."""
     stored = num_tokens + num_shards * CHUNK_TOKENS
     return stored * layout.token_bytes + num_sequences * ROW_BYTES + num_shards * HEADER_BYTES
 
 
 def listed_files(num_shards: dict[str, int]) -> list[str]:
-    """The files of a store that vouch for all others: its header and every shard's, as the manifest names them."""
+    """Returns the files that vouch for all others, which the manifest names: the header and every shard's."""
     shards = [f"{split}/{index:05d}/{SHARD}" for split, count in num_shards.items() for index in range(count)]
     return [HEADER, *shards]
 

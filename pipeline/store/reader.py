@@ -1,4 +1,4 @@
-"""The teacher cache on disk or in a bucket: token streams with their features in shards, and the reader of both.
+"""Reads a teacher cache on disk or in a bucket: token streams with their features, in shards.
 
     store.json                      format, features, number of shards per split; written after all shards
     train/00000/tokens              int32 [tokens]            zarr3, sharded: 256 tokens to a chunk, crc32c each
@@ -44,7 +44,7 @@ from pipeline.store.layout import (
 
 
 class CacheSplit:
-    """One split of a teacher cache, sequences addressed 0..num_sequences-1 in the order of the prompts."""
+    """Reads one split of a teacher cache, sequences addressed 0..num_sequences-1 in the order of the prompts."""
 
     def __init__(self, shards: Sequence["_Shard"], layout: CacheLayout) -> None:
         self._shards = list(shards)
@@ -59,21 +59,21 @@ class CacheSplit:
         self.finish_reasons: list[str] = self._column("finish_reasons")
 
     def read(self, indices: Sequence[int], *, features: bool = True) -> list[CachedSequence]:
-        """The sequences named, in that order, read side by side; without `features` tokens and channels alone.
+        """Returns the sequences of these indices, read side by side; without `features` tokens and channels alone.
 
         Several threads may read at once. Raises PipelineError naming shard and row when bytes were changed or features
         are not finite, and IndexError for an index out of range.
         """
-        found = [self._place(int(index)) for index in indices]
+        found = [self._shard_and_row(int(index)) for index in indices]
         reads = [(shard, row, shard.start_read(row, features)) for shard, row in found]
         return [shard.finish_read(row, read) for shard, row, read in reads]
 
     def where(self, index: int) -> str:
-        """Shard and row of a sequence, for people."""
-        shard, row = self._place(index)
+        """Returns shard and row of a sequence, for people."""
+        shard, row = self._shard_and_row(index)
         return f"{shard.path}, row {row}"
 
-    def _place(self, index: int) -> tuple["_Shard", int]:
+    def _shard_and_row(self, index: int) -> tuple["_Shard", int]:
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -84,7 +84,7 @@ class CacheSplit:
 
 
 def open_split(root: StoragePath, split: str, *, verify: bool = True) -> CacheSplit:
-    """Open "train" or "heldout" of the cache at `root`.
+    """Opens "train" or "heldout" of the cache at `root`.
 
     Headers are compared with the manifest, where there is one. With `verify`, every file's sha256 is compared when it
     is first read from; each chunk's crc32c is in any case. Raises PipelineError when a shard is absent, damaged or of
@@ -185,14 +185,14 @@ def _failure(path: StoragePath, what: str, error: Exception) -> PipelineError:
 
 
 def _files_of(name: str, first: int, end: int) -> list[str]:
-    """The files of an array that hold the tokens first..end-1."""
+    """Returns the files of an array that hold the tokens first..end-1."""
     if name == "features":
         return [f"features/c/{index}/0" for index in range(first // FILE_TOKENS, (end - 1) // FILE_TOKENS + 1)]
     return [f"{name}/c/0", f"{name}/c/0/0"]
 
 
 def _read_json(root: StoragePath, name: str, entry: dict[str, Any] | None) -> Any:
-    """A JSON file, read once and compared with its `entry`, where one is known."""
+    """Reads a JSON file once and compares it with its `entry`, where one is known."""
     try:
         data = (root / name).read_bytes()
         problem = None if entry is None else storage.difference(storage.record_of_bytes(data), entry)

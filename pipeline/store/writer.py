@@ -34,7 +34,7 @@ from pipeline.store.layout import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardContents:
-    """The sequences of a shard: `token_ids`, `channels` [tokens] and `features` [tokens, L * D] are all end to end.
+    """Holds the sequences of a shard: `token_ids`, `channels` [tokens] and `features` [tokens, L * D] end to end.
 
     Features are bfloat16; None where none are stored.
     """
@@ -62,6 +62,7 @@ def write_shard(
     rows, token_ids, channels = contents.rows, contents.token_ids, contents.channels
     assert token_ids.shape == channels.shape == (sum(rows.num_tokens),)
     scratch = path.with_name(path.name + ".partial") if isinstance(path, Path) else staging
+    assert scratch is not None, "a shard for a bucket has a staging directory"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     arrays = {"tokens": token_ids, "channels": channels} | feature_codec.encode(
@@ -95,7 +96,7 @@ def write_shard(
 
 
 def _copy(built: Path, path: BucketPath, files: dict[str, dict[str, Any]]) -> None:
-    """Copy a shard to a bucket, its header last; every file is read back."""
+    """Copies a shard to a bucket, its header last; every file is read back."""
 
     def copy(name: str) -> list[str]:
         (path / name).write_bytes((built / name).read_bytes())
@@ -112,9 +113,9 @@ def _copy(built: Path, path: BucketPath, files: dict[str, dict[str, Any]]) -> No
 
 
 def read_report(path: StoragePath, fingerprint: str, *, verify: bool = True) -> dict[str, Any] | None:
-    """The report of the complete shard at `path` made under `fingerprint`; None for any other.
+    """Returns the report of the complete shard at `path` written under `fingerprint`; None for any other.
 
-    With `verify` one that is damaged is none either; what was copied to a bucket was read back when it was.
+    With `verify`, None for a damaged one too; what was copied to a bucket was read back at that time.
     """
     try:
         header = json.loads((path / SHARD).read_text())
@@ -130,7 +131,7 @@ def read_report(path: StoragePath, fingerprint: str, *, verify: bool = True) -> 
 
 
 def write_header(root: StoragePath, layout: CacheLayout, num_shards: dict[str, int]) -> None:
-    """Say what the store holds, when all its shards are written."""
+    """Writes what the store holds, when all its shards are written."""
     write_json(root / HEADER, {"format": FORMAT, "layout": dataclasses.asdict(layout), "num_shards": num_shards})
 
 

@@ -1,4 +1,4 @@
-"""What the contracts of this configuration's artifacts must say."""
+"""Says what the contracts of a configuration's artifacts must hold."""
 
 import dataclasses
 import json

@@ -33,8 +33,8 @@ def runtime_for(config: MeshConfig, directory: Path, *, draft: Path | None = Non
 
     Raises PipelineError when the mesh does not fit the devices there are.
     """
-    configs = [read_config(one) for one in (directory, draft) if one is not None]
-    return runtime_for_heads(config, [one.get("num_key_value_heads", 1) for one in configs])
+    networks = [read_config(path) for path in (directory, draft) if path is not None]
+    return runtime_for_heads(config, [network.get("num_key_value_heads", 1) for network in networks])
 
 
 def runtime_for_heads(config: MeshConfig, heads: list[int]) -> Runtime:
@@ -58,9 +58,9 @@ def choose_shards(config: MeshConfig, num_devices: int, heads: list[int]) -> Sha
     A model is split as far as the numbers of key/value heads allow: an expert that is hit is then read by all devices
     together, while experts split one from another are read by the few that have them.
     """
-    given = (config.data, config.expert, config.tensor)
-    if any(size is not None for size in given):
-        return Shards(*(size or 1 for size in given))
+    chosen = (config.data, config.expert, config.tensor)
+    if any(size is not None for size in chosen):
+        return Shards(*(size or 1 for size in chosen))
     tensor = math.gcd(num_devices, *heads)
     return Shards(num_devices // tensor, 1, tensor)
 

@@ -1,6 +1,6 @@
-"""Which settings decide the bytes of each artifact: what its key is computed from.
+"""Collects the settings that decide the bytes of each artifact, from which its key is computed.
 
-Every field of the schema names the artifacts that it decides. Here what comes from outside is replaced by its content
+Every field of the schema names the artifacts that it decides. What comes from outside is replaced by its content
 (a prompt file by its sha256, a hub's data set by its commit), and what follows from several fields by what it comes to.
 """
 
@@ -26,7 +26,7 @@ PARENT = {TEACHER_CACHE: TARGET, CHECKPOINT: TEACHER_CACHE, DRAFT: CHECKPOINT}
 
 
 def declared(config: Any, kind: str) -> dict[str, Any]:
-    """Returns every field that decides the bytes of `kind`, by dotted name, but for those with their `unset` value."""
+    """Returns every field that decides the bytes of `kind`, by dotted name, except those with their `unset` value."""
     return {
         leaf.name: plain(leaf.value)
         for leaf in fields.leaves(config)

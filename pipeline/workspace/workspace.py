@@ -1,4 +1,4 @@
-"""The artifacts of a configuration: where they are, what made them, and whether they fit, each resolved once a command.
+"""Finds the artifacts of a configuration: where they are, what made them and whether they fit.
 
 A stage makes one `Workspace` in its first line. Keys are computed from settings and from parents' keys, so that an
 artifact is found whether its parents still exist or not; contracts are compared when an artifact is opened.
@@ -35,7 +35,7 @@ STAGES = {TARGET: "target", TEACHER_CACHE: "teacher_cache", CHECKPOINT: "train",
 
 @dataclasses.dataclass(frozen=True)
 class TargetArtifact:
-    """A target on disk: its HF directory, its contract, its key, and the fingerprint of its very files."""
+    """Describes a target on disk: its HF directory, its contract, its key, and the fingerprint of its very files."""
 
     path: Path
     contract: Contract
@@ -44,7 +44,7 @@ class TargetArtifact:
 
 
 class Workspace:
-    """The artifacts of one configuration. What is looked up is kept: a command hashes and asks the hub once."""
+    """Finds the artifacts of one configuration. Results are cached: a command hashes and asks the hub once."""
 
     def __init__(self, config: PipelineConfig) -> None:
         self.config = config
@@ -57,11 +57,14 @@ class Workspace:
         """The target: the directory or hub model of `target.path`, or the one that `stage=target` makes."""
         wanted = self.config.target
         if wanted.path is None:
-            made = self._read(self.address(TARGET), TARGET)
-            contract = Contract.from_json(made.contract)
+            trained = self._read(self.address(TARGET), TARGET)
+            contract = Contract.from_json(trained.contract)
             served = dataclasses.replace(contract.target, weight_precision=wanted.precision.value)
             return TargetArtifact(
-                Path(str(made.path)), dataclasses.replace(contract, target=served), self.key(TARGET), made.fingerprint
+                Path(str(trained.path)),
+                dataclasses.replace(contract, target=served),
+                self.key(TARGET),
+                trained.fingerprint,
             )
         directory, revision = hub.directory_of(wanted.path, wanted.revision, key="target.path")
         specs.require_architecture(directory, wanted.architecture)
@@ -139,25 +142,25 @@ class Workspace:
         return artifact.key_of(kind, settings.VERSIONS[kind], self.settings(kind), parents)
 
     def _parent_key(self, kind: str) -> str:
-        """The key of what would be opened as a parent: where a path is given, what it says itself."""
-        given = self._given_path(kind)
-        if given is None or not artifact.exists(given):
+        """Returns the key of what would be opened as a parent: where a path is configured, its manifest's."""
+        path = self._configured_path(kind)
+        if path is None or not artifact.exists(path):
             return self.key(kind)
-        manifest = artifact.read_manifest(given)
+        manifest = artifact.read_manifest(path)
         return manifest.get("key") or f"fingerprint {manifest['fingerprint']}"  # manifests of format 1 have no key
 
     def address(self, kind: str) -> StoragePath:
-        """Returns where this configuration's artifact of `kind` is or will be: the path that was given, or its address.
+        """Returns where this configuration's artifact of `kind` is or will be: a configured path, or its address.
 
         `dflash` in the name of an exported draft is how vLLM knows the method.
         """
-        given = self._given_path(kind)
-        if given is not None:
-            return given
+        path = self._configured_path(kind)
+        if path is not None:
+            return path
         name = f"{self.config.target.name}-dflash" if kind == DRAFT else self.config.target.name
         return artifact.address(self.root, kind, name, self.key(kind))
 
-    def _given_path(self, kind: str) -> StoragePath | None:
+    def _configured_path(self, kind: str) -> StoragePath | None:
         stage = STAGES[kind]
         text = None if kind == TARGET else getattr(self.config, stage).path
         return None if text is None else storage.parse_path(text)
@@ -173,47 +176,47 @@ class Workspace:
         address that was computed, so are settings and parents. With `export.path` any exported draft may be served:
         then only what it shares with the target (weights, tokenizer, template) is compared.
         """
-        made = self._read(self.address(kind), kind)
-        is_given = self._given_path(kind) is not None
-        wanted = self.target.contract if is_given and kind == DRAFT else self.contract(kind)
+        found = self._read(self.address(kind), kind)
+        is_configured = self._configured_path(kind) is not None
+        wanted = self.target.contract if is_configured and kind == DRAFT else self.contract(kind)
         require_match(
-            Contract.from_json(made.contract),
+            Contract.from_json(found.contract),
             wanted,
-            what=f"{kind} at {made.path}",
+            what=f"{kind} at {found.path}",
             mend=f"use the settings it was made with, or make one that fits: {command(STAGES[kind])}",
         )
-        if not is_given:
-            self._require_own(made)
+        if not is_configured:
+            self._require_key_and_parent(found)
         if kind in (CHECKPOINT, DRAFT):
-            own_draft_config(made)
-        return made
+            own_draft_config(found)
+        return found
 
     def _read(self, path: StoragePath, kind: str) -> Artifact:
         make_with = command(STAGES[kind])
-        made = artifact.read(path, kind, make_with=make_with)
+        found = artifact.read(path, kind, make_with=make_with)
         names: list[str] = []  # what a cache holds is compared by those who read it, part by part
         if kind != TEACHER_CACHE:  # and so are the weights in a checkpoint's run directory
-            names = [name for name in made.files if kind != CHECKPOINT or "/" not in name]
-        artifact.require_intact(made, names, make_with=make_with, memory=self.memory)
-        return made
+            names = [name for name in found.files if kind != CHECKPOINT or "/" not in name]
+        artifact.require_intact(found, names, make_with=make_with, memory=self.memory)
+        return found
 
-    def _require_own(self, made: Artifact) -> None:
+    def _require_key_and_parent(self, child: Artifact) -> None:
         """Raises PipelineError when an artifact at a computed address is not the one of this configuration."""
-        if made.key != self.key(made.kind):
+        if child.key != self.key(child.kind):
             raise PipelineError(
-                f"{made.path} was renamed: its manifest has the key {made.key}, its address is that of "
-                f"{self.key(made.kind)}; give {STAGES[made.kind]}.path to use it anyway"
+                f"{child.path} was renamed: its manifest has the key {child.key}, its address is that of "
+                f"{self.key(child.kind)}; give {STAGES[child.kind]}.path to use it anyway"
             )
-        parent = settings.PARENT[made.kind]
+        parent = settings.PARENT[child.kind]
         path = None if parent == TARGET else self.address(parent)
         if path is not None and not artifact.exists(path):
             return  # a child stands without its parent
         found = self.target.fingerprint if path is None else artifact.read_manifest(path)["fingerprint"]
-        if made.parents[parent].fingerprint != found:
+        if child.parents[parent].fingerprint != found:
             raise PipelineError(
-                f"{made.path} was made from another making of the same {parent}: it recorded the fingerprint "
-                f"{made.parents[parent].fingerprint[:12]}, the {parent} that is here has {found[:12]}; give "
-                f"{STAGES[made.kind]}.path to use it anyway, or delete it and run: {command(STAGES[made.kind])}"
+                f"{child.path} was made from another making of the same {parent}: it recorded the fingerprint "
+                f"{child.parents[parent].fingerprint[:12]}, the {parent} that is here has {found[:12]}; give "
+                f"{STAGES[child.kind]}.path to use it anyway, or delete it and run: {command(STAGES[child.kind])}"
             )
 
     def contract(self, kind: str, provenance: Mapping[str, Any] | None = None) -> Contract:
@@ -226,7 +229,7 @@ class Workspace:
         return dataclasses.replace(found, provenance=dict(provenance or {}))
 
     def provenance(self, kind: str, parents: Mapping[str, str]) -> dict[str, Any]:
-        """Returns who makes this configuration's artifact of `kind`, from parents with these fingerprints."""
+        """Returns what makes this configuration's artifact of `kind`, from parents with these fingerprints."""
         return provenance.provenance(STAGES[kind], self.settings(kind), parents)
 
     def seal(
@@ -244,29 +247,30 @@ class Workspace:
             key=self.key(kind),
             settings=self.settings(kind),
             parents={
-                name: Parent(key=self._parent_key(name), fingerprint=one.fingerprint) for name, one in parents.items()
+                name: Parent(key=self._parent_key(name), fingerprint=parent.fingerprint)
+                for name, parent in parents.items()
             },
             contract=contract.to_json(),
             listed=listed,
         )
 
 
-def own_draft_config(made: Artifact) -> DFlashConfig:
+def own_draft_config(found: Artifact) -> DFlashConfig:
     """Returns the draft of a checkpoint or of an exported draft, as the artifact's own config file describes it.
 
     Raises PipelineError when the artifact's contract describes another one: runtimes read the file alone.
     """
-    name, stage = (DRAFT_CONFIG, "train") if made.kind == CHECKPOINT else ("config.json", "export")
-    if name not in made.files:
-        raise PipelineError(f"{made.path} holds no {name}; delete it and run: {command(stage)}")
-    draft = hf_dflash.config_from_hf(json.loads((made.path / name).read_text()))
-    contract = Contract.from_json(made.contract)
+    name, stage = (DRAFT_CONFIG, "train") if found.kind == CHECKPOINT else ("config.json", "export")
+    if name not in found.files:
+        raise PipelineError(f"{found.path} holds no {name}; delete it and run: {command(stage)}")
+    draft = hf_dflash.config_from_hf(json.loads((found.path / name).read_text()))
+    contract = Contract.from_json(found.contract)
     features = FeatureIdentity(tapped_layers=list(draft.tapped_layers))
     require_match(
         dataclasses.replace(contract, features=features, draft=contracts.draft_identity(draft)),
         contract,
-        what=f"{made.path / name}",
-        mend=f"the file was changed after it was made; delete {made.path} and run: {command(stage)}",
+        what=f"{found.path / name}",
+        mend=f"the file was changed after it was made; delete {found.path} and run: {command(stage)}",
     )
     return draft
 

@@ -84,10 +84,10 @@ def test_a_failing_step_fails_open_and_later_requests_with_its_reason(worker, en
 
 
 def test_a_failure_while_a_request_is_added_reaches_it(worker, engine, monkeypatch):
-    def broken(_request):
+    def broken(_requests):
         raise RuntimeError("no device")
 
-    monkeypatch.setattr(engine, "add", broken)
+    monkeypatch.setattr(engine, "add_all", broken)
 
     async def main():
         with pytest.raises(Unavailable, match="no device"):

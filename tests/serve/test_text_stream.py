@@ -27,7 +27,7 @@ def test_pieces_of_text_are_whole_characters_and_add_up(tokenizer, text):
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_text_is_given_as_soon_as_it_is_certain(tokenizer):
+def test_text_is_returned_as_soon_as_it_is_certain(tokenizer):
     detokenizer = Detokenizer(tokenizer)
     first, *rest = tokenizer.encode("é", add_special_tokens=False)
     assert detokenizer.push([*tokenizer.encode("ab", add_special_tokens=False), first]) == "ab"
@@ -231,6 +231,6 @@ def test_a_text_ends_before_its_first_stop_string(stops, pieces, shown, found):
     assert matcher.found is found
 
 
-def test_what_only_began_like_a_stop_string_is_given_at_the_end():
+def test_what_only_began_like_a_stop_string_is_returned_at_the_end():
     matcher = StopStrings(["END"])
     assert matcher.push("the EN") + matcher.flush() == "the EN"

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_configuration_is_not_exported(trained, config, 
 def test_a_configuration_taps_layers_in_one_order(config):
     validate(config)
     config.draft.tapped_layers = TAPPED[::-1]
-    with pytest.raises(PipelineError, match=r"draft.tapped_layers is \[2, 1\]; ids must ascend"):
+    with pytest.raises(PipelineError, match=r"draft.tapped_layers is \[2, 1\]; it must be layer ids that ascend"):
         validate(config)
 
 
@@ -254,12 +254,13 @@ def test_a_server_whose_target_has_another_chat_template_refuses_the_draft(train
 
 
 def test_a_draft_trained_beside_prompts_that_serving_writes_otherwise_is_not_published(config, monkeypatch):
-    def load_other(directory):
-        words = load_tokenizer(directory)
-        words.chat_template = words.chat_template.replace("<|start|>user<|message|>", "<|start|>user<|message|>\n")
-        return words
+    def load_other(workspace):
+        tokenizer = load_tokenizer(workspace.target.path)
+        wanted = "<|start|>user<|message|>"
+        tokenizer.chat_template = tokenizer.chat_template.replace(wanted, f"{wanted}\n")
+        return tokenizer
 
-    monkeypatch.setattr(export, "load_tokenizer", load_other)
+    monkeypatch.setattr(Workspace, "tokenizer", property(load_other))
     with pytest.raises(
         PipelineError, match=r"20 of 20 held-out prompts .* are not what serving makes of them"
     ) as caught:

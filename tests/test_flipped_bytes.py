@@ -1,8 +1,8 @@
 """One flipped bit in a finished output_dir is named by the stage that reads the file, before that stage works with it.
 
-Every file of a target, a teacher cache, a checkpoint and an exported draft is flipped at least once (`slow`: 200 times).
-Each time the stages that read the artifact are run as far as their work: it never begins, except for files that the
-stage is shown not to open.
+Every file of a target, a teacher cache, a checkpoint and an exported draft is flipped at least once (`slow`: 200
+flips). Each time the stages that read the artifact are run as far as their work: it never begins, except for files that
+no stage reads again.
 """
 
 import dataclasses

@@ -55,6 +55,7 @@ def remembered_sha256(path: Path, memory: Path | None) -> str:
         digest = file_sha256(real)
         entry = {"mark": mark, "sha256": digest, "check": _check(mark, digest)}
         with contextlib.suppress(OSError):  # on a disk that cannot be written to, the file is read again next time
+            memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, _remembered(memory) | {str(real): entry})
     return entry["sha256"]
 

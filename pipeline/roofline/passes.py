@@ -155,7 +155,7 @@ def pass_table(timed: Sequence[Timed], bandwidth: float) -> str:
 
 def expert_table(costs: Sequence[tuple[int, float, float]]) -> str:
     """Returns a table with a line for each number of tokens."""
-    head = ("tokens", "expert by expert", "grouped")
+    head = ("tokens", "per expert", "grouped")
     return _columns(
         [head, *((f"{n}", f"{each * 1e3:.2f} ms", f"{grouped * 1e3:.2f} ms") for n, each, grouped in costs)]
     )

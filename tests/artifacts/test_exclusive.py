@@ -24,7 +24,7 @@ def build(path):
     return artifact.seal(path, kind="draft", key="0123456789ab", settings={}, parents={}, contract={})
 
 
-def build_when_told(path, is_held, may_build):
+def build_when_allowed(path, is_held, may_build):
     with artifact.exclusive(path):
         is_held.set()
         assert may_build.wait(LIMIT_SECONDS)
@@ -43,7 +43,7 @@ def build_unless_there(path, start, builders):
 def holder(tmp_path):
     """A process that holds the lock of tmp_path/draft, and the event that lets it build the artifact."""
     is_held, may_build = PROCESSES.Event(), PROCESSES.Event()
-    process = PROCESSES.Process(target=build_when_told, args=(tmp_path / "draft", is_held, may_build))
+    process = PROCESSES.Process(target=build_when_allowed, args=(tmp_path / "draft", is_held, may_build))
     process.start()
     assert is_held.wait(LIMIT_SECONDS)
     yield process, may_build

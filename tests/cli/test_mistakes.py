@@ -13,7 +13,8 @@ def parse(override):
 
 
 @pytest.mark.parametrize(
-    "value", ["a(b", "a{b", "a=b", "it's", 'say "no"', "C:\\(new)", "a(\\", 'a\\"(', "'(", "[a b", "$(id) {", "`id`)"]
+    "value",
+    ["~/x", "a(b", "a{b", "a=b", "it's", 'say "no"', "C:\\(new)", "a(\\", 'a\\"(', "'(", "[a b", "$(id) {", "`id`)"],
 )
 def test_a_value_with_special_characters_is_shown_quoted_for_hydra_and_for_the_shell(value, capsys):
     with pytest.raises(SystemExit) as ended, mistakes.report_mistakes():

@@ -21,6 +21,7 @@ from pipeline.config.schema import PipelineConfig
 from pipeline.errors import PipelineError
 from pipeline.export import stage as export
 from pipeline.serve import stage as serve
+from pipeline.teacher_cache import stage as teacher_cache
 from pipeline.tracking.run import SilentRun
 from pipeline.train import stage as train
 from pipeline.workspace.workspace import Workspace
@@ -28,7 +29,7 @@ from tests.support import loop
 
 SEED, NUM_FLIPS = 20, 200
 # written for people, or to go on with a training that is over: no stage reads them again
-UNREAD = ("run-", "logs/", "evaluations.json")
+UNREAD = {CHECKPOINT: ("run-", "logs/", "evaluations.json"), TEACHER_CACHE: ("prompts.jsonl",)}
 
 
 class WorkBegan(Exception):
@@ -72,9 +73,13 @@ def stages(finished: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyP
     def serves() -> None:
         serve._engine(Workspace(finished))
 
+    def reads_cache() -> None:
+        teacher_cache.run(finished, SilentRun())  # which reports the summary of one that stands
+        train.run(trains, SilentRun())
+
     return {
         TARGET: serves,
-        TEACHER_CACHE: lambda: train.run(trains, SilentRun()),
+        TEACHER_CACHE: reads_cache,
         CHECKPOINT: lambda: export.run(exports, SilentRun()),
         DRAFT: serves,
     }
@@ -125,7 +130,7 @@ def _require_all_named(config: PipelineConfig, stages: dict[str, Callable[[], No
     wrong, verdicts = [], {"named": 0, "not read": 0}
     for file, kind, bit in _flips(config, count):
         name = file.relative_to(config.output_dir).as_posix()
-        is_unread = kind == CHECKPOINT and name.split("/", 2)[2].startswith(UNREAD)
+        is_unread = name.split("/", 2)[2].startswith(UNREAD.get(kind, ()))
         _flip(file, bit)
         try:
             verdict = _verdict(stages[kind], file)

@@ -11,6 +11,7 @@ import mlflow
 import pytest
 import yaml
 
+from pipeline.artifacts import provenance
 from pipeline.cli import run_all, stages
 from pipeline.cli.run_all import StageFailed
 from pipeline.config.choices import Stage
@@ -76,12 +77,19 @@ def test_without_a_stage_the_stages_are_listed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_version_is_the_programs_and_not_hydras(tmp_path):
+    code, out, err = run(tmp_path, "--version")
+    assert (code, err) == (0, "")
+    assert out == f"gpt-oss-dflash {provenance.version()} (commit {provenance.git_commit()})\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_stage_has_its_row():
     assert {*stages.STAGES, Stage.all} == set(Stage)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "words"),
     [
         pytest.param(["stage=trian"], ["stage is 'trian'", "teacher_cache", "did you mean train?"], id="unknown stage"),
         pytest.param(["train"], ["'train'", "did you mean stage=train?"], id="stage without its key"),
@@ -97,14 +105,20 @@ def test_every_stage_has_its_row():
         pytest.param(["target=20b"], ["target is '20b'", "local, smollm2, tiny"], id="unknown target"),
         pytest.param(["stage=target", "target=local"], ["target.name=..."], id="missing value"),
         pytest.param(["stage=train", "train.steps=-1"], ["train.steps is -1; it must be positive"], id="broken rule"),
+        pytest.param(["train.data=2"], ["train.data is called train.mesh.data since version 0.2"], id="old key"),
+        pytest.param(
+            ["prompts.path=a(b"],
+            ["""quote the value, for Hydra and for the shell: 'prompts.path="a(b"'"""],
+            id="unquoted",
+        ),
     ],
 )
-def test_a_mistake_is_one_error_with_what_was_given_and_what_exists(tmp_path, arguments, told):
+def test_a_mistake_is_one_error_with_what_was_given_and_what_exists(tmp_path, arguments, words):
     code, out, err = run(tmp_path, *arguments)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
-    assert all(text in err for text in told), err
+    assert all(text in err for text in words), err
 
 
 def test_cfg_job_prints_the_configuration_with_experiment_and_overrides(tmp_path):
@@ -260,7 +274,7 @@ def test_all_runs_target_teacher_cache_train_export_and_bench_in_this_order(fini
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*started, "all"]
 
 
-def test_a_killed_stage_is_told_with_its_signal(finished):
+def test_a_killed_stage_is_reported_with_its_signal(finished):
     started, codes = finished
     codes["train"] = -signal.SIGKILL
     with pytest.raises(StageFailed, match=r"stage=train was killed by SIGKILL.*goes on from there") as raised:

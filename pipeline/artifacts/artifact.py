@@ -28,7 +28,7 @@ log = logging.getLogger("pipeline")
 
 MANIFEST = "manifest.json"
 CONTRACT = "contract.json"
-FORMAT = 2  # of manifests
+MANIFEST_FORMAT = 2  # of manifests
 FIELDS = {  # what a manifest of each format holds besides its own sha256
     1: ("kind", "fingerprint", "settings", "files"),
     2: ("format", "kind", "key", "fingerprint", "settings", "parents", "files"),
@@ -221,7 +221,7 @@ def seal(
     # provenance may differ between two makings of the same bytes: it does not enter the fingerprint
     fingerprint = fingerprint_of({name: entry["sha256"] for name, entry in files.items() if name != CONTRACT})
     manifest = {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "kind": kind,
         "key": key,
         "fingerprint": fingerprint,

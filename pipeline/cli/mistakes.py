@@ -84,15 +84,21 @@ def _quoting(override: str) -> str:
     key, separator, value = override.partition("=")
     if not separator:
         return "; write key=value"
-    quoted = value.strip("'\"").replace("\\", "\\\\").replace('"', '\\"')
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    quoted = re.sub(r'(\\*)("|$)', _escaped, value)
     written = shlex.quote(f'{key}="{quoted}"')
     return f"; quote the value, for Hydra and for the shell: {written}"
 
 
+def _escaped(found: re.Match[str]) -> str:
+    """Escapes a quote, or the end of a value, and the backslashes before it; elsewhere Hydra takes them as they are."""
+    return found[1] * 2 + found[2].replace('"', '\\"')
+
+
 def _unknown_key(key: str) -> str:
-    moved = MOVED.get(key) or MOVED.get(key.rpartition(".")[0] + ".*")
-    if moved is not None:
-        return f"{key} is called {moved} since version 0.2; write {moved}=..."
+    if key in MOVED:
+        return f"{key} is called {MOVED[key]} since version 0.2; write {MOVED[key]}=..."
     names = _names(PipelineConfig)
     parent = max((name for name in names if key.startswith(f"{name}.")), key=len, default="")
     siblings = [name for name in names if name.rpartition(".")[0] == parent]

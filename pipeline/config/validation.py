@@ -19,7 +19,7 @@ from pipeline.config.schema import (
 from pipeline.errors import PipelineError
 
 ON_HOSTS = (Stage.train, Stage.serve, Stage.bench)
-EFFORTS = {"low", "medium", "high"}
+MIXED_EFFORTS = {"low", "medium", "high"}
 
 
 def validate(config: PipelineConfig) -> None:
@@ -89,7 +89,7 @@ def _prompts(prompts: PromptsConfig) -> list[str]:
         if value is not None and prompts.source is not PromptSource.dataset:
             broken.append(f"prompts.{name} is {value}; it goes with prompts.source=dataset")
     mix = prompts.effort_mix
-    is_mix = mix.keys() <= EFFORTS and all(0 <= part < math.inf for part in mix.values())
+    is_mix = mix.keys() <= MIXED_EFFORTS and all(0 <= part < math.inf for part in mix.values())
     if not is_mix or (prompts.effort is Effort.mixed and not sum(mix.values())):
         broken.append(
             f"prompts.effort_mix is {mix}; it must give low, medium or high shares of at least 0, one above it"

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine.request import StepUpdate
-from pipeline.serve.text_stream import Reader, StopStrings, TextChannel, ToolChannel
+from pipeline.serve.text_stream import StopStrings, TextChannel, TextReader, ToolChannel
 
 
 class Answer:
@@ -18,7 +18,7 @@ class Answer:
     """
 
     def __init__(
-        self, reader: Reader, *, stop: Sequence[str], stop_channel: str, prompt_tokens: int, block_size: int | None
+        self, reader: TextReader, *, stop: Sequence[str], stop_channel: str, prompt_tokens: int, block_size: int | None
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.token_ids: list[int] = []

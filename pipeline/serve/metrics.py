@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from pipeline.engine.engine import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OUTCOMES = ("stop", "length", "refused", "cancelled", "failed")
+REQUEST_OUTCOMES = ("stop", "length", "refused", "cancelled", "failed")
 
 
 @dataclasses.dataclass
@@ -40,7 +40,7 @@ class _ServerMetrics(Collector):
         """Yields every family of metrics."""
         counters, engine = self._counters, self._engine
         yield _gauge("healthy", "1 while the engine runs, 0 after it failed.", int(self._healthy))
-        outcomes = {name: counters.requests[name] for name in OUTCOMES}
+        outcomes = {name: counters.requests[name] for name in REQUEST_OUTCOMES}
         yield _labelled(CounterMetricFamily, "requests", "Prompts by how they ended.", "outcome", outcomes)
         yield _gauge("requests_running", "Requests that hold a slot.", engine.num_running)
         yield _gauge("requests_waiting", "Requests that wait for a slot.", engine.num_waiting)

@@ -187,10 +187,10 @@ class ChannelReader:
         return next((name for name in names if name), None)
 
 
-Reader = PlainReader | ChannelReader
+TextReader = PlainReader | ChannelReader
 
 
-def chat_reader(tokenizer: Tokenizer) -> Reader:
+def chat_reader(tokenizer: Tokenizer) -> TextReader:
     """Returns the reader of the tokenizer's chat format; where that has no channels, all text is final."""
     return ChannelReader(tokenizer) if chat_format_of(tokenizer).has_channels else PlainReader(tokenizer, FINAL)
 

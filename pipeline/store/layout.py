@@ -10,7 +10,7 @@ from pipeline.artifacts import storage
 from pipeline.artifacts.storage import StoragePath
 from pipeline.store import feature_codec
 
-FORMAT = 2
+CACHE_FORMAT = 2
 
 SPLITS = ("train", "heldout")
 NO_FEATURES = "none"  # how a cache stores features that the live target gives

@@ -28,8 +28,8 @@ from pipeline.artifacts.storage import StoragePath
 from pipeline.errors import PipelineError
 from pipeline.store import feature_codec
 from pipeline.store.layout import (
+    CACHE_FORMAT,
     FILE_TOKENS,
-    FORMAT,
     HEADER,
     MEND,
     ROWS,
@@ -94,8 +94,8 @@ def open_split(root: StoragePath, split: str, *, verify: bool = True) -> CacheSp
         raise ValueError(f"split is {split!r}; wanted one of {SPLITS}")
     files = artifact.read_manifest(root)["files"] if artifact.exists(root) else {}
     header = _read_json(root, HEADER, files.get(HEADER))
-    if header["format"] != FORMAT:
-        raise PipelineError(f"{root} has format {header['format']}, this version reads {FORMAT}; {MEND}")
+    if header["format"] != CACHE_FORMAT:
+        raise PipelineError(f"{root} has format {header['format']}, this version reads {CACHE_FORMAT}; {MEND}")
     layout = CacheLayout(**header["layout"])
     names = [f"{split}/{index:05d}/{SHARD}" for index in range(header["num_shards"][split])]
     paths = [shard_path(root, split, index) for index in range(header["num_shards"][split])]

@@ -19,10 +19,10 @@ from pipeline.artifacts.storage import BucketPath, StoragePath
 from pipeline.errors import PipelineError
 from pipeline.store import feature_codec
 from pipeline.store.layout import (
+    CACHE_FORMAT,
     CHUNK_TOKENS,
     COPIES,
     FILE_TOKENS,
-    FORMAT,
     HEADER,
     ROWS,
     SHARD,
@@ -77,7 +77,7 @@ def write_shard(
     files = {name: storage.file_record(scratch / name) for name in storage.list_files(scratch)}
     report = {**report, "bytes": sum(entry["bytes"] for entry in files.values())}
     header = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "fingerprint": fingerprint,
         "num_sequences": len(rows.num_tokens),
         "num_tokens": len(token_ids),
@@ -121,7 +121,7 @@ def read_report(path: StoragePath, fingerprint: str, *, verify: bool = True) -> 
         header = json.loads((path / SHARD).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    if header.get("format") != FORMAT or header["fingerprint"] != fingerprint:
+    if header.get("format") != CACHE_FORMAT or header["fingerprint"] != fingerprint:
         return None
     if verify and set(storage.list_files(path)) != {SHARD, *header["files"]}:
         return None
@@ -132,7 +132,7 @@ def read_report(path: StoragePath, fingerprint: str, *, verify: bool = True) -> 
 
 def write_header(root: StoragePath, layout: CacheLayout, num_shards: dict[str, int]) -> None:
     """Writes what the store holds, when all its shards are written."""
-    write_json(root / HEADER, {"format": FORMAT, "layout": dataclasses.asdict(layout), "num_shards": num_shards})
+    write_json(root / HEADER, {"format": CACHE_FORMAT, "layout": dataclasses.asdict(layout), "num_shards": num_shards})
 
 
 def _create(path: Path, array: np.ndarray, dtype: str) -> tensorstore.TensorStore:

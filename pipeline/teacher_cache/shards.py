@@ -26,7 +26,7 @@ from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 from pipeline.prompts.channels import Channel, ChannelTokens, channels
 from pipeline.store import feature_codec
-from pipeline.store.layout import FORMAT, NO_FEATURES, SPLITS, CacheLayout, ShardRows, shard_path
+from pipeline.store.layout import CACHE_FORMAT, NO_FEATURES, SPLITS, CacheLayout, ShardRows, shard_path
 from pipeline.store.writer import ShardContents, read_report, write_shard
 from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt, answer_prompts
 from pipeline.teacher_cache.origin import ENGINE, AnswerOrigin, Divergence
@@ -103,7 +103,7 @@ def plan_shards(
             part = tuple(usable[first : first + shard_sequences])
             # tokens are included because a template that prints the day renders other prompts tomorrow
             texts = [[row.prompt.prompt_id, row.prompt.effort, row.token_ids] for row in part]
-            fingerprint = fingerprint_of([FORMAT, settings, texts])
+            fingerprint = fingerprint_of([CACHE_FORMAT, settings, texts])
             plans.append(ShardPlan(split, shard_path(root, split, index), part, fingerprint))
     return plans
 

@@ -30,7 +30,7 @@ from pipeline.store.checkpoint_files import DRAFT_CONFIG
 from pipeline.workspace import contracts, settings, specs
 
 REMEMBERED = "sha256.json"  # of large files, under output_dir
-STAGES = {TARGET: "target", TEACHER_CACHE: "teacher_cache", CHECKPOINT: "train", DRAFT: "export"}
+STAGE_OF = {TARGET: "target", TEACHER_CACHE: "teacher_cache", CHECKPOINT: "train", DRAFT: "export"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Workspace:
         return artifact.address(self.root, kind, name, self.key(kind))
 
     def _configured_path(self, kind: str) -> StoragePath | None:
-        stage = STAGES[kind]
+        stage = STAGE_OF[kind]
         text = None if kind == TARGET else getattr(self.config, stage).path
         return None if text is None else storage.parse_path(text)
 
@@ -183,7 +183,7 @@ class Workspace:
             Contract.from_json(found.contract),
             wanted,
             what=f"{kind} at {found.path}",
-            mend=f"use the settings it was made with, or make one that fits: {command(STAGES[kind])}",
+            mend=f"use the settings it was made with, or make one that fits: {command(STAGE_OF[kind])}",
         )
         if not is_configured:
             self._require_key_and_parent(found)
@@ -192,7 +192,7 @@ class Workspace:
         return found
 
     def _read(self, path: StoragePath, kind: str) -> Artifact:
-        make_with = command(STAGES[kind])
+        make_with = command(STAGE_OF[kind])
         found = artifact.read(path, kind, make_with=make_with)
         names: list[str] = []  # what a cache holds is compared by those who read it, part by part
         if kind != TEACHER_CACHE:  # and so are the weights in a checkpoint's run directory
@@ -205,7 +205,7 @@ class Workspace:
         if child.key != self.key(child.kind):
             raise PipelineError(
                 f"{child.path} was renamed: its manifest has the key {child.key}, its address is that of "
-                f"{self.key(child.kind)}; give {STAGES[child.kind]}.path to use it anyway"
+                f"{self.key(child.kind)}; give {STAGE_OF[child.kind]}.path to use it anyway"
             )
         parent = settings.PARENT[child.kind]
         path = None if parent == TARGET else self.address(parent)
@@ -216,7 +216,7 @@ class Workspace:
             raise PipelineError(
                 f"{child.path} was made from another making of the same {parent}: it recorded the fingerprint "
                 f"{child.parents[parent].fingerprint[:12]}, the {parent} that is here has {found[:12]}; give "
-                f"{STAGES[child.kind]}.path to use it anyway, or delete it and run: {command(STAGES[child.kind])}"
+                f"{STAGE_OF[child.kind]}.path to use it anyway, or delete it and run: {command(STAGE_OF[child.kind])}"
             )
 
     def contract(self, kind: str, provenance: Mapping[str, Any] | None = None) -> Contract:
@@ -230,7 +230,7 @@ class Workspace:
 
     def provenance(self, kind: str, parents: Mapping[str, str]) -> dict[str, Any]:
         """Returns what makes this configuration's artifact of `kind`, from parents with these fingerprints."""
-        return provenance.provenance(STAGES[kind], self.settings(kind), parents)
+        return provenance.provenance(STAGE_OF[kind], self.settings(kind), parents)
 
     def seal(
         self,

@@ -76,11 +76,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("found", "told"), CHANGES.values(), ids=CHANGES.keys())
-def test_every_field_is_compared(found, told):
+@pytest.mark.parametrize(("found", "words"), CHANGES.values(), ids=CHANGES.keys())
+def test_every_field_is_compared(found, words):
     lines = differences(found, WHOLE)
     assert len(lines) == 1
-    assert lines[0].startswith(told)
+    assert lines[0].startswith(words)
 
 
 def test_all_differences_are_listed_at_once():
@@ -138,9 +138,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("harm", "told"), BROKEN.values(), ids=BROKEN.keys())
-def test_json_of_another_version_is_refused(harm, told):
+@pytest.mark.parametrize(("harm", "words"), BROKEN.values(), ids=BROKEN.keys())
+def test_json_of_another_version_is_refused(harm, words):
     value = WHOLE.to_json()
     harm(value)
-    with pytest.raises(PipelineError, match=rf"not one this version writes \(.*{told}.*make the artifact again"):
+    with pytest.raises(PipelineError, match=rf"not one this version writes \(.*{words}.*make the artifact again"):
         Contract.from_json(value)

@@ -31,6 +31,9 @@ def test_defaults_are_valid():
     ("changes", "message"),
     [
         pytest.param({"train__learning_rate": -1.0}, "train.learning_rate is -1.0; it must be positive", id="negative"),
+        pytest.param({"output_dir": ""}, "output_dir is ''; it must be a path; . is the directory", id="no output"),
+        pytest.param({"output_dir": "  "}, "output_dir is '  '; it must be a path", id="blank output"),
+        pytest.param({"target__name": "../../esc"}, "target.name is '../../esc'; it must be a plain name", id="escape"),
         pytest.param({"target__path": None}, "target.path is null; give a GPT-OSS model", id="no target"),
         pytest.param({"target__gguf": "x.gguf"}, "target.gguf is x.gguf; it needs target.pretrained", id="stray file"),
         pytest.param(

@@ -120,7 +120,7 @@ def test_features_that_are_not_finite_are_named_and_not_trained_on(tmp_path: Pat
 
 @pytest.mark.buckets
 def test_a_bucket_that_is_gone_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While training reads: nobody is told to delete the cache."""
+    """While training reads: nobody is asked to delete the cache."""
     monkeypatch.setattr(storage, "RETRIES", {"max_retries": 2, "initial_delay": "10ms", "max_delay": "10ms"})
     storage.tensorstore_context.cache_clear()
     with buckets.s3() as (url, environment):
@@ -136,7 +136,7 @@ def test_a_bucket_that_is_gone_is_no_damage(tmp_path: Path, monkeypatch: pytest.
     storage.tensorstore_context.cache_clear()
 
 
-def test_a_reader_that_is_told_not_to_compare_sees_it_by_the_chunks_own_sums(root: Path) -> None:
+def test_a_reader_that_is_asked_not_to_compare_sees_it_by_the_chunks_own_sums(root: Path) -> None:
     _flip(root / "train" / "00000" / "scales" / "c" / "0" / "0", 0.2)
     with pytest.raises(PipelineError, match=r"train/00000, row 0: .*scales"):
         open_split(root, "train", verify=False).read([0])

@@ -3,6 +3,7 @@ import getpass
 import logging
 import math
 import os
+import shlex
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -218,3 +219,8 @@ def test_an_output_dir_that_cannot_be_made_is_told(tmp_path):
 def test_the_line_that_opens_the_ui_names_the_store(tmp_path):
     assert f" ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in ui_command(None, tmp_path)
     assert ui_command("http://host:5000", tmp_path) == "open http://host:5000"
+
+
+def test_the_line_that_opens_the_ui_can_be_pasted_into_a_shell(tmp_path):
+    folder = tmp_path / "it's $HOME; a (b)"
+    assert shlex.split(ui_command(None, folder))[1:] == ["ui", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: models and data sets by name, pinned to a commit, and the metadata of a model card."""
+"""Uses the Hugging Face hub: models and datasets by name, pinned to a commit, and the metadata of a model card."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ from pipeline.errors import PipelineError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile("[0-9a-f]{40}")
-# what a model is read from; OpenAI's repositories hold the weights in two other layouts too
+# the files of a model; OpenAI's repositories hold the weights in two other layouts too
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 OTHER_LAYOUTS = ["original/*", "metal/*"]
 
 
 def directory_of(name: str, revision: str | None, *, key: str) -> tuple[Path, str | None]:
-    """The directory of a model and the commit its files are of; None for a local directory.
+    """Returns the directory of a model and the commit of its files; None for a local directory.
 
     A hub id is downloaded unless the hub's cache has it; without a network the cache's copy is used. Raises
-    PipelineError, which names the setting `key`, when there is neither.
+    PipelineError that names the setting `key` when there is neither.
     """
     if Path(name).is_dir():
         if revision is not None:
@@ -27,7 +27,7 @@ def directory_of(name: str, revision: str | None, *, key: str) -> tuple[Path, st
         raise PipelineError(
             f"{key} is {name}, which is no directory; give a local HF checkpoint or a hub id owner/name"
         )
-    import huggingface_hub  # here: it takes most of a second to import and most runs do without it
+    import huggingface_hub  # imported late: it takes most of a second and most runs do without it
     from huggingface_hub import errors
 
     try:
@@ -56,10 +56,10 @@ def _first_line(error: Exception) -> str:
 
 
 def dataset_commit(name: str, revision: str | None) -> str:
-    """Returns the commit that a revision (None: the default branch) of a data set on the hub names now.
+    """Returns the commit to which a revision (None: the default branch) of a dataset on the hub points now.
 
-    A data set can be revised in place: prompts count by this commit, and are loaded at it. Without a network it is the
-    commit in the hub's cache. Raises PipelineError when there is neither and `revision` is no commit itself.
+    A dataset can be revised in place: prompts are identified by this commit, and loaded at it. Without a network it
+    is the commit in the hub's cache. Raises PipelineError when there is neither and `revision` is no commit itself.
     """
     if revision is not None and COMMIT.fullmatch(revision):
         return revision

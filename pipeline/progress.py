@@ -1,4 +1,4 @@
-"""Progress of long work, with a rate and the time that is left."""
+"""Shows the progress of long work, with a rate and the time that is left."""
 
 import logging
 import sys
@@ -15,15 +15,15 @@ MIB, GIB = 2**20, 2**30
 
 
 def binary_amount(count: int | float) -> str:
-    """`count` with the letter of 1024, 1024^2 and so on: 1.50G."""
+    """Returns `count` with the unit prefix of a power of 1024: 1.50G."""
     return tqdm.tqdm.format_sizeof(count, divisor=1024)
 
 
 class Progress:
     """Counts `total` units of work: one rewritten line on a terminal, else a log line every ten seconds.
 
-    `done` units were made by an earlier run that was interrupted; they do not count in the rate. The unit "B" is
-    told in KiB, MiB and so on. Without `is_shown` nothing is told.
+    `done` units were completed by an earlier run that was interrupted; they do not count in the rate. The unit "B"
+    is shown in KiB, MiB and so on. Without `is_shown` nothing is shown.
     """
 
     def __init__(self, description: str, total: int, unit: str, *, done: int = 0, is_shown: bool = True) -> None:
@@ -34,10 +34,10 @@ class Progress:
         self._note = ""
         self._is_shown = is_shown
         self._bar: tqdm.tqdm | None = None
-        self._started = self._told = time.monotonic()
+        self._started = self._last_shown = time.monotonic()
 
     def __enter__(self) -> "Progress":
-        self._started = self._told = time.monotonic()
+        self._started = self._last_shown = time.monotonic()
         if self._is_shown and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 desc=self._description,
@@ -56,10 +56,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._done > self._initial:
-            self._tell(time.monotonic())
+            self._log_line(time.monotonic())
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more units as done; `note` (a loss, say) is shown with them."""
+        """Counts `count` more units as done; `note` (a loss, say) is shown with them."""
         self._done += count
         self._note = note or self._note
         if self._bar is not None:
@@ -67,16 +67,16 @@ class Progress:
             self._bar.update(count)
             return
         now = time.monotonic()
-        if now - self._told >= LINE_INTERVAL_SECONDS and self._done < self._total:
-            self._tell(now)
+        if now - self._last_shown >= LINE_INTERVAL_SECONDS and self._done < self._total:
+            self._log_line(now)
 
-    def _tell(self, now: float) -> None:
+    def _log_line(self, now: float) -> None:
         if not self._is_shown:
             return
-        self._told = now
+        self._last_shown = now
         elapsed = now - self._started
-        made = self._done - self._initial
-        rate = made / elapsed if elapsed > 0 else 0.0
+        new = self._done - self._initial
+        rate = new / elapsed if elapsed > 0 else 0.0
         if self._done < self._total and rate > 0:
             when = f"{tqdm.tqdm.format_interval((self._total - self._done) / rate)} left"
         else:

@@ -77,13 +77,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    made.asked = []
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def ask(tmp_path, endpoint, *arguments):
@@ -91,8 +91,8 @@ def ask(tmp_path, endpoint, *arguments):
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
     command = [sys.executable, "-c", SCRIPT, *arguments]
-    made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    return json.loads(made.stdout)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    return json.loads(ended.stdout)
 
 
 def test_a_model_is_downloaded_once_pinned_and_then_found_without_the_hub(tmp_path, server):

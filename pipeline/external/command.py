@@ -1,4 +1,4 @@
-"""Another program, run once: it is given the names of a JSON file to read and of one to write."""
+"""Runs another program once; its arguments name a JSON file to read and one to write."""
 
 import json
 import subprocess
@@ -12,19 +12,19 @@ from pipeline.errors import PipelineError
 ERROR_LINES = 5
 
 
-def run_json(command: Sequence[str], given: dict[str, Any], key: str) -> dict[str, Any]:
-    """What the command answers to `given`; `key` is the setting that it comes from.
+def run_json(command: Sequence[str], request: dict[str, Any], key: str) -> dict[str, Any]:
+    """Returns what the command answers to `request`; `key` is the setting that holds the command.
 
-    Raises PipelineError with the end of what it said when it fails.
+    Raises PipelineError with the end of its stderr when the command fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder) / "in.json", Path(folder) / "out.json"
-        asked.write_text(json.dumps(given))
+        request_file, answer_file = Path(folder) / "in.json", Path(folder) / "out.json"
+        request_file.write_text(json.dumps(request))
         try:
-            made = subprocess.run([*command, str(asked), str(told)], capture_output=True, text=True)
+            ended = subprocess.run([*command, str(request_file), str(answer_file)], capture_output=True, text=True)
         except OSError as error:
             raise PipelineError(f"{key} cannot be run: {error}; give a program and its arguments") from error
-        if made.returncode or not told.is_file():
-            said = "\n  ".join(made.stderr.splitlines()[-ERROR_LINES:])
-            raise PipelineError(f"{key} {' '.join(command)} ended with {made.returncode}:\n  {said}")
-        return json.loads(told.read_text())
+        if ended.returncode or not answer_file.is_file():
+            errors = "\n  ".join(ended.stderr.splitlines()[-ERROR_LINES:])
+            raise PipelineError(f"{key} {' '.join(command)} ended with {ended.returncode}:\n  {errors}")
+        return json.loads(answer_file.read_text())

@@ -17,7 +17,7 @@ FAMILIES = (
     numbers.addition,
     numbers.subtraction,
     numbers.multiplication,
-    numbers.story,
+    numbers.story_problem,
     numbers.conversion,
     sequences.counting,
     sequences.continuation,

@@ -1,4 +1,4 @@
-"""The embedded corpus as batches of a fixed number of tokens."""
+"""Arranges the embedded corpus in batches of a fixed number of tokens."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from pipeline.prompts.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """Token ids [B, T] padded on the right, and which of them are the assistant's, to be predicted [B, T]."""
+    """Holds token ids [B, T], padded on the right; `generated` [B, T] marks the assistant's, which are predicted."""
 
     token_ids: Int[np.ndarray, "B T"]
     generated: Bool[np.ndarray, "B T"]
@@ -21,18 +21,18 @@ class TokenBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One conversation as tokens; the assistant's begin at `prompt_tokens`."""
+    """Holds one conversation as tokens; the assistant's begin at index `prompt_tokens`."""
 
     token_ids: Sequence[int]
     prompt_tokens: int
 
 
 def tokenize(tokenizer: Tokenizer, conversations: Sequence[corpus.Conversation]) -> list[Example]:
-    """Render conversations as serving does: the prompt by the chat template, then both channels."""
+    """Renders conversations as serving does: the prompt by the chat template, then both channels."""
     examples = []
-    for one in conversations:
-        prompt = render_prompt(tokenizer, [{"role": "user", "content": one.prompt}], one.effort)
-        completion = harmony.render_completion(tokenizer, one.analysis, one.final)
+    for conversation in conversations:
+        prompt = render_prompt(tokenizer, [{"role": "user", "content": conversation.prompt}], conversation.effort)
+        completion = harmony.render_completion(tokenizer, conversation.analysis, conversation.final)
         examples.append(Example([*prompt, *completion], len(prompt)))
     return examples
 
@@ -40,12 +40,12 @@ def tokenize(tokenizer: Tokenizer, conversations: Sequence[corpus.Conversation])
 def batch_schedule(
     examples: Sequence[Example], lengths: Sequence[int], batch_tokens: int, seed: int
 ) -> Iterator[TokenBatch]:
-    """Endless batches, a function of the arguments alone: shuffled each epoch, short and long rows apart.
+    """Yields endless batches that depend on the arguments alone: shuffled each epoch, grouped by length.
 
-    Every row of a batch has one of `lengths` positions (ascending), so that few programs are compiled and
-    little is padding; examples longer than the last are left out.
+    All rows of a batch have the same of the `lengths` (ascending, in positions), so that few programs are compiled
+    and there is little padding. Examples longer than the last length are left out.
     """
-    usable = [index for index, one in enumerate(examples) if len(one.token_ids) <= lengths[-1]]
+    usable = [index for index, example in enumerate(examples) if len(example.token_ids) <= lengths[-1]]
     epoch = 0
     waiting: dict[int, list[Example]] = {length: [] for length in lengths}
     while True:
@@ -60,7 +60,7 @@ def batch_schedule(
 
 
 def pad(examples: Sequence[Example], length: int) -> TokenBatch:
-    """Examples as rows of `length` positions."""
+    """Returns examples as rows of `length` positions."""
     token_ids = np.zeros((len(examples), length), np.int32)
     generated = np.zeros((len(examples), length), bool)
     for row, example in enumerate(examples):

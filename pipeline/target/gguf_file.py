@@ -1,4 +1,4 @@
-"""GGUF files: their metadata, and their tensors dequantised to float32. Nothing else imports the `gguf` package."""
+"""Reads GGUF files: metadata, and tensors dequantised to float32. Nothing else imports the `gguf` package."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.errors import PipelineError
 
 
 class GgufFile:
-    """One GGUF file, mapped into memory; tensors are read when asked for."""
+    """Holds one GGUF file, mapped into memory; tensors are read on demand."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -26,16 +26,16 @@ class GgufFile:
 
     @property
     def num_weights(self) -> int:
-        """Elements of all tensors together."""
+        """Returns the number of elements of all tensors."""
         return sum(int(tensor.n_elements) for tensor in self._tensors.values())
 
     @property
     def tensor_names(self) -> frozenset[str]:
-        """What is in the file."""
+        """Returns the names of the file's tensors."""
         return frozenset(self._tensors)
 
     def values(self, keys: Iterable[str]) -> dict[str, Any]:
-        """Metadata by key. Raises PipelineError naming every key that is missing."""
+        """Returns metadata by key; raises PipelineError that names every missing key."""
         keys = list(keys)
         missing = [key for key in keys if key not in self._fields]
         if missing:
@@ -43,7 +43,7 @@ class GgufFile:
         return {key: self._fields[key].contents() for key in keys}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-        """One tensor in float32, kernels as [out, in]. Raises PipelineError when it is not there in this shape."""
+        """Returns a tensor in float32, matrices as [out, in]; raises PipelineError when it is missing or misshapen."""
         if name not in self._tensors:
             raise PipelineError(f"{self.path} has no tensor {name}; give a whole GGUF file")
         tensor = self._tensors[name]

@@ -1,10 +1,10 @@
-"""A Llama in a GGUF file as a model of the GPT-OSS architecture that computes the same.
+"""Converts a Llama in a GGUF file to a model of the GPT-OSS architecture that computes the same.
 
-GPT-OSS's block holds Llama's: attention without sinks (their logits far below all others) and without biases,
-and a mixture that uses all of its experts in equal parts, each of them a slice of Llama's MLP. GPT-OSS's
-activation (up + 1) * gate * sigmoid(1.702 * gate) is silu(gate) * up, scaled by 1 / 1.702, once the gate is
-divided by 1.702 and 1 is taken from up; its clamp is set where no activation comes to.
-Names and the order of q and k: llama.cpp, conversion of LlamaForCausalLM.
+A GPT-OSS layer can express Llama's: attention without sinks (their logits lie far below all others) and without
+biases, and a mixture that uses all of its experts in equal parts, each of them a slice of Llama's MLP. GPT-OSS's
+activation (up + 1) * gate * sigmoid(1.702 * gate) equals silu(gate) * up, scaled by 1 / 1.702, when the gate is
+divided by 1.702 and 1 is subtracted from up; its clamp is set to a limit that no activation reaches.
+Source of the names and of the order of q and k: llama.cpp, conversion of LlamaForCausalLM.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,10 @@ from pipeline.model.layers.rope import Rope
 from pipeline.target.gguf_file import GgufFile
 
 NUM_EXPERTS = 4
+# NumPy arrays where JAX arrays are declared: the weights are saved, and nothing is computed with them
+_model_weights: Callable[..., GptOssWeights] = GptOssWeights
+_layer_weights: Callable[..., LayerWeights] = LayerWeights
+_expert_weights: Callable[..., FusedExpertWeights] = FusedExpertWeights
 NO_SINK = -1e4  # exp(-1e4 - anything attention sees) is 0 in float32
 SWIGLU_LIMIT = 1000.0
 _SIZES = {
@@ -38,7 +42,7 @@ _SIZES = {
 
 
 def config_of(file: GgufFile) -> GptOssConfig:
-    """The GPT-OSS config that computes what the file's Llama does. PipelineError for what is no such Llama."""
+    """Returns the GPT-OSS config that computes what the file's Llama does; raises PipelineError for other models."""
     architecture = file.values(["general.architecture"])["general.architecture"]
     if architecture != "llama":
         raise PipelineError(f"{file.path} holds a model of architecture {architecture!r}; wanted a 'llama'")
@@ -61,7 +65,7 @@ def config_of(file: GgufFile) -> GptOssConfig:
         head_dim=sizes["head_dim"],
         num_local_experts=NUM_EXPERTS,
         num_experts_per_tok=NUM_EXPERTS,
-        sliding_window=sizes["num_positions"],  # of no layer
+        sliding_window=sizes["num_positions"],  # no layer uses it
         sliding=(False,) * sizes["num_layers"],
         rope=Rope(theta=float(sizes["rope_theta"])),
         max_position_embeddings=sizes["num_positions"],
@@ -71,19 +75,21 @@ def config_of(file: GgufFile) -> GptOssConfig:
 
 
 def num_bytes(file: GgufFile, config: GptOssConfig) -> int:
-    """About what the converted weights take on disk: float32, and the head a matrix of its own."""
+    """Returns about how many bytes the converted weights take on disk: float32, with a separate head."""
     return 4 * (file.num_weights + config.vocab_size * config.hidden_size)
 
 
 def weights_of(file: GgufFile, config: GptOssConfig, on_layer: Callable[[], None]) -> GptOssWeights:
-    """The weights, float32 in NumPy; `on_layer` is called after each layer.
+    """Returns the weights as float32 in NumPy; `on_layer` is called after each layer.
 
-    Raises PipelineError naming tensors that are missing, misshapen or that no Llama of this config has.
+    Raises PipelineError that names tensors which are missing, misshapen, or not those of a Llama of this config.
     """
     v, d = config.vocab_size, config.hidden_size
     top = {"token_embd.weight", "output_norm.weight", "output.weight"}
-    layers = {f"blk.{index}.{name}.weight" for index in range(config.num_hidden_layers) for name in _LAYER_TENSORS}
-    unknown = sorted(file.tensor_names - top - layers)
+    known_layers = {
+        f"blk.{index}.{name}.weight" for index in range(config.num_hidden_layers) for name in _LAYER_TENSORS
+    }
+    unknown = sorted(file.tensor_names - top - known_layers)
     if unknown:
         raise PipelineError(
             f"{file.path} has {len(unknown)} tensor(s) that a plain Llama lacks: {', '.join(unknown[:5])}; "
@@ -91,11 +97,11 @@ def weights_of(file: GgufFile, config: GptOssConfig, on_layer: Callable[[], None
         )
     embedding = file.tensor("token_embd.weight", (v, d))
     head = file.tensor("output.weight", (v, d)) if "output.weight" in file.tensor_names else embedding
-    made = []
+    layers = []
     for index in range(config.num_hidden_layers):
-        made.append(_layer(file, f"blk.{index}", config))
+        layers.append(_layer(file, f"blk.{index}", config))
         on_layer()
-    return GptOssWeights(embedding, tuple(made), file.tensor("output_norm.weight", (d,)), head.T)
+    return _model_weights(embedding, tuple(layers), file.tensor("output_norm.weight", (d,)), head.T)
 
 
 _LAYER_TENSORS = "attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_up ffn_down".split()
@@ -111,7 +117,7 @@ def _layer(file: GgufFile, prefix: str, config: GptOssConfig) -> LayerWeights:
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
-    return LayerWeights(
+    return _layer_weights(
         input_norm=read("attn_norm", d),
         query=halves_apart(read("attn_q", n * h, d), n).T,
         query_bias=zeros(n * h),
@@ -127,19 +133,19 @@ def _layer(file: GgufFile, prefix: str, config: GptOssConfig) -> LayerWeights:
     )
 
 
-def halves_apart(kernel: Float[np.ndarray, "NH D"], num_heads: int) -> Float[np.ndarray, "NH D"]:
-    """Rows of q or k in the rotate-half order: llama.cpp lays the two rows of a rotated pair side by side."""
-    rows, width = kernel.shape
-    pairs = kernel.reshape(num_heads, rows // num_heads // 2, 2, width)
+def halves_apart(matrix: Float[np.ndarray, "NH D"], num_heads: int) -> Float[np.ndarray, "NH D"]:
+    """Returns the rows of q or k in rotate-half order; llama.cpp puts the two rows of a rotated pair side by side."""
+    rows, width = matrix.shape
+    pairs = matrix.reshape(num_heads, rows // num_heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(rows, width)
 
 
 def _experts(
     gate: Float[np.ndarray, "EF D"], up: Float[np.ndarray, "EF D"], down: Float[np.ndarray, "D EF"]
 ) -> FusedExpertWeights:
-    """Llama's MLP as experts end to end, each with share 1 / E; the one place that knows the experts' layout."""
+    """Returns Llama's MLP as experts end to end, each with share 1 / E."""
     e, (width, d) = NUM_EXPERTS, gate.shape
-    return FusedExpertWeights(
+    return _expert_weights(
         router=np.zeros((d, e), np.float32),
         router_bias=np.zeros(e, np.float32),
         gate=gate.T / np.float32(SWIGLU_ALPHA),

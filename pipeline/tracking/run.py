@@ -1,4 +1,7 @@
-"""One MLflow run: everything a stage may write about itself."""
+"""Writes one MLflow run: parameters, metrics, artifacts and tags of a stage.
+
+MLflow is imported when the first run is opened, because the import takes seconds.
+"""
 
 import contextlib
 import getpass
@@ -25,9 +28,9 @@ log = logging.getLogger("pipeline")
 
 
 class Run:
-    """One run: everything that a stage may write about itself. Writing raises StoreLost when the store fails.
+    """Writes to one run. Writing raises StoreLost when the store fails.
 
-    What carries the value of HF_TOKEN is refused.
+    Names and values that contain the value of HF_TOKEN are refused with a PipelineError.
     """
 
     def __init__(self, client: Any, *, run_id: str, store: str) -> None:
@@ -36,7 +39,7 @@ class Run:
         self._store = store
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record values that decided the run; nested mappings become dotted keys, long values are cut."""
+        """Records values that decided the run; nested mappings become dotted keys, long values are shortened."""
         from mlflow.entities import Param
 
         flat = flatten(params)
@@ -47,9 +50,9 @@ class Run:
                 self._client.log_batch(self.run_id, params=entries[start : start + PARAMS_PER_BATCH])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record measured numbers at `step`. A value that is not finite is told in the log and stored as NaN.
+        """Records measured numbers at `step`; a value that is not finite is logged as a warning and stored as NaN.
 
-        (MLflow would store an infinity as 1.8e308, which no chart shows beside the others.)
+        MLflow would store an infinity as 1.8e308, which makes charts unreadable.
         """
         from mlflow.entities import Metric
 
@@ -67,7 +70,7 @@ class Run:
             self._client.log_batch(self.run_id, metrics=entries)
 
     def log_artifact(self, path: Path) -> None:
-        """Copy a file or a directory into the run."""
+        """Copies a file or a directory into the run."""
         with store_errors(self._store):
             if path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), artifact_path=path.name)
@@ -75,13 +78,13 @@ class Run:
                 self._client.log_artifact(self.run_id, str(path))
 
     def log_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Record a JSON value as the artifact `name` (YAML when the name ends in .yaml)."""
+        """Records a JSON value as the artifact `name` (YAML when the name ends in .yaml)."""
         refuse_token(flatten(value))
         with store_errors(self._store):
             self._client.log_dict(self.run_id, dict(value), name)
 
     def set_tag(self, key: str, value: str) -> None:
-        """Attach a word or two to the run."""
+        """Attaches a short text to the run."""
         refuse_token({key: value})
         with store_errors(self._store):
             self._client.set_tag(self.run_id, usable_name(key), value[:TAG_CHARACTERS])
@@ -92,25 +95,25 @@ class Run:
 
 
 class SilentRun(Run):
-    """Takes what a `Run` takes and keeps nothing: of several hosts that run a stage, one keeps it."""
+    """Takes what a `Run` takes and writes nothing: of several hosts that run a stage, one writes."""
 
     def __init__(self) -> None:
         self.run_id = ""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def log_artifact(self, path: Path) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def log_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def set_tag(self, key: str, value: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 @contextlib.contextmanager
@@ -124,10 +127,10 @@ def open_run(
     parent_run_id: str | None = None,
     git_commit: str | None = None,
 ) -> Iterator[Run]:
-    """A run for one stage, with its resolved config as parameters and as `config.yaml`.
+    """Opens a run for one stage, with its resolved config as parameters and as `config.yaml`.
 
-    It ends FINISHED, FAILED (an exception, kept in the tag `error`) or KILLED (an interrupt). `uri` null: the
-    SQLite file under `output_dir`. Raises PipelineError within seconds when the store cannot be reached.
+    It ends FINISHED, FAILED (an exception, stored in the tag `error`) or KILLED (an interrupt). With `uri` None it is
+    stored in a SQLite file under `output_dir`. Raises PipelineError within seconds when the store cannot be reached.
     """
     refuse_token(flatten(config))
     client, experiment_id, store = connect(uri, experiment, output_dir)
@@ -158,7 +161,7 @@ def _started(
 
 
 def _user() -> str:
-    """The user's name; the number of one without a passwd entry, as in many containers."""
+    """Returns the user's name, or the numeric user id without a passwd entry, as in many containers."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # KeyError: before Python 3.13
@@ -175,7 +178,7 @@ def _ended(run: Run) -> Iterator[None]:
             if not isinstance(error, (KeyboardInterrupt, StoreLost)):
                 run.set_tag("error", without_token(f"{type(error).__name__}: {error}"))
             run._end("KILLED" if killed else "FAILED")
-        except StoreLost as lost:  # the first error is the one to tell
+        except StoreLost as lost:  # the first error is the one to report
             log.warning("the run stays open in MLflow: %s", lost)
         raise
     run._end("FINISHED")

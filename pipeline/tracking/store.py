@@ -16,24 +16,23 @@ from pipeline.errors import PipelineError
 
 log = logging.getLogger("pipeline")
 
-DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
-
+DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"  # under the output directory, without a server
 SERVER_TIMEOUT_SECONDS = 5
 
 MLFLOW_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds, where it has 120
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute, where its 7 are four
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # it would report to its makers
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; the default is 120
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # about a minute; the default of 7 takes four
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # it would report usage to its developers
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for results
 }
 
 
 class StoreLost(PipelineError):
-    """The store took nothing more."""
+    """Reports that the store no longer takes what is written."""
 
 
 def ui_command(uri: str | None, output_dir: Path) -> str:
-    """What to type (or to open) to see the runs."""
+    """Returns the command to type (or the address to open) to see the runs."""
     if uri is not None and is_server(uri):
         return f"open {uri}"
     beside = Path(sys.executable).with_name("mlflow")
@@ -44,7 +43,7 @@ def ui_command(uri: str | None, output_dir: Path) -> str:
 
 
 def connect(uri: str | None, experiment: str, output_dir: Path) -> tuple[Any, str, str]:
-    """An MLflow client, the experiment's id and the store's address."""
+    """Returns an MLflow client, the experiment's id and the store's address; raises PipelineError without a store."""
     store = uri or database_uri(output_dir)
     if urllib.parse.urlsplit(store).password:
         raise PipelineError(
@@ -55,24 +54,24 @@ def connect(uri: str | None, experiment: str, output_dir: Path) -> tuple[Any, st
         _require_server(store)
     else:
         _make_directory(output_dir)
-    for name, value in MLFLOW_SETTINGS.items():  # read when it is imported
+    for name, value in MLFLOW_SETTINGS.items():  # MLflow reads them when it is imported
         os.environ.setdefault(name, value)
     import mlflow
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs how it creates its tables
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # MLflow logs how it creates its tables
     logging.getLogger("alembic").setLevel(logging.WARNING)
     with store_errors(store):
         client = mlflow.MlflowClient(tracking_uri=store)
         found = client.get_experiment_by_name(experiment)
         if found is not None:
             return client, found.experiment_id, store
-        place = None if is_server(store) else (output_dir.resolve() / ARTIFACTS).as_uri()
-        return client, client.create_experiment(experiment, artifact_location=place), store
+        location = None if is_server(store) else (output_dir.resolve() / ARTIFACTS).as_uri()
+        return client, client.create_experiment(experiment, artifact_location=location), store
 
 
 @contextlib.contextmanager
 def store_errors(store: str) -> Iterator[None]:
-    """Turns what MLflow or the network raise into StoreLost."""
+    """Turns errors of MLflow and of the network into StoreLost."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -83,12 +82,12 @@ def store_errors(store: str) -> Iterator[None]:
 
 
 def _require_server(uri: str) -> None:
-    """Raise PipelineError when nothing answers at `uri`; MLflow itself would retry for minutes."""
+    """Raises PipelineError when nothing answers at `uri`; MLflow itself would retry for minutes."""
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT_SECONDS):
             pass
     except urllib.error.HTTPError:
-        pass  # something answers (a proxy may hide the health page); what it is shows at the first call
+        pass  # something answers (a proxy may hide the health page); the first call shows whether it is MLflow
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise PipelineError(

@@ -81,7 +81,10 @@ NAMES = {
     "told_by_first": "broadcast_from_primary",
     "weights_form": "weight_format",
 }
-ALLOWED: dict[str, set[str]] = {}  # by file, under pipeline/
+ALLOWED: dict[str, set[str]] = {  # by file, under pipeline/
+    "prompts/everyday/passages.py": {"told"},  # in the texts of the corpus, whose bytes decide what is trained
+    "prompts/everyday/requests.py": {"told"},
+}
 # the tokens that hold text; from Python 3.12 on, an f-string's parts are tokens of their own
 TEXTS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 # what texts no longer say, and what they say instead
@@ -112,6 +115,8 @@ def _findings(file: Path) -> Iterator[str]:
     for line, words in _texts(text):
         for pattern, instead in PHRASES.items():
             for found in re.finditer(pattern, words, re.IGNORECASE):
+                if found[0].lower() in ALLOWED.get(name, ()):
+                    continue
                 yield f"pipeline/{name}:{line + words[: found.start()].count(chr(10))}: {found[0]!r}; use {instead}"
 
 

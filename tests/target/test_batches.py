@@ -27,8 +27,8 @@ def take(examples, start, stop, seed=0):
     return list(itertools.islice(batches.batch_schedule(examples, LENGTHS, BATCH_TOKENS, seed), start, stop))
 
 
-def same(one, other):
-    return (one.token_ids == other.token_ids).all() and (one.generated == other.generated).all()
+def same(first, second):
+    return (first.token_ids == second.token_ids).all() and (first.generated == second.generated).all()
 
 
 def test_every_batch_holds_as_many_tokens_in_rows_of_one_length(examples):
@@ -61,7 +61,8 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(examples):
     once, again, other = take(examples, 0, 40), take(examples, 0, 40), take(examples, 0, 40, seed=1)
     assert all(map(same, once, again))
     assert not all(
-        one.token_ids.shape == two.token_ids.shape and same(one, two) for one, two in zip(once, other, strict=True)
+        first.token_ids.shape == second.token_ids.shape and same(first, second)
+        for first, second in zip(once, other, strict=True)
     )
 
 
@@ -71,13 +72,15 @@ def test_a_schedule_entered_in_the_middle_goes_on_as_if_never_left(examples):
 
 def test_conversations_are_rendered_as_in_serving_and_the_prompts_length_is_known():
     conversations = [corpus.conversation(0, index) for index in range(40)]
-    texts = [text for one in conversations for text in (one.prompt, one.analysis, one.final)]
+    texts = [text for each in conversations for text in (each.prompt, each.analysis, each.final)]
     tokenizer = train_tokenizer(texts, 320)
-    for one, example in zip(conversations, batches.tokenize(tokenizer, conversations), strict=True):
-        prompt = chat_format.render_prompt(tokenizer, [{"role": "user", "content": one.prompt}], one.effort)
+    for conversation, example in zip(conversations, batches.tokenize(tokenizer, conversations), strict=True):
+        prompt = chat_format.render_prompt(
+            tokenizer, [{"role": "user", "content": conversation.prompt}], conversation.effort
+        )
         assert list(example.token_ids[: example.prompt_tokens]) == prompt
         completion = list(example.token_ids[example.prompt_tokens :])
         assert completion[-1] in chat_format.stop_token_ids(tokenizer)
         text = tokenizer.decode(completion)
-        assert one.analysis in text
-        assert one.final in text
+        assert conversation.analysis in text
+        assert conversation.final in text

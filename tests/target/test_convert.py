@@ -86,27 +86,27 @@ def test_the_target_computes_what_transformers_llama_computes(tmp_path, tied, ke
 def test_transformers_opens_the_target_as_gpt_oss_and_computes_the_same(gguf, tmp_path):
     config = configuration(tmp_path / "outputs", gguf)
     stage.run(config, SilentRun())
-    made = Workspace(config).target.path
+    path = Workspace(config).target.path
     token_ids = np.random.default_rng(1).integers(0, tiny_gguf.VOCABULARY, (2, 33)).astype(np.int32)
     np.savez(tmp_path / "in.npz", input_ids=token_ids)
-    run_oracle("gpt_oss_forward", model=made, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
+    run_oracle("gpt_oss_forward", model=path, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
     wanted = np.load(tmp_path / "out.npz")["logits"]
-    np.testing.assert_allclose(logits_of(made, token_ids), wanted, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(logits_of(path, token_ids), wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_the_target_is_an_ordinary_artifact_of_full_attention_layers_in_float32(gguf, tmp_path):
     config = configuration(tmp_path, gguf)
     stage.run(config, SilentRun())
-    made = artifact.read(Workspace(config).address(TARGET), TARGET, make_with="the test", verify=True)
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= made.files.keys()
-    assert not [name for name in made.files if name.endswith(".gguf")]
-    written = read_config(made.path)
+    target = artifact.read(Workspace(config).address(TARGET), TARGET, make_with="the test", verify=True)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= target.files.keys()
+    assert not [name for name in target.files if name.endswith(".gguf")]
+    written = read_config(target.path)
     assert written["layer_types"] == ["full_attention"] * tiny_gguf.LAYERS
     assert (written["dtype"], written["swiglu_limit"], written["rms_norm_eps"]) == ("float32", 1000.0, 1e-5)
     assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (1, 2, 2)
-    assert load_tokenizer(made.path).eos_token == "<|im_end|>"
+    assert load_tokenizer(target.path).eos_token == "<|im_end|>"
     stage.run(config, SilentRun())  # finds it complete
-    assert artifact.read(made.path, TARGET, make_with="the test").fingerprint == made.fingerprint
+    assert artifact.read(target.path, TARGET, make_with="the test").fingerprint == target.fingerprint
 
 
 def test_the_address_follows_the_files_sha256_and_neither_its_path_nor_its_wheel(gguf, tmp_path):
@@ -145,12 +145,12 @@ def test_a_file_out_of_a_wheel_makes_the_same_target_as_the_file_itself(gguf, tm
     by_wheel, by_file = configuration(tmp_path / "a", gguf, gguf=None), configuration(tmp_path / "b", gguf)
     for config in (by_wheel, by_file):
         stage.run(config, SilentRun())
-    one, other = (
+    first, second = (
         artifact.read(Workspace(config).address(TARGET), TARGET, make_with="the test", verify=True)
         for config in (by_wheel, by_file)
     )
-    assert one.fingerprint == other.fingerprint
-    assert one.files.keys() == other.files.keys()
+    assert first.fingerprint == second.fingerprint
+    assert first.files.keys() == second.files.keys()
 
 
 def test_without_the_package_one_error_says_where_to_get_it(gguf, tmp_path, index):
@@ -210,12 +210,12 @@ def test_killed_and_begun_again_it_makes_the_same_bytes_without_downloading_agai
     (torn / "some.whl").write_text("half")
     next(index.iterdir()).unlink()
     stage.run(config, SilentRun())
-    made, wanted = (
-        artifact.read(Workspace(one).address(TARGET), TARGET, make_with="the test", verify=True)
-        for one in (config, undisturbed)
+    resumed, wanted = (
+        artifact.read(Workspace(each).address(TARGET), TARGET, make_with="the test", verify=True)
+        for each in (config, undisturbed)
     )
-    assert made.fingerprint == wanted.fingerprint
-    assert made.files.keys() == wanted.files.keys()
+    assert resumed.fingerprint == wanted.fingerprint
+    assert resumed.files.keys() == wanted.files.keys()
     assert not artifact.scratch_of(path).exists()
 
 

@@ -117,17 +117,17 @@ def undisturbed(tmp_path_factory):
 
 def test_the_stage_makes_a_target_that_can_be_run(undisturbed):
     config, tracker = undisturbed
-    made = artifact.read(Workspace(config).address(TARGET), TARGET, make_with="the test", verify=True)
-    target = read_target(made.path, WeightFormat())
+    sealed = artifact.read(Workspace(config).address(TARGET), TARGET, make_with="the test", verify=True)
+    target = read_target(sealed.path, WeightFormat())
     assert target.config == specs.architecture(config.target.architecture)
     assert target.config.sliding == (True, False)
     assert target.weights.embedding.shape == (320, 36)
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= made.files.keys()
-    assert not any(name.startswith(training.CHECKPOINTS) for name in made.files)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= sealed.files.keys()
+    assert not any(name.startswith(training.CHECKPOINTS) for name in sealed.files)
     assert tracker.by_step["target/loss", 12] < tracker.by_step["target/loss", 10] * 1.2
     assert 0 <= tracker.by_step["target/heldout_accuracy", None] <= 1
     assert tracker.documents["contract.json"]["target"]["weight_precision"] == "float32"
-    assert tracker.tags["artifact"] == str(made.path)
+    assert tracker.tags["artifact"] == str(sealed.path)
 
 
 def test_a_target_that_stands_is_left_alone(undisturbed):
@@ -163,9 +163,10 @@ def test_killed_and_begun_again_it_makes_the_same_bytes(undisturbed, tmp_path, c
     with caplog.at_level(logging.INFO, logger="pipeline"):
         stage.run(config, Recorder())
     assert "target: going on from step 8" in caplog.messages
-    made, wanted = (
-        json.loads((Workspace(one).address(TARGET) / artifact.MANIFEST).read_text()) for one in (config, undisturbed[0])
+    resumed, wanted = (
+        json.loads((Workspace(each).address(TARGET) / artifact.MANIFEST).read_text())
+        for each in (config, undisturbed[0])
     )
-    assert made["fingerprint"] == wanted["fingerprint"]
-    assert made["files"] == wanted["files"]
+    assert resumed["fingerprint"] == wanted["fingerprint"]
+    assert resumed["files"] == wanted["files"]
     assert not artifact.scratch_of(path).exists()

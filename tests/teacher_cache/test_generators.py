@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.artifacts import artifact
 from pipeline.artifacts.artifact import Artifact
+from pipeline.artifacts.hashing import flatten
 from pipeline.config.choices import Generator, OpenAIApi
 from pipeline.config.fields import TEACHER_CACHE
 from pipeline.config.schema import OpenAIConfig, PipelineConfig
@@ -178,8 +179,7 @@ def test_our_own_server_gives_the_engines_cache(
     assert tracker.metrics["teacher_cache/gold_accept_length"] == 4.0
     assert "other tokens" not in caplog.text
     asked = {name.removeprefix("teacher_cache.openai."): value for name, value in remade.settings.items()}
-    wanted = {"url": address.removeprefix("http://"), "model": MODEL, "api": api.value}
-    wanted |= {f"extra.{name}": value for name, value in extra.items()}
+    wanted = flatten({"url": address.removeprefix("http://"), "model": MODEL, "api": api.value, "extra": extra})
     assert {name: asked.get(name) for name in wanted} == wanted
     assert not list(Path(config.output_dir).rglob("*.jsonl"))[1:]  # prompts.jsonl alone: the reply log is gone
 

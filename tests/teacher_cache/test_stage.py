@@ -134,8 +134,8 @@ def test_a_run_ended_before_any_rename_resumes_to_the_same_bytes(
 ) -> None:
     """All shards but two are there already, so that a case costs little."""
     shutil.copytree(cache.path, _scratch(config))
-    for name in (stage.SUMMARY, stage.PROMPTS, HEADER, artifact.CONTRACT, artifact.MANIFEST):
-        (_scratch(config) / name).unlink()
+    for file in (stage.SUMMARY, stage.PROMPTS, HEADER, artifact.CONTRACT, artifact.MANIFEST):
+        (_scratch(config) / file).unlink()
     for last in ("train/00001", "heldout/00000"):
         shutil.rmtree(_scratch(config) / last)
     monkeypatch.setattr(os, "rename", _ending_before(name, count, os.rename))

@@ -123,9 +123,9 @@ def test_files_directories_and_json_become_artifacts(output_dir, tmp_path):
         run.log_artifact(tmp_path / "report")
         run.log_artifact(tmp_path / "report" / "table.txt")
         run.log_json("contract.json", {"block_size": 8})
-    kept = artifacts_of(output_dir, run)
-    assert (kept / "report" / "table.txt").read_text() == (kept / "table.txt").read_text() == "speedup 2.0"
-    assert yaml.safe_load((kept / "contract.json").read_text()) == {"block_size": 8}
+    directory = artifacts_of(output_dir, run)
+    assert (directory / "report" / "table.txt").read_text() == (directory / "table.txt").read_text() == "speedup 2.0"
+    assert yaml.safe_load((directory / "contract.json").read_text()) == {"block_size": 8}
 
 
 def test_children_nest_under_their_parent(output_dir, stored):
@@ -167,9 +167,9 @@ def test_the_token_is_refused_wherever_it_is_written(output_dir, stored, monkeyp
     with pytest.raises(ValueError, match="hf_"), a_run(output_dir) as failed:
         raise ValueError(f"401 with {TOKEN}")
     assert stored(failed.run_id).data.tags["error"] == "ValueError: 401 with HF_TOKEN"
-    kept = [path for path in output_dir.rglob("*") if path.is_file()]
-    assert kept
-    assert not [path for path in kept if TOKEN.encode() in path.read_bytes()]
+    files = [path for path in output_dir.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
 def test_a_server_that_does_not_answer_is_told_at_once(tmp_path):

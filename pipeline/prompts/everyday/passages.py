@@ -20,7 +20,7 @@ PROBLEMS = (
     "the heating had failed", "the floor was no longer safe", "a fire broke out in the cellar",
     "nobody wanted to run it", "the wiring was fifty years old", "the river had flooded it twice",
 )  # fmt: skip
-OUTCOMES = (
+NEWS_OUTCOMES = (
     "Volunteers spent the summer repairing it.", "The town has found a new owner.",
     "A local company paid for the work.",
     "More than two hundred people came to the opening.", "The mayor called it a good day for the town.",
@@ -83,7 +83,7 @@ SLIPS = (  # a wrong sentence each, for requests to correct it
 def report(rng: random.Random) -> str:
     """Returns a piece of local news."""
     month, year = rng.choice(MONTHS), rng.randint(1998, 2024)
-    first, second = rng.sample(OUTCOMES, 2)
+    first, second = rng.sample(NEWS_OUTCOMES, 2)
     return (
         f"The {rng.choice(BUILDINGS)} in {rng.choice(TOWNS)} was closed in {month} {year} because "
         f"{rng.choice(PROBLEMS)}. {first} {second}"

@@ -60,7 +60,7 @@ def multiplication(rng: random.Random) -> Exchange:
     return Exchange(question, f"Count by {b}, {a} times.", f"{multiples}.", f"So {a} x {b} = {a * b}.", answer)
 
 
-def story(rng: random.Random) -> Exchange:
+def story_problem(rng: random.Random) -> Exchange:
     """Returns an exchange in which somebody has things, gets some and gives some away."""
     name, other = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)

@@ -93,7 +93,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_with_every_reason():
     for part in (
         "the mesh does not divide the target evenly",
         "key/value heads: 2, mesh.expert x mesh.tensor is 12",
-        "words of the vocabulary: 98, mesh.expert x mesh.tensor is 12",
+        "tokens of the vocabulary: 98, mesh.expert x mesh.tensor is 12",
         "rows of all experts: 200, mesh.expert x mesh.tensor is 12",
     ):
         assert part in str(error.value)

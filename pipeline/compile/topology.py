@@ -33,7 +33,9 @@ def slice_of(topology: str) -> Slice:
     """Returns the slice of a name such as `v6e:2x4`; raises PipelineError when libtpu is missing or knows none."""
     kind = topology.partition(":")[0]
     if kind not in TPUS:
-        raise PipelineError(f"topology is {topology}; it must be one of {', '.join(TPUS)} and a size, as in v6e:2x4")
+        raise PipelineError(
+            f"compile.topology is {topology}; it must be one of {', '.join(TPUS)} and a size, as in v6e:2x4"
+        )
     for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     try:
@@ -45,5 +47,5 @@ def slice_of(topology: str) -> Slice:
                 "stage=compile needs the libtpu of this version of JAX, which compiles on any machine; install it: "
                 "pip install -e '.[tpu]'"
             ) from error
-        raise PipelineError(f"topology is {topology}; libtpu has no such slice ({reason})") from error
+        raise PipelineError(f"compile.topology is {topology}; libtpu has no such slice ({reason})") from error
     return Slice(topology, CHIPS[kind], list(found.devices))

@@ -90,7 +90,7 @@ def test_the_table_shows_every_number_a_demo_promises():
         "DFLASH": "1200 tokens/s",
         "speedup": "2.00x (2.00 to 3.00)",
         "losslessness": "9 of 9 answers equal plain greedy's",
-        "in training": "accept_length 2.000 (engine 125.0%)",
+        "in training": "accept_length 2.000 (here 125.0% of it)",
         "at export": "accept_length 2.400",
         "measured on": "9 prompts, 1200 tokens",
     }

@@ -47,7 +47,7 @@ def test_every_pass_and_the_experts_are_timed(capsys, monkeypatch, weights):
     assert tracker.metrics["roofline/decode_1_seconds"] > 0
     out = capsys.readouterr().out
     assert "share of copy" in out
-    assert "hit by hit" in out
+    assert "expert by expert" in out
 
 
 def test_a_packed_target_reads_about_a_quarter_of_a_bfloat16_ones_experts():

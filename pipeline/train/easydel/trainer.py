@@ -87,13 +87,16 @@ def fit(
     )
     if setup.initial is not None:
         module.begin_with(setup.initial)
+    create_trainer: Any = DraftTrainer  # Any: without a cache mypy takes the setter of EasyDeL's `mesh` for abstract
     with between_steps() as check_interrupt:
 
         def on_step_or_interrupt(report: StepReport) -> None:
             on_step(report)
             check_interrupt()
 
-        trainer = DraftTrainer(arguments, module, setup, setup.tables(module.mesh), on_step_or_interrupt)
+        trainer: DraftTrainer = create_trainer(
+            arguments, module, setup, setup.tables(module.mesh), on_step_or_interrupt
+        )
         began = trainer.began_at()
         if began != done:
             raise PipelineError(

@@ -49,7 +49,7 @@ class Run:
             for start in range(0, len(entries), PARAMS_PER_BATCH):
                 self._client.log_batch(self.run_id, params=entries[start : start + PARAMS_PER_BATCH])
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float | int], step: int | None = None) -> None:
         """Records measured numbers at `step`; a value that is not finite is logged as a warning and stored as NaN.
 
         MLflow would store an infinity as 1.8e308, which makes charts unreadable.
@@ -103,7 +103,7 @@ class SilentRun(Run):
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Does nothing."""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float | int], step: int | None = None) -> None:
         """Does nothing."""
 
     def log_artifact(self, path: Path) -> None:

@@ -15,6 +15,8 @@ from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from tests.support import models as tiny_models
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = GptOssConfig.from_hf(tiny_models.LEGACY_TARGET)
 PROMPT = (3, 14, 15, 9)
 GIVEN = (26, 53)  # generated before the arms part

@@ -24,6 +24,8 @@ from pipeline.teacher_cache.answer import AnsweredPrompt, answer_prompts
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TAPPED = (0, 2)
 DRAWN = AnswerOrigin(sampling=Sampling(temperature=0.9, top_p=0.95), seed=2)
 

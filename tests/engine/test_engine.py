@@ -18,6 +18,8 @@ from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss import forward as gpt_oss
 from tests.support import fitted as fitted_draft
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MAX_LENGTH, PREFILL_CHUNK = 90, 8
 LONGEST_ANSWER = 48
 BUDGETS = (1, 2, 3, 5, 9, 24, LONGEST_ANSWER)

@@ -10,11 +10,12 @@ import pytest
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
+from tests.support.compiled import QUICKLY
 from tests.support.fitted import fitted
 from tests.support.paths import PROGRAMS, ROOT
 from tests.support.ports import free_port
 
-pytestmark = pytest.mark.multihost
+pytestmark = [pytest.mark.multihost, pytest.mark.usefixtures("compiled_quickly")]
 NUM_PROMPTS = 6
 
 
@@ -29,7 +30,7 @@ def test_two_hosts_give_the_tokens_of_one(tmp_path, mesh):
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     command = [sys.executable, str(PROGRAMS / "engine_on_two_hosts.py")]
     given = [str(free_port()), str(models.target_path), str(models.draft_path), str(tmp_path / "prompts.json"), mesh]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY
     running = [
         subprocess.Popen([*command, str(number), *given], env=environment, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True)

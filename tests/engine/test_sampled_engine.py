@@ -20,6 +20,8 @@ from pipeline.model.layers.rope import Rope
 from pipeline.model.layers.sampling import Sampling, sampling_key
 from tests.support import models as tiny_models
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = GptOssConfig.from_hf(tiny_models.LEGACY_TARGET)
 MAX_LENGTH, PREFILL_CHUNK, LONGEST = 60, 8, 20
 STOPS = (5, 71)

@@ -24,6 +24,8 @@ from tests.support import loop as tiny_loop
 from tests.support import training as tiny_training
 from tests.support.faulty_training import Trained
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 NUM_SAMPLED = 12
 
 

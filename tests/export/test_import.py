@@ -16,6 +16,8 @@ from pipeline.model.hf.directory import read_draft
 from pipeline.model.layers.rope import Rope
 from tests.support import training as tiny_training
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 PLAIN = dataclasses.replace(tiny_training.DRAFT, block_size=8)
 YARN = Rope(theta=150000.0, factor=8.0, truncate=False, original_max_position_embeddings=32)

@@ -27,6 +27,8 @@ from tests.support import training as tiny_training
 from tests.support.buckets import EMULATORS
 from tests.support.recorder import Recorder
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 RUN = f"run-{tiny_loop.STEPS}"
 
 

@@ -33,6 +33,8 @@ from pipeline.workspace.workspace import Workspace
 from tests.support.models import TARGET
 from tests.support.recorder import Recorder
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 USER = {"role": "user", "content": "What is 17 + 25?"}
 
 

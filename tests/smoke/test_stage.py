@@ -13,6 +13,8 @@ from pipeline.errors import PipelineError
 from pipeline.smoke import stage
 from tests.support.recorder import Recorder
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def configuration(root):
     sizes = ArchitectureConfig(

@@ -8,6 +8,8 @@ from pipeline.artifacts.artifact import Artifact
 from pipeline.store import feature_codec
 from pipeline.store.reader import open_split
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 GPT_OSS = {"feature_size": 5 * 2880, "num_tapped": 5}
 SIZES = (0.27, 23.1, 26.9)  # RMS of layers, as measured for Qwen3-8B (docs/dflash.md#tapped-layers)
 

@@ -20,6 +20,7 @@ from pipeline.prompts import corpus
 from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.teacher_cache import stage
 from pipeline.workspace.workspace import Workspace
+from tests.support.compiled import quickly
 from tests.support.recorder import Recorder
 
 VOCAB_SIZE = 300
@@ -80,6 +81,7 @@ def tracker() -> Recorder:
 def cache(target_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A cache that nothing has disturbed; read only."""
     undisturbed = configuration(target_directory, tmp_path_factory.mktemp("undisturbed"))
-    stage.run(undisturbed, Recorder())
+    with quickly():  # as all tests do that compare their own with it
+        stage.run(undisturbed, Recorder())
     path = Workspace(undisturbed).address(TEACHER_CACHE)
     return artifact.read(path, TEACHER_CACHE, make_with="the test", verify=True)

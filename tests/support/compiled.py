@@ -15,10 +15,15 @@ QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for the environment of a pr
 
 @contextlib.contextmanager
 def quickly() -> Iterator[None]:
-    """Of this process, what is compiled meanwhile."""
+    """Of this process, what is compiled meanwhile; nothing of it is left for what comes after."""
+    if jax.config.jax_disable_most_optimizations:
+        yield
+        return
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

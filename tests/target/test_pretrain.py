@@ -28,8 +28,11 @@ from pipeline.target.batches import TokenBatch
 from pipeline.workspace import specs
 from pipeline.workspace.workspace import Workspace
 from tests.support import models as tiny_models
+from tests.support.compiled import QUICKLY
 from tests.support.paths import ROOT
 from tests.support.recorder import Recorder
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 CONFIG = GptOssConfig.from_hf(tiny_models.LEGACY_TARGET)
 STAGE_PROCESS = """
@@ -145,7 +148,7 @@ def test_killed_and_begun_again_it_makes_the_same_bytes(undisturbed, tmp_path, c
     path = Workspace(config).address(TARGET)
     with subprocess.Popen(
         [sys.executable, "-c", STAGE_PROCESS, str(pickled), "10"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

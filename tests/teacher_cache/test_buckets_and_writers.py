@@ -34,6 +34,7 @@ from pipeline.tracking.run import Run
 from pipeline.train.data.padded import PaddedBatches
 from pipeline.workspace.workspace import Workspace
 from tests.support import buckets
+from tests.support.compiled import QUICKLY
 from tests.support.paths import ROOT
 
 LIMIT_SECONDS = 300
@@ -223,7 +224,7 @@ def test_two_processes_of_which_one_is_killed_make_the_cache_of_one(
         pickled = tmp_path / f"{index}.pickle"
         pickled.write_bytes(pickle.dumps(writer_config))
         command = [sys.executable, "-c", STAGE_PROCESS, str(pickled)]
-        processes.append(subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}))
+        processes.append(subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY))
     first = artifact.scratch_of(_address(config)) / "train" / "00001" / SHARD
     deadline = time.monotonic() + LIMIT_SECONDS
     while not first.exists() and time.monotonic() < deadline:

@@ -26,6 +26,7 @@ from pipeline.teacher_cache.endpoint import Endpoint, EndpointClient
 from pipeline.teacher_cache.endpoint_replies import EndpointApi, ReplyReader, RequestTemplate
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt
+from tests.support.compiled import QUICKLY
 from tests.support.fake_endpoint import Fake, Reply, endpoint
 from tests.support.fake_engine import FakeEngine
 from tests.support.paths import ROOT
@@ -317,7 +318,7 @@ def test_kill_9_loses_at_most_what_was_on_its_way(tokenizer, rows, tmp_path):
     with endpoint(script) as fake:
         pickled = tmp_path / "client"
         pickled.write_bytes(pickle.dumps((endpoint_client(tokenizer, fake, log_path, concurrency=4), rows)))
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY
         process = subprocess.Popen([sys.executable, "-c", FETCHING, str(pickled)], env=environment)
         deadline = time.monotonic() + 120
         while len(fake.bodies) < 16:  # twelve answers, four more on their way

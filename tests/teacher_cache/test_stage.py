@@ -27,6 +27,7 @@ from pipeline.store.reader import open_split
 from pipeline.teacher_cache import shards, stage
 from pipeline.tracking.run import Run
 from pipeline.workspace.workspace import Workspace
+from tests.support.compiled import QUICKLY
 from tests.support.paths import ROOT
 
 NUM_SHARDS = 5
@@ -91,7 +92,7 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_bytes(
     pickled.write_bytes(pickle.dumps(config))
     process = subprocess.Popen(
         [sys.executable, "-c", STAGE_PROCESS, str(pickled)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY,
         stderr=subprocess.DEVNULL,
     )
     try:

@@ -14,6 +14,8 @@ from pipeline.model.layers.linear import TransposedMatrix
 from pipeline.model.layers.mxfp4 import Packed
 from pipeline.model.parallel.execution import Execution, KernelBackend
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LIMIT = 2.0  # low, so that both clamps are at work
 WIDTH, ROWS = 96, 64  # multiples of 32, which packed ones are padded from
 PADDED_WIDTH, PADDED_ROWS = 128, 128

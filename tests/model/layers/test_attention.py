@@ -9,6 +9,8 @@ from pipeline.model.layers import attention, attention_kernels, kv_cache
 from pipeline.model.layers.attention import Part
 from pipeline.model.parallel.execution import Execution, KernelBackend
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 NUM_HEADS, GROUPS, WIDTH = 6, 2, 16
 CASES = {"all before": None, "window": 7, "window as long as a tile": 128}
 

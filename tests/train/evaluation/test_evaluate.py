@@ -19,6 +19,8 @@ from pipeline.train.loss.vocab_shard import FrozenTables
 from tests.support import training as tiny_training
 from tests.support.training import DRAFT
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LONGEST, DRAFTED = 24, DRAFT.block_size - 1
 
 

@@ -43,10 +43,10 @@ def directory_of(name: str, revision: str | None, *, key: str) -> tuple[Path, st
             f"{key}: there is no directory {name} here and no such model on the hub (or HF_TOKEN may not see it)"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        at = "" if revision is None else f" at revision {revision}"
+        at_revision = "" if revision is None else f" at revision {revision}"
         raise PipelineError(
-            f"{key}: no directory {name} is here, the hub's cache does not have it{at}, and the hub cannot be reached "
-            f"({_first_line(error)}); connect, or copy the model here and set {key} to its directory"
+            f"{key}: no directory {name} is here, the hub's cache does not have it{at_revision}, and the hub cannot be "
+            f"reached ({_first_line(error)}); connect, or copy the model here and set {key} to its directory"
         ) from error
     return Path(found), Path(found).name
 

@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook  # after the variables, which JAX read
 install_import_hook("pipeline", "beartype.beartype")
 
 # fixtures of several folders after the hook, which they must not escape
-pytest_plugins = [f"tests.support.{name}" for name in ("cached", "compiled", "timing", "once", "groups")]
+pytest_plugins = [f"tests.support.{name}" for name in ("compiled", "cached", "timing", "once", "groups")]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # for the environment of a pr
 @contextlib.contextmanager
 def quickly() -> Iterator[None]:
     """Of this process, what is compiled meanwhile; nothing of it is left for what comes after."""
-    if jax.config.jax_disable_most_optimizations:
+    if jax.config.values["jax_disable_most_optimizations"]:
         yield
         return
     jax.clear_caches()

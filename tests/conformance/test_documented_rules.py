@@ -21,6 +21,7 @@ from pipeline.model.layers.rope import Rope
 from pipeline.workspace.workspace import Workspace
 from tests.support import training as tiny_training
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 PLAIN = dataclasses.replace(tiny_training.DRAFT, block_size=8)
 YARN = Rope(theta=150000.0, factor=8.0, truncate=False, original_max_position_embeddings=32)

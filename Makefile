@@ -116,6 +116,7 @@ $(CONFORMANCE_VENVS)/%/.created:
 IN_VENV = $(@D)/bin/python -m pip install $(PIP_FLAGS)
 
 $(CONFORMANCE_VENVS)/transformers4/.installed: $(CONFORMANCE_VENVS)/transformers4/.created
+	$(IN_VENV) torch==2.13.0
 	$(IN_VENV) transformers==4.57.6
 	@touch $@
 

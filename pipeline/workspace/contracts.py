@@ -13,6 +13,7 @@ from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.hf.directory import config_fingerprint, weights_fingerprint
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.tokenizer import Tokenizer, chat_template_fingerprint, tokenizer_fingerprint
+from pipeline.workspace.loading import adapter_of
 
 
 def target_contract(
@@ -30,7 +31,7 @@ def target_contract(
             name=target.name,
             revision=revision,
             config_fingerprint=config_fingerprint(directory),
-            weights_fingerprint=weights_fingerprint(directory, memory),
+            weights_fingerprint=weights_fingerprint(directory, memory, adapter_of(target)),
             weight_precision=target.precision.value,
         ),
         text=TextIdentity(

@@ -9,7 +9,7 @@ from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
-from pipeline.model.hf.directory import read_config
+from pipeline.model.hf.directory import read_target_config
 from pipeline.model.layers.rope import Rope
 from pipeline.prompts import sources, tokenizer
 from pipeline.prompts.efforts import EffortMix
@@ -48,7 +48,7 @@ def require_architecture(directory: Path, sizes: ArchitectureConfig | None) -> N
     """Raises PipelineError naming every size in which a checkpoint is not the model that was chosen."""
     if sizes is None:
         return
-    found, wanted = GptOssConfig.from_hf(read_config(directory)), architecture(sizes)
+    found, wanted = read_target_config(directory), architecture(sizes)
     wrong = [
         f"{field.name}: found {getattr(found, field.name)}, wanted {getattr(wanted, field.name)}"
         for field in dataclasses.fields(wanted)

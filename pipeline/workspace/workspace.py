@@ -88,6 +88,11 @@ class Workspace:
         return load_tokenizer(self.target.path)
 
     @functools.cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end one of the target's answers."""
+        return specs.stop_token_ids(self.target.path, self.tokenizer)
+
+    @functools.cached_property
     def prompts(self) -> PromptSet:
         """The prompts of this configuration; those of a hub's data set at the commit that the key counts."""
         pinned = self._prompt_content.get("prompts.dataset_revision", self.config.prompts.dataset_revision)

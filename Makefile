@@ -91,7 +91,7 @@ $(ORACLE_VENV)/.installed:
 	$(ORACLE_PIP) torch==2.13.0
 	$(ORACLE_PIP) transformers==5.15.0 tokenizers==0.22.2 safetensors==0.8.0 numpy==2.4.6 jinja2==3.1.6 gguf==0.19.0
 	$(ORACLE_PIP) accelerate==1.15.0 psutil==7.2.2 scipy==1.17.1 requests==2.34.2 omegaconf==2.4.0 pulp==3.3.2
-	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0 specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0
+	$(ORACLE_PIP) --no-deps dflash==0.1.0 nvidia-modelopt==0.47.0 specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0 peft==0.21.2
 	@touch $@
 
 # the reference renderer of GPT-OSS's conversations, and the official tokenizer and template out of two wheels
@@ -116,6 +116,7 @@ $(CONFORMANCE_VENVS)/%/.created:
 IN_VENV = $(@D)/bin/python -m pip install $(PIP_FLAGS)
 
 $(CONFORMANCE_VENVS)/transformers4/.installed: $(CONFORMANCE_VENVS)/transformers4/.created
+	$(IN_VENV) torch==2.13.0
 	$(IN_VENV) transformers==4.57.6
 	@touch $@
 

@@ -77,6 +77,10 @@ def test_an_artifact_of_version_0_1_opens_by_its_path(config: PipelineConfig, go
     assert artifact.read(golden[kind], kind, make_with="the test", verify=True) == opened
 
 
+def test_the_key_of_a_target_from_outside_stays(config: PipelineConfig):
+    assert Workspace(config).key(TARGET) == "c6d49336b71d"
+
+
 def test_a_damaged_artifact_of_version_0_1_is_refused(config: PipelineConfig, golden: dict[str, Path], tmp_path: Path):
     copy = Path(shutil.copytree(golden[DRAFT], tmp_path / "dflash"))
     data = bytearray((copy / "model.safetensors").read_bytes())

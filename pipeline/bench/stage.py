@@ -21,7 +21,6 @@ from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from pipeline.errors import PipelineError
-from pipeline.prompts import chat_format
 from pipeline.store.checkpoint_files import EVALUATION
 from pipeline.tracking.run import Run
 from pipeline.workspace.loading import load_draft, load_target, runtime_for
@@ -46,7 +45,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
         num_slots=config.bench.slots,
         max_length=max(len(request.prompt_ids) + request.max_new_tokens for request in requests),
         prefill_chunk=config.engine.prefill_chunk,
-        stop_token_ids=tuple(chat_format.stop_token_ids(workspace.tokenizer)),
+        stop_token_ids=workspace.stop_token_ids,
     )
     comparison = arms.compare_arms(
         Engine(target, None, engine, runtime),

@@ -27,7 +27,7 @@ from pipeline.model import placement
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
 from pipeline.model.gpt_oss.weights import WeightFormat
-from pipeline.model.hf.directory import read_config
+from pipeline.model.hf.directory import read_config, read_target_config
 from pipeline.model.layers import attention
 from pipeline.tracking.run import Run
 from pipeline.train.easydel import environment
@@ -82,8 +82,7 @@ def _model(config: PipelineConfig) -> tuple[GptOssConfig, bool]:
         return specs.architecture(sizes), is_held_packed(config.target, sizes.packed)
     assert config.target.path is not None, "a rule of the configuration"
     directory, _ = hub.directory_of(config.target.path, config.target.revision, key="target.path")
-    values = read_config(directory)
-    return GptOssConfig.from_hf(values), is_held_packed(config.target, is_packed(values))
+    return read_target_config(directory), is_held_packed(config.target, is_packed(read_config(directory)))
 
 
 def _serving(

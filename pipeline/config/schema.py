@@ -101,6 +101,7 @@ class TargetConfig:
     `revision` is the hub's: a commit, tag or branch. `weights` null: the experts stay packed when the files are.
     Without `path`, `pretrain` makes a model of `architecture`; with it, the files must be of `architecture`, if set.
     Or `pretrained` is converted; `gguf` is its file where it is on disk already, and nothing is downloaded.
+    `adapter` is the directory of a PEFT adapter (LoRA), merged into the model of `path` while it is read.
     """
 
     name: str = setting(MISSING, rule=plain_name, key=None)
@@ -112,6 +113,7 @@ class TargetConfig:
     pretrain: PretrainConfig | None = None
     pretrained: PretrainedConfig | None = None
     gguf: str | None = setting(None, key=None, is_path=True)
+    adapter: str | None = setting(None, key=None, is_path=True)  # counts by its content, with the weights
 
 
 @dataclasses.dataclass(kw_only=True)

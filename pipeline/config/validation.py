@@ -59,6 +59,8 @@ def _target(target: TargetConfig) -> list[str]:
         broken.append("target.path is null; give a GPT-OSS model's directory or hub id, or choose target=tiny")
     if target.revision is not None and target.path is None:
         broken.append(f"target.revision is {target.revision}; it goes with a hub id in target.path")
+    if target.adapter is not None and target.path is None:
+        broken.append(f"target.adapter is {target.adapter}; it goes with the model in target.path")
     if target.gguf is not None and target.pretrained is None:
         broken.append(f"target.gguf is {target.gguf}; it needs target.pretrained: choose target=smollm2")
     return broken + (_architecture(target.architecture) if target.architecture is not None else [])

@@ -24,7 +24,6 @@ from pipeline.export.prompt_rendering import require_rendering
 from pipeline.export.write import write_draft
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.hf.directory import read_config
-from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.store import heldout_rounds
 from pipeline.store.checkpoint_files import DATA, EVALUATION
 from pipeline.store.heldout_rounds import HeldoutText
@@ -113,7 +112,7 @@ def _check(workspace: Workspace, directory: Path, texts: list[HeldoutText]) -> E
             num_slots=config.serve.slots,
             max_length=config.engine.max_length,
             prefill_chunk=config.engine.prefill_chunk,
-            stop_token_ids=tuple(stop_token_ids(workspace.tokenizer)),
+            stop_token_ids=workspace.stop_token_ids,
         ),
         runtime,
     )

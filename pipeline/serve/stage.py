@@ -14,7 +14,6 @@ from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.multihost import PrimaryEngine, follow_primary
 from pipeline.errors import PipelineError
-from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine_thread import EngineThread
@@ -75,7 +74,7 @@ def _engine(workspace: Workspace) -> Engine:
         num_slots=config.serve.slots,
         max_length=config.engine.max_length,
         prefill_chunk=config.engine.prefill_chunk,
-        stop_token_ids=tuple(stop_token_ids(workspace.tokenizer)),
+        stop_token_ids=workspace.stop_token_ids,
     )
     limit = workspace.model.max_position_embeddings
     if engine.max_length > limit:  # before the weights are read

@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.layers.sampling import Sampling
 from pipeline.prompts.channels import channel_tokens
-from pipeline.prompts.chat_format import chat_format_of, stop_token_ids
+from pipeline.prompts.chat_format import chat_format_of
 from pipeline.prompts.split import split_by_hash
 from pipeline.store.layout import NO_FEATURES, SPLITS, CacheLayout
 from pipeline.teacher_cache import shards
@@ -117,7 +117,7 @@ def teacher_of(workspace: Workspace) -> Teacher:
             num_slots=wanted.slots,
             max_length=wanted.max_prompt_tokens + wanted.max_new_tokens,
             prefill_chunk=min(config.engine.prefill_chunk, wanted.max_prompt_tokens),
-            stop_token_ids=tuple(stop_token_ids(workspace.tokenizer)),
+            stop_token_ids=workspace.stop_token_ids,
             sampling=origin.sampling,
         ),
         tapped_layers=workspace.draft_config.tapped_layers if stored != NO_FEATURES else (),

@@ -46,7 +46,7 @@ from pipeline.train.evaluation.score import Score
 from pipeline.train.loss.vocab_shard import FrozenTables, shard_tables
 from pipeline.train.monitor import DeviceCapacity, TrainMonitor, log_scores
 from pipeline.train.recipe import Recipe, recipe_of
-from pipeline.workspace.loading import load_target, runtime_for
+from pipeline.workspace.loading import adapter_of, load_target, runtime_for
 from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
@@ -149,7 +149,7 @@ def _inputs(workspace: Workspace, cache: StoragePath) -> TrainInputs:
 
     @functools.cache  # the trainer and every evaluation take the same; no device holds a whole table
     def tables(dtype: jnp.dtype, mesh: Mesh) -> FrozenTables:
-        return shard_tables(*read_embedding_and_head(target.path, dtype), mesh)
+        return shard_tables(*read_embedding_and_head(target.path, dtype, adapter_of(config.target)), mesh)
 
     return TrainInputs(
         draft=draft,

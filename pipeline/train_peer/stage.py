@@ -37,6 +37,7 @@ from pipeline.train.recipe import recipe_of
 from pipeline.train.step_report import StepReport
 from pipeline.train_peer import protocol
 from pipeline.train_peer.protocol import PUBLISHED, PeerData, PeerRecipe, TrainingComparison
+from pipeline.workspace.loading import adapter_of
 from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
@@ -64,7 +65,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, float]:
             draft_config=workspace.draft_config,
             train=config.train,
             seed=config.seed,
-            tables=read_embedding_and_head(workspace.target.path, jnp.float32),
+            tables=read_embedding_and_head(workspace.target.path, jnp.float32, adapter_of(config.target)),
             split=open_split(cache.path, "train"),
         )
         measured = _speeds(pair, wanted.steps, wanted.repeats)

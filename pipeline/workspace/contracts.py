@@ -11,8 +11,9 @@ from pipeline.config.choices import Effort, PromptSource
 from pipeline.config.schema import PromptsConfig, TargetConfig
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.hf.directory import config_fingerprint, weights_fingerprint
-from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.tokenizer import Tokenizer, chat_template_fingerprint, tokenizer_fingerprint
+from pipeline.workspace import specs
+from pipeline.workspace.loading import adapter_of
 
 
 def target_contract(
@@ -30,13 +31,13 @@ def target_contract(
             name=target.name,
             revision=revision,
             config_fingerprint=config_fingerprint(directory),
-            weights_fingerprint=weights_fingerprint(directory, memory),
+            weights_fingerprint=weights_fingerprint(directory, memory, adapter_of(target)),
             weight_precision=target.precision.value,
         ),
         text=TextIdentity(
             tokenizer_fingerprint=tokenizer_fingerprint(directory),
             chat_template_fingerprint=chat_template_fingerprint(directory),
-            stop_token_ids=sorted(stop_token_ids(tokenizer)),
+            stop_token_ids=sorted(specs.stop_token_ids(directory, tokenizer)),
         ),
         provenance=dict(provenance or {}),
     )

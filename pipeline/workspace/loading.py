@@ -12,11 +12,10 @@ from pipeline.config.choices import ExpertWeights, Precision
 from pipeline.config.schema import MeshConfig, TargetConfig
 from pipeline.model import placement
 from pipeline.model.dflash.model import DraftModel
-from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat
 from pipeline.model.hf import gpt_oss as hf_gpt_oss
-from pipeline.model.hf.directory import read_config, read_draft, read_draft_config, read_target
+from pipeline.model.hf.directory import open_target, read_config, read_draft, read_draft_config, read_target
 from pipeline.model.parallel.execution import Execution, KernelBackend
 from pipeline.model.parallel.runtime import Runtime
 from pipeline.model.parallel.shards import Shards
@@ -70,17 +69,21 @@ def is_held_packed(config: TargetConfig, packed_files: bool) -> bool:
     return packed_files if config.weights is None else config.weights is ExpertWeights.mxfp4
 
 
+def adapter_of(config: TargetConfig) -> Path | None:
+    """Returns the directory of the adapter that is merged into the target."""
+    return None if config.adapter is None else Path(config.adapter)
+
+
 def load_target(config: TargetConfig, directory: Path, runtime: Runtime) -> TargetModel:
     """Reads the target, each part of its weights onto the devices that need it; logs what they take."""
-    found = read_config(directory)
-    packed = is_held_packed(config, is_packed(found))
+    opened = open_target(directory, adapter_of(config))
+    packed = is_held_packed(config, opened.is_packed)
     weight_format = WeightFormat(config.precision.value, packed, runtime.execution.shards)
     shardings = None
     if runtime.mesh is not None:
-        sizes = GptOssConfig.from_hf(found)
-        placement.require_divisible_target(sizes, weight_format)
-        shardings = placement.target_shardings(sizes, weight_format, runtime.mesh)
-    target = read_target(directory, weight_format, shardings)
+        placement.require_divisible_target(opened.config, weight_format)
+        shardings = placement.target_shardings(opened.config, weight_format, runtime.mesh)
+    target = read_target(opened, weight_format, shardings)
     _log_size(config.name, target, weight_format)
     return target
 

@@ -21,7 +21,8 @@ from pipeline.config.schema import PipelineConfig, PromptsConfig, plain
 from pipeline.errors import PipelineError
 
 # raised when the program makes other bytes of equal settings, or keys are computed otherwise
-VERSIONS = {TARGET: 2, TEACHER_CACHE: 2, CHECKPOINT: 2, DRAFT: 2}
+VERSIONS = {TARGET: 3, TEACHER_CACHE: 2, CHECKPOINT: 2, DRAFT: 2}  # target 3: config.json has both spellings of RoPE
+GIVEN_TARGET_VERSION = 2  # of a target from outside, whose bytes are nobody's here: only how its key is computed
 PARENT = {TEACHER_CACHE: TARGET, CHECKPOINT: TEACHER_CACHE, DRAFT: CHECKPOINT}
 
 

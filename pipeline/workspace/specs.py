@@ -9,11 +9,13 @@ from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
-from pipeline.model.hf.directory import read_config
+from pipeline.model.hf.directory import read_target_config
+from pipeline.model.hf.json_files import read_object
 from pipeline.model.layers.rope import Rope
-from pipeline.prompts import sources, tokenizer
+from pipeline.prompts import chat_format, sources, tokenizer
 from pipeline.prompts.efforts import EffortMix
 from pipeline.prompts.sources import PromptSet
+from pipeline.prompts.tokenizer import Tokenizer
 
 GENERATED_PROMPTS = 3072  # of sources without an end
 TAPPED_LAYERS = 5  # of a derived draft, where the target has as many
@@ -48,7 +50,7 @@ def require_architecture(directory: Path, sizes: ArchitectureConfig | None) -> N
     """Raises PipelineError naming every size in which a checkpoint is not the model that was chosen."""
     if sizes is None:
         return
-    found, wanted = GptOssConfig.from_hf(read_config(directory)), architecture(sizes)
+    found, wanted = read_target_config(directory), architecture(sizes)
     wrong = [
         f"{field.name}: found {getattr(found, field.name)}, wanted {getattr(wanted, field.name)}"
         for field in dataclasses.fields(wanted)
@@ -71,6 +73,19 @@ def mask_token_id(directory: Path, mask_token: str, vocab_size: int) -> int:
             f"token below the target's vocabulary of {vocab_size}; set draft.mask_token to a reserved token"
         )
     return found
+
+
+def stop_token_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens that end an answer: the chat format's, then others that `generation_config.json` names.
+
+    Raises PipelineError when that file names something else than tokens.
+    """
+    file = directory / "generation_config.json"
+    found = read_object(file, "").get("eos_token_id") if file.is_file() else None
+    named = found if isinstance(found, list) else [] if found is None else [found]
+    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in named):
+        raise PipelineError(f"{file}: eos_token_id: found {found!r}, wanted a token's id or a list of them")
+    return tuple(dict.fromkeys([*chat_format.stop_token_ids(tokenizer), *named]))
 
 
 def require_fitting(draft: DFlashConfig, model: GptOssConfig, directory: Path) -> DFlashConfig:

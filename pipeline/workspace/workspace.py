@@ -23,7 +23,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.hf import dflash as hf_dflash
-from pipeline.model.hf.directory import read_config, read_draft_config, weights_fingerprint
+from pipeline.model.hf.directory import read_draft_config, read_target_config, weights_fingerprint
 from pipeline.prompts.sources import PromptSet
 from pipeline.prompts.tokenizer import Tokenizer, load_tokenizer
 from pipeline.store.checkpoint_files import DRAFT_CONFIG
@@ -74,18 +74,23 @@ class Workspace:
         content = {**dataclasses.asdict(contract.target), **dataclasses.asdict(contract.text)}
         for name in ("name", "revision", "weight_precision", "reasoning_efforts"):  # what it is called and how it runs
             del content[name]
-        key = artifact.key_of(TARGET, settings.VERSIONS[TARGET], content, {})
+        key = artifact.key_of(TARGET, settings.GIVEN_TARGET_VERSION, content, {})
         return TargetArtifact(directory, contract, key, fingerprint_of(content))
 
     @functools.cached_property
     def model(self) -> GptOssConfig:
         """The target's sizes."""
-        return GptOssConfig.from_hf(read_config(self.target.path))
+        return read_target_config(self.target.path)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The target's tokenizer."""
         return load_tokenizer(self.target.path)
+
+    @functools.cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end one of the target's answers."""
+        return specs.stop_token_ids(self.target.path, self.tokenizer)
 
     @functools.cached_property
     def prompts(self) -> PromptSet:

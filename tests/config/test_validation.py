@@ -37,6 +37,11 @@ def test_defaults_are_valid():
         pytest.param({"target__path": None}, "target.path is null; give a GPT-OSS model", id="no target"),
         pytest.param({"target__gguf": "x.gguf"}, "target.gguf is x.gguf; it needs target.pretrained", id="stray file"),
         pytest.param(
+            {"target__path": None, "target__adapter": "lora"},
+            "target.adapter is lora; it goes with the model",
+            id="stray adapter",
+        ),
+        pytest.param(
             {"target__pretrained": PretrainedConfig(wheel="w", file="f", sha256="abc")},
             "target.pretrained.sha256 is 'abc'; it must be 64 hex digits",
             id="no sha256",
@@ -151,6 +156,7 @@ def test_plain_gives_json_values_for_enums_dataclasses_and_lists():
         "pretrain": None,
         "pretrained": None,
         "gguf": None,
+        "adapter": None,
     }
     assert values["draft"] == dataclasses.asdict(DraftConfig()) | {"tapped_layers": [1, 3]}
 

@@ -175,6 +175,35 @@ def test_a_target_whose_tokens_end_an_answer_otherwise_is_another_target(config,
         Workspace(config).open(DRAFT)
 
 
+def test_the_end_tokens_of_generation_config_end_answers_too(config, tmp_path):
+    target = tiny_training.make_target(tmp_path / "target")
+    config.target.path = str(target)
+    before = Workspace(config)
+    assert before.stop_token_ids == (1,)
+    for eos, stops in ((1, (1,)), (7, (1, 7)), ([5, 1, 3], (1, 5, 3))):
+        (target / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        after = Workspace(config)
+        assert after.stop_token_ids == stops
+        assert after.target.contract.text.stop_token_ids == sorted(stops)
+        assert (after.target.key == before.target.key) == (stops == (1,))
+    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": ["<end>"]}))
+    with pytest.raises(PipelineError, match=r"generation_config\.json: eos_token_id: found \['<end>'\], wanted"):
+        _ = Workspace(config).target
+
+
+def test_an_adapter_makes_another_target(config, tmp_path):
+    before, adapter = Workspace(config).target, tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"hashed, not read")
+    config.target.adapter = str(adapter)
+    after = Workspace(config).target
+    assert after.key != before.key
+    assert after.contract.target.weights_fingerprint != before.contract.target.weights_fingerprint
+    (adapter / "adapter_model.safetensors").write_bytes(b"others")
+    assert Workspace(config).target.key != after.key
+
+
 def made(config):
     """Checkpoint and exported draft at the addresses of a configuration, without their weights."""
     workspace = Workspace(config)

@@ -1,10 +1,19 @@
 """The sizes of a GPT-OSS model, read from and written to its `config.json`."""
 
 import dataclasses
+import math
 from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.model.gpt_oss import quantization
 from pipeline.model.layers.rope import Rope
+
+KINDS = {"sliding_attention": True, "full_attention": False}  # of a layer, and whether its attention is limited
+_ORIGINAL = {  # keys of OpenAI's own config.json, as its `original/` folder has it
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+}
+_PLAIN = {"hidden_act": "silu", "attention_bias": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,42 +40,39 @@ class GptOssConfig:
     swiglu_limit: float = 7.0
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "GptOssConfig":
-        """Reads an HF `config.json`. Raises PipelineError that names everything that is missing or not supported."""
-        wanted = {
-            "model_type": "gpt_oss",
-            "hidden_act": "silu",
-            "attention_bias": True,
-            "tie_word_embeddings": False,
-        }
+    def from_hf(cls, config: dict[str, Any], file: Any = "config.json") -> "GptOssConfig":
+        """Reads an HF `config.json`, or the one of OpenAI's own layout.
+
+        Raises PipelineError that names the file and everything in it that is missing or not supported.
+        """
+        config = _as_hf(config)
         wrong = [
             f"{key}: found {config.get(key)!r}, wanted {value!r}"
-            for key, value in wanted.items()
+            for key, value in {"model_type": "gpt_oss", **_PLAIN}.items()
             if config.get(key, value) != value or (key == "model_type" and key not in config)
         ]
-        quantized = config.get("quantization_config")
-        if quantized is not None and not is_packed(config):
-            wrong.append(f"quantization_config: found {quantized}, wanted quant_method mxfp4 or none")
-        plain = [
-            field.name
-            for field in dataclasses.fields(cls)
-            if field.default is dataclasses.MISSING and field.name not in ("sliding", "rope")
-        ]
-        wrong += [f"{key}: missing" for key in plain if config.get(key) is None]
-        if wrong:
-            raise PipelineError("config.json is not a GPT-OSS model that can be run:\n  " + "\n  ".join(wrong))
-        num_layers = config["num_hidden_layers"]
-        kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * num_layers
-        return cls(
-            **{key: config[key] for key in plain},
-            sliding=tuple(kind == "sliding_attention" for kind in kinds[:num_layers]),
-            rope=Rope.from_hf(config),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-5),
-            swiglu_limit=config.get("swiglu_limit") or 7.0,
-        )
+        wrong += quantization.problems(config)
+        sizes = [field.name for field in dataclasses.fields(cls) if field.type is int]
+        numbers = {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0}
+        values: dict[str, Any] = {key: config.get(key) for key in sizes}
+        values |= {key: default if config.get(key) is None else config[key] for key, default in numbers.items()}
+        wrong += [f"{key}: missing" for key, value in values.items() if value is None]
+        wrong += _misfits(values, sizes)
+        rope = None
+        try:
+            rope = Rope.from_hf(config)
+        except PipelineError as error:
+            wrong.append(str(error))
+        kinds = config.get("layer_types")
+        if not wrong:
+            wrong = _contradictions(values) + _unknown_layers(kinds, values["num_hidden_layers"])
+        if wrong or rope is None:
+            raise PipelineError(f"{file} is not a GPT-OSS model that can be run:\n  " + "\n  ".join(wrong))
+        kinds = kinds or (list(KINDS) * values["num_hidden_layers"])[: values["num_hidden_layers"]]
+        return cls(**values, sliding=tuple(KINDS[kind] for kind in kinds), rope=rope)
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the `config.json` that transformers reads back as this model."""
+        """Returns the `config.json` that transformers 4 and 5 read back as this model."""
         values = dataclasses.asdict(self)
         del values["sliding"], values["rope"]
         return {
@@ -74,13 +80,89 @@ class GptOssConfig:
             "model_type": "gpt_oss",
             **values,
             "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in self.sliding],
-            "rope_parameters": self.rope.to_hf(),
-            "attention_bias": True,
-            "hidden_act": "silu",
+            **self.rope.to_hf_spellings(),
+            **_PLAIN,
             "tie_word_embeddings": False,
         }
 
 
+def is_tied(config: dict[str, Any]) -> bool:
+    """Returns whether the head of the model beside this `config.json` is its embedding."""
+    return config.get("tie_word_embeddings") is True
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Returns whether a `config.json` is of OpenAI's own layout, which has no model type."""
+    return "model_type" not in config and set(_ORIGINAL.values()) <= config.keys()
+
+
+def _as_hf(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config with the keys of HF; OpenAI's own is described in gpt-oss's `torch/model.py`, `ModelConfig`."""
+    if not is_original(config):
+        return config
+    initial, factor = config.get("initial_context_length", 4096), config.get("rope_scaling_factor", 32.0)
+    return {
+        **config,
+        "model_type": "gpt_oss",
+        **{ours: config[theirs] for ours, theirs in _ORIGINAL.items()},
+        "max_position_embeddings": config.get("max_position_embeddings", round(initial * factor)),
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": factor,
+            "beta_fast": config.get("rope_ntk_beta", 32.0),
+            "beta_slow": config.get("rope_ntk_alpha", 1.0),
+            "truncate": False,
+            "original_max_position_embeddings": initial,
+        },
+    }
+
+
+def _misfits(values: dict[str, Any], sizes: list[str]) -> list[str]:
+    """Returns the values that are no numbers of the kind that is wanted."""
+    wrong = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        if key in sizes:
+            fits, wanted = (
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                "a positive whole number",
+            )
+        else:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fits, wanted = is_number and 0 < value < math.inf, "a positive number"
+        if not fits:
+            wrong.append(f"{key}: found {value!r}, wanted {wanted}")
+    return wrong
+
+
+def _contradictions(values: dict[str, Any]) -> list[str]:
+    """Returns the sizes that no model can have together."""
+    heads, groups = values["num_attention_heads"], values["num_key_value_heads"]
+    experts, used = values["num_local_experts"], values["num_experts_per_tok"]
+    wrong = []
+    if heads % groups:
+        wrong.append(f"num_attention_heads: found {heads}, wanted a multiple of num_key_value_heads ({groups})")
+    if used > experts:
+        wrong.append(f"num_experts_per_tok: found {used}, wanted at most num_local_experts ({experts})")
+    if values["head_dim"] % 2:
+        wrong.append(f"head_dim: found {values['head_dim']}, wanted an even number, as rotary embedding needs it")
+    return wrong
+
+
+def _unknown_layers(kinds: Any, num_layers: int) -> list[str]:
+    """Returns what is wrong with `layer_types`; without it sliding and full layers alternate."""
+    if kinds is None or kinds == []:
+        return []
+    if not isinstance(kinds, list):
+        return [f"layer_types: found {kinds!r}, wanted a list of {' and '.join(KINDS)}"]
+    unknown = sorted({str(kind) for kind in kinds if kind not in list(KINDS)})
+    wrong = [f"layer_types: found {', '.join(unknown)}, wanted {' and '.join(KINDS)} alone"] if unknown else []
+    if len(kinds) != num_layers:
+        wrong.append(f"layer_types: found {len(kinds)} kinds, wanted one for each of {num_layers} layers")
+    return wrong
+
+
 def is_packed(config: dict[str, Any]) -> bool:
-    """Returns whether the files beside this `config.json` hold the experts as MXFP4, as OpenAI publishes them."""
-    return (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+    """Returns whether this `config.json` says that the experts are MXFP4; the tensors decide where there are any."""
+    return quantization.method_of(config) == "mxfp4" or is_original(config)

@@ -52,8 +52,6 @@ def config_to_hf(config: DFlashConfig, dtype: str, token_ids: Mapping[str, int])
 
     `dtype` names the precision of the weights; `token_ids` holds bos, eos and pad (docs/dflash.md#config-file).
     """
-    rope = config.rope.to_hf()
-    legacy = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
@@ -77,9 +75,7 @@ def config_to_hf(config: DFlashConfig, dtype: str, token_ids: Mapping[str, int])
         "sliding_window": None,
         "max_window_layers": config.num_hidden_layers,
         "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": None if config.rope.factor is None else legacy,
-        "rope_parameters": rope,
+        **config.rope.to_hf_spellings(),
         "num_target_layers": config.num_target_layers,
         "block_size": config.block_size,
         "tie_word_embeddings": False,
@@ -95,11 +91,12 @@ def config_to_hf(config: DFlashConfig, dtype: str, token_ids: Mapping[str, int])
     }
 
 
-def config_from_hf(config: dict[str, Any]) -> DFlashConfig:
+def config_from_hf(config: dict[str, Any], file: Any = "config.json") -> DFlashConfig:
     """Reads a draft's `config.json`, ours or a published one (docs/dflash.md#published-drafts).
 
     The three values of `dflash_config` may be at top level instead; RoPE may be in either spelling. Raises
-    PipelineError that names every key that is missing, contradicts another one, or asks for another network.
+    PipelineError that names `file` and every key that is missing, contradicts another one, or asks for another
+    network.
     """
     sizes = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -107,7 +104,7 @@ def config_from_hf(config: dict[str, Any]) -> DFlashConfig:
     ).split()
     found = {field: _twice(config, key) for field, key in _INNER.items()} | {key: config.get(key) for key in sizes}
     wrong = [f"{key}: missing" for key, value in found.items() if value is None]
-    wrong += _contradictions(config) + _unsupported(config)
+    wrong += _misfits(found, sizes) or _contradictions(config) + _unsupported(config)
     if not wrong:
         wrong = _impossible(found)
     try:
@@ -115,7 +112,7 @@ def config_from_hf(config: dict[str, Any]) -> DFlashConfig:
     except PipelineError as error:
         wrong.append(str(error))
     if wrong:
-        raise PipelineError("config.json is not a draft that can be run:\n  " + "\n  ".join(wrong))
+        raise PipelineError(f"{file} is not a draft that can be run:\n  " + "\n  ".join(wrong))
     found["tapped_layers"] = tuple(found["tapped_layers"])
     return DFlashConfig(
         **found,
@@ -126,13 +123,30 @@ def config_from_hf(config: dict[str, Any]) -> DFlashConfig:
 
 
 def _inner(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get("dflash_config") or {}
+    inner = config.get("dflash_config")
+    return inner if isinstance(inner, dict) else {}
 
 
 def _twice(config: dict[str, Any], key: str) -> Any:
     """Returns a value that runtimes look for in `dflash_config`, then at top level."""
     value = _inner(config).get(key)
     return config.get(key) if value is None else value
+
+
+def _misfits(found: dict[str, Any], sizes: list[str]) -> list[str]:
+    """Returns the values that are of another kind than runtimes take."""
+    wrong = []
+    for key in sizes:
+        value = found[key]
+        if value is None or (_is_whole(value) and value > 0):
+            continue
+        if key != "rms_norm_eps":
+            wrong.append(f"{key}: found {value!r}, wanted a positive whole number")
+        elif not isinstance(value, float) or not value > 0:
+            wrong.append(f"{key}: found {value!r}, wanted a positive number")
+    if not isinstance(found["tapped_layers"] or [], list):
+        wrong.append(f"target_layer_ids: found {found['tapped_layers']!r}, wanted a list of layers")
+    return wrong
 
 
 def _contradictions(config: dict[str, Any]) -> list[str]:
@@ -148,7 +162,7 @@ def _contradictions(config: dict[str, Any]) -> list[str]:
 def _unsupported(config: dict[str, Any]) -> list[str]:
     """Returns the keys whose values ask for another network than that of model/dflash."""
     wrong = []
-    if "DFlashDraftModel" not in config.get("architectures", []):
+    if "DFlashDraftModel" not in (config.get("architectures") or []):
         wrong.append(f"architectures: found {config.get('architectures')}, wanted ['DFlashDraftModel']")
     for key, wanted in _PLAIN.items():
         value = (_inner(config) if key in _PLAIN_INNER else config).get(key)

@@ -1,6 +1,7 @@
 """HF directories of the target and the draft: read, each part for the devices that need it, and written."""
 
-import json
+import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,18 +20,23 @@ from pipeline.errors import PipelineError
 from pipeline.model.dflash import weights as dflash_weights
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss import quantization
 from pipeline.model.gpt_oss import weights as gpt_oss_weights
-from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
+from pipeline.model.gpt_oss.config import GptOssConfig, is_packed, is_tied
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf import adapter as adapter_files
 from pipeline.model.hf import dflash as hf_dflash
 from pipeline.model.hf import gpt_oss as hf_gpt_oss
-from pipeline.model.hf import safetensors_files
+from pipeline.model.hf import layouts, safetensors_files
+from pipeline.model.hf.json_files import read_object
 from pipeline.model.hf.safetensors_files import Index, TensorFiles
 from pipeline.model.hf.tensor_source import Source
 from pipeline.model.layers.linear import Matrix, is_stored_transposed
 from pipeline.model.layers.mxfp4 import LARGEST_SCALE
 from pipeline.progress import Progress
+
+log = logging.getLogger("pipeline")
 
 Weights = TypeVar("Weights")
 ArraySharding = Sharding | Format
@@ -45,49 +51,84 @@ def weight_paths(weights: Any) -> list[tuple[str, Any]]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Returns the HF `config.json` of a directory; raises PipelineError when there is none or it is not JSON."""
-    file = directory / "config.json"
-    if not file.is_file():
-        raise PipelineError(f"no config.json in {directory}; give the directory of an HF checkpoint")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise PipelineError(f"{file} is not JSON: {error}") from error
+    """Returns the HF `config.json` of a directory; raises PipelineError when there is none or it is no object."""
+    if not (directory / "config.json").is_file() and (directory / adapter_files.CONFIG_FILE).is_file():
+        raise PipelineError(
+            f"{directory} is a PEFT adapter and no model; set target.path to the model that it was trained on and "
+            f"target.adapter to {directory}"
+        )
+    return read_object(directory / "config.json", "give the directory of an HF checkpoint")
 
 
-def read_target(directory: Path, weight_format: WeightFormat, shardings: TargetModel | None = None) -> TargetModel:
+def read_target_config(directory: Path) -> GptOssConfig:
+    """Returns the sizes of a target; raises PipelineError that names everything in its `config.json` that is wrong."""
+    return GptOssConfig.from_hf(read_config(directory), directory / "config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedTarget:
+    """Holds the sizes of a GPT-OSS checkpoint and its tensors, none of them read yet, in HF's layout."""
+
+    config: GptOssConfig
+    is_packed: bool  # the experts, as MXFP4
+    files: TensorFiles
+
+
+def open_target(directory: Path, adapter: Path | None = None) -> OpenedTarget:
+    """Opens a GPT-OSS checkpoint in any layout that is known, with a PEFT adapter merged; logs what was mapped.
+
+    Raises PipelineError for weights that are quantised otherwise than as MXFP4, and for an adapter that does not fit.
+    """
+    found, config, files = read_config(directory), read_target_config(directory), TensorFiles(directory)
+    named = quantization.named_by_tensors({name: tensor.kind for name, tensor in files.tensors.items()})
+    if named is not None:
+        raise PipelineError(f"{directory}: these weights are {named}; {quantization.MEND}")
+    tensors, notes = layouts.as_hf(files.tensors, config, tied=is_tied(found))
+    packed = layouts.is_packed(tensors)
+    if packed != is_packed(found):
+        holds, says = ("MXFP4", "does not say so") if packed else ("floats", "says mxfp4")
+        notes.append(f"the experts are read as the {holds} that they are, though config.json {says}")
+    if adapter is not None:
+        tensors = adapter_files.merged(tensors, config, adapter)
+        notes.append(f"the adapter {adapter} is merged")
+    if notes:
+        log.info("%s: %s", directory, "; ".join(notes))
+    return OpenedTarget(config, layouts.is_packed(tensors), TensorFiles(directory, tensors))
+
+
+def read_target(
+    target: Path | OpenedTarget, weight_format: WeightFormat, shardings: TargetModel | None = None
+) -> TargetModel:
     """Reads a GPT-OSS model, float or MXFP4, in one file or many, into weights of this format.
 
     `shardings` has the sharding of each array; None: all on the first device. Each device's parts are read for it
     alone. Raises PipelineError that names every tensor that is missing, unexpected, misshapen or not finite.
     """
-    found = read_config(directory)
-    config, packed_files = GptOssConfig.from_hf(found), is_packed(found)
-    shapes = gpt_oss_weights.weight_shapes(config, weight_format)
-    files = TensorFiles(directory)
-    wrong = files.differences(hf_gpt_oss.expected_target_tensors(config, packed=packed_files))
-
-    def source_of(path: str) -> Source:
-        return hf_gpt_oss.source_of(path, config, weight_format, packed_files=packed_files)
-
-    weights = _load(files, wrong, shapes, source_of, None if shardings is None else shardings.weights)
-    return TargetModel(config, weights)
+    opened = open_target(target) if isinstance(target, Path) else target
+    shapes = gpt_oss_weights.weight_shapes(opened.config, weight_format)
+    weights = _load_target(opened, shapes, weight_format, None if shardings is None else shardings.weights)
+    return TargetModel(opened.config, weights)
 
 
-def read_embedding_and_head(directory: Path, dtype: DTypeLike) -> tuple[Float[Array, "V D"], Matrix]:
+def read_embedding_and_head(
+    directory: Path, dtype: DTypeLike, adapter: Path | None = None
+) -> tuple[Float[Array, "V D"], Matrix]:
     """Reads the embedding and the head [D, V] of a GPT-OSS model alone, which a draft borrows."""
-    found = read_config(directory)
-    config, weight_format = GptOssConfig.from_hf(found), WeightFormat(dtype=jnp.dtype(dtype).name)
-    files = TensorFiles(directory)
-    wrong = files.differences(hf_gpt_oss.expected_target_tensors(config, packed=is_packed(found)))
-    shapes = gpt_oss_weights.weight_shapes(config, weight_format)
+    opened, weight_format = open_target(directory, adapter), WeightFormat(dtype=jnp.dtype(dtype).name)
+    shapes = gpt_oss_weights.weight_shapes(opened.config, weight_format)
     wanted: dict[str, Any] = {"embedding": shapes.embedding, "head": shapes.head}
-
-    def source_of(path: str) -> Source:
-        return hf_gpt_oss.source_of(path, config, weight_format, packed_files=is_packed(found))
-
-    weights = _load(files, wrong, wanted, source_of, None)
+    weights = _load_target(opened, wanted, weight_format, None)
     return weights["embedding"], weights["head"]
+
+
+def _load_target(
+    opened: OpenedTarget, shapes: Weights, weight_format: WeightFormat, shardings: Weights | None
+) -> Weights:
+    def source_of(path: str) -> Source:
+        return hf_gpt_oss.source_of(path, opened.config, weight_format, packed_files=opened.is_packed)
+
+    wrong = opened.files.differences(hf_gpt_oss.expected_target_tensors(opened.config, packed=opened.is_packed))
+    return _load(opened.files, wrong, shapes, source_of, shardings)
 
 
 def save_target(directory: Path, target: TargetModel, token_ids: dict[str, int]) -> None:
@@ -99,7 +140,7 @@ def save_target(directory: Path, target: TargetModel, token_ids: dict[str, int])
 
 def read_draft_config(directory: Path) -> DFlashConfig:
     """Reads a draft's `config.json`; raises PipelineError when this program cannot run such a draft."""
-    return hf_dflash.config_from_hf(read_config(directory))
+    return hf_dflash.config_from_hf(read_config(directory), directory / "config.json")
 
 
 def read_draft(directory: Path, dtype: DTypeLike, shardings: DraftModel | None = None) -> DraftModel:
@@ -131,10 +172,16 @@ def save_draft(directory: Path, draft: DraftModel, token_ids: dict[str, int]) ->
     write_json(directory / "config.json", hf_dflash.config_to_hf(draft.config, dtype, token_ids))
 
 
-def weights_fingerprint(directory: Path, memory: Path | None = None) -> str:
-    """Returns the sha256 over the names and bytes of a directory's weights; `memory` is as in `remembered_sha256`."""
+def weights_fingerprint(directory: Path, memory: Path | None = None, adapter: Path | None = None) -> str:
+    """Returns the sha256 over the names and bytes of a directory's weights, and of an adapter that is merged.
+
+    `memory` is as in `remembered_sha256`.
+    """
     files = safetensors_files.weight_files(directory)
-    return fingerprint_of({file.name: remembered_sha256(file, memory) for file in files})
+    content = {file.name: remembered_sha256(file, memory) for file in files}
+    if adapter is not None:
+        content["adapter"] = adapter_files.fingerprint(adapter, memory)
+    return fingerprint_of(content)
 
 
 def config_fingerprint(directory: Path) -> str:

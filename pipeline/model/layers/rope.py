@@ -35,6 +35,11 @@ class Rope:
         """
         new, old = config.get("rope_parameters"), config.get("rope_scaling")
         spellings = [values for values in (new, old) if values is not None] or [{}]
+        for values in spellings:
+            if not isinstance(values, dict):
+                raise PipelineError(f"config.json has {values!r} as rope_parameters or rope_scaling; wanted an object")
+        for values in (config, *spellings):
+            _require_numbers(values)
         thetas = {values.get("rope_theta") for values in (config, *spellings)} - {None}
         if not thetas:
             raise PipelineError("config.json has no rope_theta (neither at top level nor in rope_parameters)")
@@ -73,6 +78,37 @@ class Rope:
         values = dataclasses.asdict(self)
         values["rope_theta"] = values.pop("theta")
         return {"rope_type": "yarn", **{key: value for key, value in values.items() if value is not None}}
+
+    def to_hf_spellings(self) -> dict[str, Any]:
+        """Returns the keys of a `config.json` in both spellings that `from_hf` reads.
+
+        transformers 5 reads `rope_parameters`. transformers 4 reads the others, and where a GPT-OSS model lacks them
+        it takes that of the published one without a word.
+        """
+        rope = self.to_hf()
+        legacy = {key: value for key, value in rope.items() if key != "rope_theta"}
+        return {
+            "rope_theta": self.theta,
+            "rope_scaling": None if self.factor is None else legacy,
+            "rope_parameters": rope,
+        }
+
+
+def _require_numbers(values: dict[str, Any]) -> None:
+    """Raises PipelineError when a value of RoPE that is a number elsewhere is none here."""
+    for key in (
+        "rope_theta",
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "original_max_position_embeddings",
+        "attention_factor",
+    ):
+        value = values.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            raise PipelineError(f"{key}: found {value!r}, wanted a positive number")
+    if not isinstance(values.get("truncate") or False, bool):
+        raise PipelineError(f"truncate: found {values['truncate']!r}, wanted true or false")
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, " half"], float]:

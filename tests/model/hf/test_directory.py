@@ -136,6 +136,15 @@ def test_the_exported_config_has_both_spellings_of_rope_and_every_key_a_runtime_
     assert written["dflash_config"]["mask_token_id"] == 96
 
 
+@pytest.mark.parametrize("hf", [tiny_models.TARGET, tiny_models.PLAIN_ROPE_TARGET], ids=["YaRN", "plain"])
+def test_a_written_targets_config_has_both_spellings_of_rope(hf):
+    written, rope = GptOssConfig.from_hf(hf).to_hf(), hf["rope_parameters"]
+    legacy = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert written["rope_parameters"] == rope
+    assert written["rope_theta"] == rope["rope_theta"]
+    assert written["rope_scaling"] == (None if hf is tiny_models.PLAIN_ROPE_TARGET else legacy)
+
+
 def test_a_config_without_a_mask_token_is_refused_not_defaulted():
     written = hf_dflash.config_to_hf(draft_config(), "bfloat16", TOKENS)
     del written["dflash_config"]["mask_token_id"]

@@ -24,6 +24,7 @@ from pipeline.config.fields import expand_paths
 from pipeline.config.schema import MeshConfig, PipelineConfig, plain, uses_hosts
 from pipeline.config.validation import validate
 from pipeline.errors import PipelineError
+from pipeline.prompts.files import STANDARD_INPUT, kept_standard_input
 from pipeline.tracking.run import Run, SilentRun, open_run
 from pipeline.tracking.store import ui_command
 
@@ -69,7 +70,9 @@ def _run(composed: DictConfig) -> None:
             git_commit=provenance.git_commit(),
         ) as tracker:
             if config.stage is Stage.all:
-                run_all(tracker)
+                is_piped = config.prompts.path == str(STANDARD_INPUT)  # the stages get a pipe of ours instead
+                with kept_standard_input() if is_piped else contextlib.nullcontext():
+                    run_all(tracker)
             else:
                 _run_stage(config, tracker)
         if parent is None:

@@ -247,8 +247,7 @@ def _text(content: Any) -> Any:
     """Returns the text of a content that may be a list of parts; raises LeftOut for parts that are no text."""
     if not isinstance(content, list):
         return content
-    texts = [part if isinstance(part, str) else _part(part) for part in content]
-    return "\n".join(texts)
+    return "".join(part if isinstance(part, str) else _part(part) for part in content)  # as the server joins them
 
 
 def _part(part: Any) -> str:

@@ -80,8 +80,8 @@ READ = {
     "Alpaca with a system": ('{"instruction": "Hi", "system": "Be brief.", "output": "Yes?"}', BRIEF),
     "parts": (
         '{"messages": [{"role": "user", "content":'
-        ' [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]}',
-        messages("user: one\ntwo"),
+        ' [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]}]}',
+        messages("user: one two"),
     ),
     "a thought": (
         '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?",'

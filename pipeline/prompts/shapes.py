@@ -21,7 +21,8 @@ FIELDS = {  # of each shape, the fields that one of which makes a row of it
 }
 TITLES = {"prompt": "prompt", "messages": "messages", "sharegpt": "ShareGPT", "alpaca": "Alpaca"}
 EFFORT_FIELDS = ("effort", "reasoning_effort")
-ROW_FIELDS = ("tools", *EFFORT_FIELDS, "system", "input", "history")  # read beside the prompt or the messages
+ROW_FIELDS = ("tools", *EFFORT_FIELDS, "system")  # read beside the prompt or the messages
+ALPACA_FIELDS = ("input", "history")  # beside the instruction
 MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
 ROLES = {  # what others call them
     "human": "user",
@@ -67,7 +68,7 @@ def read(row: Any, shape: str | None) -> Row | LeftOut:
     try:
         if shape is None:
             problem = strict_problem(row)
-            if problem is None and ("prompt" in row or not row.get("system")):
+            if problem is None and ("prompt" in row or not isinstance(row.get("system"), str)):
                 return _strict(row)
             shape = _shape_of(row, problem)
         elif not isinstance(row, dict) or all(row.get(field) is None for field in FIELDS[shape]):
@@ -169,9 +170,9 @@ def _tolerant(row: dict[str, Any], shape: str) -> Row:
         value = [{"role": "user", "content": value}]
     elif shape == "prompt" and not isinstance(value, list):
         raise LeftOut(f"has prompt {value!r}; wanted a non-empty string")
-    # beside a prompt that is a text it was never read
-    is_text = shape == "prompt" and isinstance(row["prompt"], str)
-    turns = _with_instructions(_turns(_json(value)), None if is_text else row.get("system"))
+    # what is no text, and what stands beside a prompt that is one, was never read
+    is_read = isinstance(row.get("system"), str) and not (shape == "prompt" and isinstance(row["prompt"], str))
+    turns = _with_instructions(_turns(_json(value)), row["system"] if is_read else None)
     asked, is_answered = _asked(turns)
     messages = _one_call_each(asked)
     tools = _list_in(row.get("tools"))

@@ -143,7 +143,8 @@ def from_dataset(
     if names[0] not in columns:
         raise PipelineError(f"dataset {name} has no column {column!r}; wanted one of {', '.join(columns)}")
     is_row = names != [column]
-    names += [field for field in shapes.ROW_FIELDS if field in columns and field not in names]
+    beside = (*shapes.ROW_FIELDS, *(shapes.ALPACA_FIELDS if is_row else ()))
+    names += [field for field in beside if field in columns and field not in names]
     values = (files.without_nulls(list(row)) for row in zip(*(dataset[field] for field in names), strict=True))
     fields = (dict(zip(names, row, strict=True)) for row in values)
     rows = (row if is_row else _row_of(row.pop(column), shape) | row for row in fields)

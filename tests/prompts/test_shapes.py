@@ -90,6 +90,7 @@ READ = {
         [*HI, Message("assistant", "Yes?", "Hm."), Message("user", "Go on")],
     ),
     "a system beside": ('{"system": "Be brief.", "messages": [{"role": "user", "content": "Hi"}]}', BRIEF),
+    "a system that is no text": ('{"system": 1, "messages": [{"role": "user", "content": "Hi"}]}', HI),
     "the same system twice": (
         '{"system": "Be brief.", "messages": [{"role": "system", "content": "Be brief."},'
         ' {"role": "user", "content": "Hi"}]}',

@@ -19,11 +19,12 @@ from pipeline.artifacts import provenance
 from pipeline.cli.mistakes import report_mistakes
 from pipeline.cli.run_all import PARENT_RUN_ID, live_and_die_with_parent, run_all
 from pipeline.cli.stages import CONF, stage_module, stage_table
-from pipeline.config.choices import Stage
+from pipeline.config.choices import PromptSource, Stage
 from pipeline.config.fields import expand_paths
 from pipeline.config.schema import MeshConfig, PipelineConfig, plain, uses_hosts
 from pipeline.config.validation import validate
 from pipeline.errors import PipelineError
+from pipeline.prompts.files import STANDARD_INPUT, kept_standard_input
 from pipeline.tracking.run import Run, SilentRun, open_run
 from pipeline.tracking.store import ui_command
 
@@ -69,7 +70,10 @@ def _run(composed: DictConfig) -> None:
             git_commit=provenance.git_commit(),
         ) as tracker:
             if config.stage is Stage.all:
-                run_all(tracker)
+                prompts = config.prompts  # the stages get a pipe of ours instead of the standard input
+                is_piped = prompts.source is PromptSource.jsonl and prompts.path == str(STANDARD_INPUT)
+                with kept_standard_input() if is_piped else contextlib.nullcontext():
+                    run_all(tracker)
             else:
                 _run_stage(config, tracker)
         if parent is None:

@@ -60,6 +60,22 @@ class PromptSource(enum.Enum):
     dataset = "dataset"
 
 
+class PromptShape(enum.Enum):
+    """Says which fields of a row are read: docs/guide/data.md has the table."""
+
+    prompt = "prompt"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+
+
+class OnBadRow(enum.Enum):
+    """Says what becomes of a row that cannot be read: it is counted and left out, or nothing is read."""
+
+    skip = "skip"
+    error = "error"
+
+
 class Generator(enum.Enum):
     """Says who answers for a teacher cache: our engine, or an OpenAI-compatible endpoint with the target."""
 

@@ -16,9 +16,11 @@ from pipeline.config.choices import (
     FeatureStore,
     Generator,
     LossWeights,
+    OnBadRow,
     OpenAIApi,
     Optimizer,
     Precision,
+    PromptShape,
     PromptSource,
     ReasoningEffort,
     ServeMode,
@@ -123,10 +125,13 @@ class PromptsConfig:
     `date` is what templates that print today's date print instead, so that a run can be repeated. `effort_mix` gives
     the share of each effort under `effort=mixed`. `count` null: 3072 generated prompts, or all of a file or dataset; of
     those a lower one takes the same ones, whatever their order. `dataset_subset` and `dataset_revision` are the hub's.
+    `path` is a file, a directory, a pattern or - for the standard input. `shape` null: the fields of each row say it.
     """
 
     source: PromptSource = setting(PromptSource.generated, key=TEACHER_CACHE)
     path: str | None = setting(None, key=TEACHER_CACHE, is_path=True)  # counts by its content
+    shape: PromptShape | None = setting(None, key=TEACHER_CACHE, unset=None)
+    on_bad_row: OnBadRow = setting(OnBadRow.skip, key=None)  # an error makes no artifact
     dataset: str | None = setting(
         None, key=TEACHER_CACHE, is_path=True
     )  # counts by its content, or by the hub's commit

@@ -65,7 +65,7 @@ def channels(tokens: ChannelTokens, token_ids: Int[np.ndarray, " T"], prompt_tok
     marks = np.flatnonzero(np.isin(token_ids, [*control, *tokens.ends]))
     found[marks] = Channel.other
     named = Channel.final  # the channel that the current header names
-    for mark, end in zip(marks, [*marks[1:], len(token_ids)], strict=True):
+    for mark, end in zip(marks, [*marks, len(token_ids)][1:], strict=True):
         if token_ids[mark] == tokens.message:
             found[mark + 1 : end] = named
         else:

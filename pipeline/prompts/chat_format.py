@@ -10,13 +10,13 @@ template would leave them out silently.
 import dataclasses
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from pipeline.errors import PipelineError
-from pipeline.prompts import harmony
+from pipeline.prompts import harmony, spelled
 from pipeline.prompts.messages import Message, effort_problem, message_of, messages_problem
 from pipeline.prompts.sources import Prompt
 from pipeline.prompts.tokenizer import Tokenizer, control_token_problem, special_token_ids
@@ -74,9 +74,9 @@ def render_prompt(
     """Returns the prompt's tokens by the tokenizer's chat template, ending where the assistant begins.
 
     `messages` and `tools` are in the shape of OpenAI's API. `date` (`2025-08-05`) replaces today's in templates that
-    print it, as the official one does: otherwise two runs on different days see different prompts. Raises
-    PipelineError for messages that do not make a prompt, for tools where the format has none, and for texts that
-    spell a control token (it would end their turn).
+    print it, as the official one does: otherwise two runs on different days see different prompts. A control token
+    that a text spells stays text. Raises PipelineError for messages that do not make a prompt, for tools where the
+    format has none, and for spelled control tokens where the tokenizer or the template cannot tell them apart.
     """
     problem = messages_problem(messages) or tools_problem(tools) or effort_problem(effort)
     if problem is not None:
@@ -85,15 +85,23 @@ def render_prompt(
     turns = [_turn(message, chat_format) for message in conversation]
     functions = [tool.as_dict() for tool in tools_of(tools)]
     problem = _tools_problem(chat_format, conversation, functions)
-    problem = problem or control_token_problem(tokenizer, _texts([*turns, *functions]))
     if problem is not None:
         raise PipelineError(problem)
     options: dict[str, Any] = {"reasoning_effort": effort}
-    if functions:
-        options["tools"] = functions
     if date is not None:  # a render variable hides the environment's global
         options["strftime_now"] = datetime.date.fromisoformat(date).strftime
-    return tokenizer.encode(_apply_template(tokenizer, turns, options), add_special_tokens=False)
+
+    def rendered(change: Callable[[str], str]) -> str:
+        offered = {"tools": _changed(functions, change)} if functions else {}
+        return _apply_template(tokenizer, _changed(turns, change), options | offered)
+
+    problem = control_token_problem(tokenizer, _texts([*turns, *functions]))
+    if problem is None:
+        return tokenizer.encode(rendered(lambda text: text), add_special_tokens=False)
+    token_ids = spelled.encode(tokenizer, rendered)
+    if token_ids is None:
+        raise PipelineError(problem)
+    return token_ids
 
 
 def _apply_template(tokenizer: Tokenizer, turns: list[dict[str, Any]], options: dict[str, Any]) -> str:
@@ -147,6 +155,15 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """Returns a JSON value with every text in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _changed(item, change) for key, item in value.items()}
+    return [_changed(item, change) for item in value] if isinstance(value, list) else value
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> list[int]:

@@ -1,24 +1,28 @@
-"""Reads prompts from two embedded generators, a JSONL file, or a dataset on the hub or on disk."""
+"""Reads prompts from two embedded generators, files, or a dataset on the hub or on disk."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.hashing import fingerprint_of
 from pipeline.errors import PipelineError
+from pipeline.prompts import files, shapes
 from pipeline.prompts.corpus import conversation
 from pipeline.prompts.efforts import EffortMix
 from pipeline.prompts.everyday.requests import request
-from pipeline.prompts.messages import Message, effort_problem, message_of, messages_problem
-from pipeline.prompts.tools import Tool, tools_of, tools_problem
+from pipeline.prompts.messages import Message, effort_problem, message_of
+from pipeline.prompts.shapes import LeftOut, Row
+from pipeline.prompts.tools import Tool, tools_of
+
+log = logging.getLogger("pipeline")
 
 SHOWN_ROWS = 10
 DRAWS_PER_PROMPT = 20
-ROW_FIELDS = ("tools", "effort", "reasoning_effort")  # read beside the prompt or the messages
-SAVED = ("dataset_dict.json", "state.json")  # what `datasets` writes beside saved splits, and in one
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+PROMPT = "prompt"  # the column of texts unless another is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +40,12 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Holds distinct prompts in the source's order; counts those dropped as repeated, or as over a limit."""
+    """Holds distinct prompts in the source's order; counts those dropped as repeated, over a limit, or not readable."""
 
     prompts: tuple[Prompt, ...]
     num_duplicates: int
     num_over: int = 0
+    num_left_out: int = 0
 
 
 def prompt_of(messages: Iterable[Message], effort: str | EffortMix, tools: Iterable[Tool] = ()) -> Prompt:
@@ -64,7 +69,7 @@ def limited(found: PromptSet, count: int | None) -> PromptSet:
     chosen = sorted(found.prompts, key=lambda prompt: fingerprint_of(["count", prompt.prompt_id]))[:count]
     chosen_ids = {prompt.prompt_id for prompt in chosen}
     prompts = tuple(prompt for prompt in found.prompts if prompt.prompt_id in chosen_ids)
-    return PromptSet(prompts, found.num_duplicates, len(found.prompts) - len(prompts))
+    return dataclasses.replace(found, prompts=prompts, num_over=len(found.prompts) - len(prompts))
 
 
 def generated(seed: int, count: int, effort: str | EffortMix) -> PromptSet:
@@ -93,20 +98,23 @@ def _drawn(write: Callable[[int], str], count: int, effort: str | EffortMix, sou
     )
 
 
-def from_jsonl(path: Path, effort: str | EffortMix) -> PromptSet:
-    """Returns the prompts of a JSONL file: rows `{"prompt": text}` or `{"messages": [...]}`, with optional `tools`.
+def from_jsonl(path: Path, effort: str | EffortMix, *, shape: str | None = None, skips: bool = False) -> PromptSet:
+    """Returns `from_files` of one file."""
+    return from_files([path], effort, shape=shape, skips=skips)
 
-    Messages and tools have OpenAI's shape; `tools` is a list or its JSON. A row's `effort` or `reasoning_effort`
-    overrides the argument; other fields are not read. Raises one PipelineError with the number and the problem of
-    every bad line.
+
+def from_files(
+    paths: Sequence[Path], effort: str | EffortMix, *, shape: str | None = None, skips: bool = False
+) -> PromptSet:
+    """Returns the prompts of files, in the order of the files (docs/guide/data.md has the shapes of their rows).
+
+    `shape` None: each row's fields say it. A row's `effort` or `reasoning_effort` overrides the argument. `skips`
+    leaves bad rows out. Raises PipelineError with the number and the problem of every bad row otherwise, and always
+    for lines that are no JSON, for rows that can be read in two ways, and where nothing is left.
     """
     _check_effort(effort)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(f"cannot read prompts from {path} ({error}); give a JSONL file in UTF-8") from error
-    rows = ((f"line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
-    return _collected(((where, _parsed(line)) for where, line in rows), effort, str(path))
+    read = [_read(files.file_rows(path), effort, shape, skips, str(path)) for path in paths]
+    return _distinct(read, str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1]}")
 
 
 def from_dataset(
@@ -117,90 +125,110 @@ def from_dataset(
     *,
     subset: str | None = None,
     revision: str | None = None,
+    shape: str | None = None,
+    skips: bool = False,
 ) -> PromptSet:
     """Returns the prompts of one column of a dataset (texts, or lists of messages), with its columns in ROW_FIELDS.
 
     `name` is a hub id, a local json, jsonl, csv, parquet or txt file, or a local directory: of such files, or written
-    by `save_to_disk`. A hub dataset can be revised in place: `revision` pins it. Raises PipelineError when it cannot be
-    loaded or a row is bad.
+    by `save_to_disk`. A hub dataset can be revised in place: `revision` pins it. Where the column PROMPT is missing,
+    or `shape` reads others, the columns are read as the fields of a file's rows are. Raises PipelineError when the
+    dataset cannot be loaded, and as `from_files` does.
     """
     _check_effort(effort)
-    dataset = _loaded(name, split, subset, revision)
-    if column not in dataset.column_names:
-        raise PipelineError(f"dataset {name} has no column {column!r}; wanted one of {', '.join(dataset.column_names)}")
-    others = [field for field in ROW_FIELDS if field in dataset.column_names and field != column]
-    values = enumerate(zip(*(dataset[field] for field in (column, *others)), strict=True))
-    rows = (
-        (f"row {index}", _row_of(value, dict(zip(others, fields, strict=True)))) for index, (value, *fields) in values
-    )
-    return _collected(rows, effort, f"dataset {name} ({split}, {column})")
+    dataset = files.load_dataset(name, split, subset, revision)
+    columns, names = dataset.column_names, [column]
+    if column == PROMPT and (column not in columns or shape not in (None, PROMPT)):
+        names = [field for fields in shapes.FIELDS.values() for field in fields if field in columns] or names
+    if names[0] not in columns:
+        raise PipelineError(f"dataset {name} has no column {column!r}; wanted one of {', '.join(columns)}")
+    is_row = names != [column]
+    beside = (*shapes.ROW_FIELDS, *(shapes.ALPACA_FIELDS if is_row else ()))
+    names += [field for field in beside if field in columns and field not in names]
+    values = (files.without_nulls(list(row)) for row in zip(*(dataset[field] for field in names), strict=True))
+    fields = (dict(zip(names, row, strict=True)) for row in values)
+    rows = (row if is_row else _row_of(row.pop(column), shape) | row for row in fields)
+    source = f"dataset {name} ({split}, {column})"
+    numbered = ((f"row {index}", row) for index, row in enumerate(rows))
+    return _distinct([_read(numbered, effort, shape, skips, source)], source)
 
 
-def _row_of(value: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row in the shape of JSONL. Null values are removed: tables give every object the keys of all rows."""
-    kind = "prompt" if isinstance(value, str) else "messages"
-    return {kind: _without_nulls(value)} | {key: _without_nulls(field) for key, field in fields.items()}
+def _row_of(value: Any, shape: str | None) -> dict[str, Any]:
+    """Returns a column's value as a row of a file; a text that is a conversation's JSON can be read as both."""
+    if shape is not None:
+        return {shapes.FIELDS[shape][0]: value}
+    if isinstance(value, str):
+        return {PROMPT: value, "messages": value} if shapes.conversation_in(value) else {PROMPT: value}
+    is_sharegpt = isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "from" in value[0]
+    return {"conversations" if is_sharegpt else "messages": value}
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _loaded(name: str, split: str, subset: str | None, revision: str | None) -> Any:
-    import datasets  # imported late: it takes a second and most runs do without it
-
-    path = Path(name)
-    try:
-        if path.is_file():
-            if path.suffix not in FILE_FORMATS:
-                raise PipelineError(f"{path} ends in {path.suffix!r}; wanted one of {', '.join(FILE_FORMATS)}")
-            return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split)
-        if any((path / file).is_file() for file in SAVED):
-            return _saved(datasets.load_from_disk(name), split)
-        return datasets.load_dataset(name, subset, split=split, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise PipelineError(
-            f"cannot load dataset {name}, split {split} ({type(error).__name__}: {error}); check the "
-            "name, the split and the network, or give a local directory or file"
-        ) from error
-
-
-def _saved(loaded: Any, split: str) -> Any:
-    """Returns the split of what `save_to_disk` wrote, which may be a single split without a name."""
-    if not isinstance(loaded, dict):
-        return loaded
-    if split not in loaded:
-        raise ValueError(f"it has the splits {', '.join(loaded)}")
-    return loaded[split]
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return error
-
-
-def _collected(rows: Iterator[tuple[str, Any]], effort: str | EffortMix, source: str) -> PromptSet:
-    found: dict[str, Prompt] = {}
-    num_rows, bad = 0, []
+def _read(
+    rows: files.Rows, effort: str | EffortMix, shape: str | None, skips: bool, source: str
+) -> tuple[list[Prompt], int]:
+    """Returns the prompts of one file or dataset and how many rows are left out, after a line in the log."""
+    prompts: list[Prompt] = []
+    read: list[Row] = []
+    bad: list[tuple[str, LeftOut]] = []
+    is_torn = False
     for where, row in rows:
-        num_rows += 1
-        problem = _row_problem(row)
-        if problem is not None:
-            bad.append(f"{where}: {problem}")
-            continue
-        prompt = _prompt_of_row(row, effort)
-        found.setdefault(_without_spaces(prompt), prompt)
-    if bad:
+        found = _broken(row) or _shaped(row, shape, f"{source}, {where}")
+        is_torn = is_torn or isinstance(row, json.JSONDecodeError)
+        if isinstance(found, LeftOut):
+            bad.append((where, found))
+        else:
+            prompts.append(prompt_of(map(message_of, found.messages), found.effort or effort, tools_of(found.tools)))
+            read.append(dataclasses.replace(found, messages=(), tools=()))
+    if bad and (is_torn or not skips or not read):
         more = [f"and {len(bad) - SHOWN_ROWS} more"] if len(bad) > SHOWN_ROWS else []
-        listed = "\n  ".join(bad[:SHOWN_ROWS] + more)
-        raise PipelineError(f"{source} has {len(bad)} bad rows of {num_rows}; mend or delete them:\n  {listed}")
+        listed = "\n  ".join([f"{where}: {problem}" for where, problem in bad[:SHOWN_ROWS]] + more)
+        raise PipelineError(
+            f"{source} has {len(bad)} bad rows of {len(bad) + len(read)}; mend or delete them:\n  {listed}"
+        )
+    if read:
+        log.log(logging.WARNING if bad else logging.INFO, "prompts: %s: %s", source, _summary(read, bad))
+    return prompts, len(bad)
+
+
+def _broken(row: Any) -> LeftOut | None:
+    if not isinstance(row, json.JSONDecodeError):
+        return None
+    return LeftOut(f"is not JSON ({row.msg} at column {row.colno}); wanted one object a line")
+
+
+def _shaped(row: Any, shape: str | None, where: str) -> Row | LeftOut:
+    try:
+        return shapes.read(row, shape)
+    except PipelineError as error:
+        raise PipelineError(f"{where} {error}") from error
+
+
+def _summary(read: Sequence[Row], bad: Sequence[tuple[str, LeftOut]]) -> str:
+    """Returns in one line how rows were read and which were not: `4,812 ShareGPT rows, 37 without a user turn ...`."""
+    counts = Counter(shapes.TITLES[row.shape] for row in read)
+    titles = [*counts] if len(counts) == 1 else [f"{count:,} {title}" for title, count in counts.items()]
+    parts = [f"{len(read) + len(bad):,} {' and '.join(titles)} rows"]
+    for kind in dict.fromkeys(reason.kind for _, reason in bad):
+        places = [where.split()[-1] for where, reason in bad if reason.kind == kind]
+        more = ", ..." if len(places) > SHOWN_ROWS else ""
+        first = next(reason for _, reason in bad if reason.kind == kind)
+        why = f" (the first {first})" if kind == shapes.NOT_READABLE else ""
+        parts.append(f"{len(places):,} {kind} left out: rows {', '.join(places[:SHOWN_ROWS])}{more}{why}")
+    num_answered = sum(row.is_answered for row in read)
+    if num_answered:
+        parts.append(f"the answer at the end of {num_answered:,} left out")
+    return ", ".join(parts) + "".join(f"; {text}" for text in dict.fromkeys(row.unread for row in read) if text)
+
+
+def _distinct(read: Sequence[tuple[list[Prompt], int]], source: str) -> PromptSet:
+    prompts = [prompt for part, _ in read for prompt in part]
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(_without_spaces(prompt), prompt)
     if not found:
         raise PipelineError(f'{source} holds no prompt; wanted at least one row such as {{"prompt": "Hi"}}')
-    return PromptSet(tuple(found.values()), num_rows - len(found))
+    num_left_out = sum(count for _, count in read)
+    return PromptSet(tuple(found.values()), len(prompts) - len(found), num_left_out=num_left_out)
 
 
 def _without_spaces(prompt: Prompt) -> str:
@@ -208,45 +236,6 @@ def _without_spaces(prompt: Prompt) -> str:
     texts = [[message.role, message.content.split(), message.thinking] for message in prompt.messages]
     calls = [[call.as_dict() for call in message.tool_calls] for message in prompt.messages]
     return fingerprint_of([texts, calls, [tool.as_dict() for tool in prompt.tools]])
-
-
-def _row_problem(row: Any) -> str | None:
-    if isinstance(row, json.JSONDecodeError):
-        return f"is not JSON ({row.msg} at column {row.colno}); wanted one object a line"
-    if not isinstance(row, dict):
-        return f"is a {type(row).__name__}; wanted an object with prompt or messages"
-    try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        return f"is not valid Unicode ({error}); wanted text that UTF-8 can write"
-    if ("prompt" in row) == ("messages" in row):
-        fields = ", ".join(map(str, row)) or "none"
-        return f"has the fields {fields}; wanted exactly one of prompt and messages"
-    if "prompt" in row and not (isinstance(row["prompt"], str) and row["prompt"].strip()):
-        return f"has prompt {row['prompt']!r}; wanted a non-empty string"
-    efforts = [row[key] for key in ("effort", "reasoning_effort") if row.get(key) is not None]
-    if len(efforts) == 2 and efforts[0] != efforts[1]:
-        return f"has effort {efforts[0]!r} and reasoning_effort {efforts[1]!r}; wanted one of them"
-    problem = effort_problem(efforts[0]) if efforts else None
-    problem = problem or (messages_problem(row["messages"]) if "messages" in row else None)
-    return problem or tools_problem(_tools_in(row))
-
-
-def _prompt_of_row(row: dict[str, Any], effort: str | EffortMix) -> Prompt:
-    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-    row_effort = row.get("effort") or row.get("reasoning_effort")
-    return prompt_of(map(message_of, messages), row_effort or effort, tools_of(_tools_in(row)))
-
-
-def _tools_in(row: dict[str, Any]) -> Any:
-    """Returns a row's tools, parsed when they are JSON; a text that is no JSON is returned unchanged."""
-    tools = row.get("tools")
-    if not isinstance(tools, str):
-        return [] if tools is None else tools
-    try:
-        return json.loads(tools)
-    except json.JSONDecodeError:
-        return tools
 
 
 def _check_effort(effort: str | EffortMix) -> None:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -29,6 +29,7 @@ SPECIAL_TOKENS = (  # spelled and ordered as in o200k_harmony, gaps left out
     "<|message|>",
     "<|call|>",
 )
+DEFAULT_TEMPLATE = "default"  # of several named ones
 TEMPLATE_FILE = Path(__file__).with_name("tiny_chat_template.jinja")
 TEMPLATE_WORDS = (
     "system",
@@ -89,11 +90,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Returns the tokenizer of an HF directory without using the hub; raises PipelineError when there is none."""
+    """Returns the tokenizer of an HF directory without using the hub; raises PipelineError when there is none.
+
+    Of several named chat templates it has the one called default.
+    """
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:
         raise PipelineError(f"{directory} holds no tokenizer that transformers opens: {error}") from error
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = _default_template(tokenizer.chat_template, directory)
+    return tokenizer
+
+
+def _default_template(named: Mapping[str, str], directory: Path) -> str:
+    if DEFAULT_TEMPLATE not in named:
+        raise PipelineError(
+            f"{directory} has the chat templates {', '.join(named)}; wanted one called {DEFAULT_TEMPLATE}: rename the "
+            "one to use"
+        )
+    return named[DEFAULT_TEMPLATE]
 
 
 def special_token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
@@ -134,12 +150,14 @@ def tokenizer_fingerprint(directory: Path) -> str:
 def chat_template_fingerprint(directory: Path) -> str:
     """Returns the sha256 (hex) of the chat template's text; raises PipelineError when there is none.
 
-    The text is `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
+    The text is `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`; of several, the default.
     """
     path, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if path.is_file():
         return file_sha256(path)
     template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        template = _default_template({each["name"]: each["template"] for each in template}, directory)
     if not isinstance(template, str):
         raise PipelineError(
             f"no chat template in {directory} (neither chat_template.jinja nor chat_template in "

@@ -186,3 +186,9 @@ def _require_positions(workspace: Workspace) -> None:
             f"teacher_cache.max_prompt_tokens + teacher_cache.max_new_tokens is {wanted}; the target has "
             f"{positions} positions: lower either"
         )
+    block_size = workspace.draft_config.block_size
+    if cache.max_new_tokens <= block_size:  # the check of the cache could not look at a single block
+        raise PipelineError(
+            f"teacher_cache.max_new_tokens is {cache.max_new_tokens}; it must be above the draft's block size "
+            f"({block_size}), so that an answer can hold a whole block after its first token"
+        )

@@ -5,6 +5,7 @@ Every field of the schema names the artifacts that it decides. What comes from o
 """
 
 import dataclasses
+import hashlib
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.config import fields
 from pipeline.config.choices import Effort, FeatureSource, FeatureStore, Generator, PromptSource
 from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig, PromptsConfig, plain
-from pipeline.errors import PipelineError
+from pipeline.prompts import files
 
 # raised when the program makes other bytes of equal settings, or keys are computed otherwise
 VERSIONS = {TARGET: 3, TEACHER_CACHE: 2, CHECKPOINT: 2, DRAFT: 2}  # target 3: config.json has both spellings of RoPE
@@ -63,10 +64,8 @@ def prompt_content(prompts: PromptsConfig, memory: Path | None) -> dict[str, Any
     """Returns what identifies prompts that come from outside: a file's sha256, a data set's sha256s or commit."""
     if prompts.source is PromptSource.jsonl:
         assert prompts.path is not None, "a rule of the configuration"
-        file = Path(prompts.path)
-        if not file.is_file():
-            raise PipelineError(f"prompts.path is {file}, which is no file; give a JSONL file of prompts")
-        return {"prompts.path": remembered_sha256(file, memory)}
+        sha256s = [_file_sha256(file, memory) for file in files.prompt_files(prompts.path)]
+        return {"prompts.path": sha256s[0] if len(sha256s) == 1 else fingerprint_of(sha256s)}
     if prompts.source is PromptSource.dataset:
         assert prompts.dataset is not None, "a rule of the configuration"
         path = Path(prompts.dataset)
@@ -74,6 +73,12 @@ def prompt_content(prompts: PromptsConfig, memory: Path | None) -> dict[str, Any
             return {"prompts.dataset": content_sha256(path, memory)}
         return {"prompts.dataset_revision": hub.dataset_commit(prompts.dataset, prompts.dataset_revision)}
     return {}
+
+
+def _file_sha256(file: Path, memory: Path | None) -> str:
+    if file == files.STANDARD_INPUT:
+        return hashlib.sha256(files.standard_input()).hexdigest()
+    return remembered_sha256(file, memory)
 
 
 def content_sha256(path: Path, memory: Path | None) -> str:

@@ -2,8 +2,9 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from pipeline.config.choices import Effort, PromptSource
+from pipeline.config.choices import Effort, OnBadRow, PromptSource
 from pipeline.config.schema import ArchitectureConfig, DraftConfig, PromptsConfig
 from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.errors import PipelineError
@@ -12,7 +13,7 @@ from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.hf.directory import read_target_config
 from pipeline.model.hf.json_files import read_object
 from pipeline.model.layers.rope import Rope
-from pipeline.prompts import chat_format, sources, tokenizer
+from pipeline.prompts import chat_format, files, sources, tokenizer
 from pipeline.prompts.efforts import EffortMix
 from pipeline.prompts.sources import PromptSet
 from pipeline.prompts.tokenizer import Tokenizer
@@ -139,9 +140,13 @@ def draft_sizes(wanted: DraftConfig, model: GptOssConfig, mask_token_id: int) ->
 def prompt_set(prompts: PromptsConfig, seed: int) -> PromptSet:
     """Returns the prompts of this configuration."""
     effort = EffortMix(seed, prompts.effort_mix) if prompts.effort is Effort.mixed else prompts.effort.value
+    read: dict[str, Any] = {
+        "shape": prompts.shape and prompts.shape.value,
+        "skips": prompts.on_bad_row is OnBadRow.skip,
+    }
     if prompts.source is PromptSource.jsonl:
         assert prompts.path is not None, "a rule of the configuration"
-        return sources.limited(sources.from_jsonl(Path(prompts.path), effort), prompts.count)
+        return sources.limited(sources.from_files(files.prompt_files(prompts.path), effort, **read), prompts.count)
     if prompts.source is PromptSource.dataset:
         assert prompts.dataset is not None, "a rule of the configuration"
         found = sources.from_dataset(
@@ -151,6 +156,7 @@ def prompt_set(prompts: PromptsConfig, seed: int) -> PromptSet:
             effort,
             subset=prompts.dataset_subset,
             revision=prompts.dataset_revision,
+            **read,
         )
         return sources.limited(found, prompts.count)
     generate = sources.everyday if prompts.source is PromptSource.everyday else sources.generated

@@ -93,6 +93,12 @@ def test_without_channels_in_the_format_all_but_its_ends_is_final():
     assert found == [0] * len(prompt) + [Channel.final] * (len(answer) - 1) + [Channel.other]
 
 
+def test_an_answer_cut_off_before_its_end_is_final_whether_its_prompt_has_an_end_or_not():
+    tokens = channel_tokens(chatml_tokenizer())
+    assert channels(tokens, np.array([1, 2, 3], np.int32), 1).tolist() == [0, Channel.final, Channel.final]
+    assert channels(tokens, np.array([], np.int32), 0).tolist() == []
+
+
 def test_the_published_ids_of_an_answer_are_read_as_openai_harmony_reads_them():
     """Ids of docs/dflash.md#mask-token, which openai-harmony parses into an analysis and a final text."""
     tokens = ChannelTokens(

@@ -18,35 +18,22 @@ def function(**changes):
     return {"type": "function", "function": {"name": "weather"} | changes}
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [USER],
-        [{"role": "developer", "content": "Be brief."}, USER],
-        [USER, FINAL, USER],
-        [USER, CALLING, RESULT],
-        [USER, CALLING, RESULT, FINAL, USER],
-        [USER, CALLING, RESULT, CALLING, RESULT],
-        [USER, calling(content="", thinking="Look."), RESULT],
-        [USER, calling(content="Look."), RESULT],
-        [USER, CALLING, RESULT | {"content": ""}],
-        [USER, CALLING, USER],
-        [USER | {"tool_calls": None, "thinking": None}, FINAL | {"tool_calls": []}, USER],
-    ],
-    ids=[
-        "user",
-        "developer",
-        "turns",
-        "result last",
-        "answered",
-        "two calls",
-        "thinking",
-        "content",
-        "empty result",
-        "no result",
-        "nulls",
-    ],
-)
+ACCEPTED = {
+    "user": [USER],
+    "developer": [{"role": "developer", "content": "Be brief."}, USER],
+    "turns": [USER, FINAL, USER],
+    "result last": [USER, CALLING, RESULT],
+    "answered": [USER, CALLING, RESULT, FINAL, USER],
+    "two calls": [USER, CALLING, RESULT, CALLING, RESULT],
+    "thinking": [USER, calling(content="", thinking="Look."), RESULT],
+    "content": [USER, calling(content="Look."), RESULT],
+    "empty result": [USER, CALLING, RESULT | {"content": ""}],
+    "no result": [USER, CALLING, USER],
+    "nulls": [USER | {"tool_calls": None, "thinking": None}, FINAL | {"tool_calls": []}, USER],
+}
+
+
+@pytest.mark.parametrize("messages", ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_conversations_of_any_turns_that_end_with_the_user_or_a_tool_are_prompts(messages):
     assert messages_problem(messages) is None
 

@@ -81,7 +81,7 @@ def test_a_table_of_conversations_gives_what_the_same_rows_give_as_jsonl(rows_fi
 
 
 def test_a_row_with_bad_tools_is_named(rows_file):
-    for tools in ("no JSON", [{"name": "f"}]):
+    for tools in ("no JSON", [{"label": "f"}]):
         with pytest.raises(PipelineError, match=r"line 1: tools"):
             from_jsonl(rows_file({"prompt": "x", "tools": tools}), "low")
 

@@ -10,6 +10,7 @@ from pipeline.prompts.tokenizer import (
     MASK_TOKEN,
     SPECIAL_TOKENS,
     chat_template_fingerprint,
+    load_tokenizer,
     special_token_ids,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -132,6 +133,22 @@ def test_fingerprints_are_the_sha256_of_the_saved_files_and_survive_a_second_sav
 def test_a_template_inside_tokenizer_config_has_the_fingerprint_of_the_same_template_in_a_file(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert chat_template_fingerprint(tmp_path) == hashlib.sha256(b"{{ messages }}").hexdigest()
+
+
+NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0].content }}"}]
+
+
+def test_of_several_named_templates_the_default_is_taken(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": NAMED}))
+    assert load_tokenizer(tmp_path).chat_template == NAMED[1]["template"]
+    assert chat_template_fingerprint(tmp_path) == hashlib.sha256(NAMED[1]["template"].encode()).hexdigest()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": NAMED[:1]}))
+    for read in (load_tokenizer, chat_template_fingerprint):
+        with pytest.raises(PipelineError, match="has the chat templates tool_use; wanted one called default"):
+            read(tmp_path)
 
 
 def test_fingerprints_of_an_empty_directory_are_refused(tmp_path):

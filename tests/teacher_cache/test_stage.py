@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.artifacts import artifact
 from pipeline.artifacts.artifact import Artifact
-from pipeline.config.choices import Effort, Precision, PromptSource
+from pipeline.config.choices import Effort, OnBadRow, Precision, PromptSource
 from pipeline.config.fields import TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig
 from pipeline.engine.capture import Disagreement
@@ -213,6 +213,7 @@ def test_a_bad_jsonl_row_is_named_with_its_line(config: PipelineConfig, tracker:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "What is 2 + 2?"}\n{"prompt": 7}\n')
     config.prompts.source, config.prompts.path = PromptSource.jsonl, str(file)
+    config.prompts.on_bad_row = OnBadRow.error
     with pytest.raises(PipelineError, match="line 2"):
         stage.run(config, tracker)
 
@@ -263,6 +264,15 @@ def test_more_positions_than_the_target_has_is_refused(config: PipelineConfig, t
     config.teacher_cache.max_new_tokens = 200
     with pytest.raises(PipelineError, match=r"max_prompt_tokens \+ .*max_new_tokens is 360; the target has 256"):
         stage.run(config, tracker)
+
+
+def test_answers_that_cannot_hold_a_block_are_refused_before_the_first_token(
+    config: PipelineConfig, tracker: Run
+) -> None:
+    config.teacher_cache.max_new_tokens = config.draft.block_size
+    with pytest.raises(PipelineError, match=r"max_new_tokens is 4; it must be above the draft's block size \(4\)"):
+        stage.run(config, tracker)
+    assert not _scratch(config).exists()
 
 
 @pytest.mark.parametrize(("gap", "fails"), [(1e-5, False), (0.01, True)], ids=["near-tie", "contradiction"])

@@ -1,7 +1,7 @@
 """Reads a row of a prompt file in the shapes that people have: prompt, messages, ShareGPT and Alpaca.
 
 What `strict_problem` finds nothing in is read as it always was. Other rows are read where their meaning is plain, and
-are left out otherwise; two readings that fit are told apart by a person (docs/guide/data.md).
+are left out otherwise; a person chooses between two readings that fit (docs/guide/data.md).
 """
 
 import dataclasses
@@ -230,8 +230,8 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     """Returns a turn with OpenAI's names: from and value, other roles, parts of texts, older and flat calls."""
-    said = turn.get("role") or turn.get("from")
-    role = said.strip().lower() if isinstance(said, str) else said
+    spelled = turn.get("role") or turn.get("from")
+    role = spelled.strip().lower() if isinstance(spelled, str) else spelled
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
     calls = _list_in(turn.get("tool_calls")) or turn.get("function_call")
     if role == "function_call":
@@ -282,11 +282,11 @@ def _with_instructions(turns: list[dict[str, Any]], system: Any) -> list[dict[st
     texts = [system, *(turn["content"] for turn in turns[:num_first])]
     if not all(isinstance(text, str | None) for text in texts):
         raise LeftOut(f"has instructions {shown(next(text for text in texts if not isinstance(text, str | None)))}")
-    told = list(dict.fromkeys(text for text in texts if text and text.strip()))
-    if not told:
+    instructions = list(dict.fromkeys(text for text in texts if text and text.strip()))
+    if not instructions:
         return turns[num_first:]
     role = turns[0]["role"] if num_first else "system"
-    return [{"role": role, "content": SEPARATOR.join(told)}, *turns[num_first:]]
+    return [{"role": role, "content": SEPARATOR.join(instructions)}, *turns[num_first:]]
 
 
 def _asked(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:

@@ -209,11 +209,11 @@ def _summary(read: Sequence[Row], bad: Sequence[tuple[str, LeftOut]]) -> str:
     titles = [*counts] if len(counts) == 1 else [f"{count:,} {title}" for title, count in counts.items()]
     parts = [f"{len(read) + len(bad):,} {' and '.join(titles)} rows"]
     for kind in dict.fromkeys(reason.kind for _, reason in bad):
-        places = [where.split()[-1] for where, reason in bad if reason.kind == kind]
-        more = ", ..." if len(places) > SHOWN_ROWS else ""
+        numbers = [where.split()[-1] for where, reason in bad if reason.kind == kind]
+        more = ", ..." if len(numbers) > SHOWN_ROWS else ""
         first = next(reason for _, reason in bad if reason.kind == kind)
         why = f" (the first {first})" if kind == shapes.NOT_READABLE else ""
-        parts.append(f"{len(places):,} {kind} left out: rows {', '.join(places[:SHOWN_ROWS])}{more}{why}")
+        parts.append(f"{len(numbers):,} {kind} left out: rows {', '.join(numbers[:SHOWN_ROWS])}{more}{why}")
     num_answered = sum(row.is_answered for row in read)
     if num_answered:
         parts.append(f"the answer at the end of {num_answered:,} left out")

@@ -56,12 +56,12 @@ def exported(tmp_path_factory):
 
 def ours(directory: Path, inputs: Path) -> np.ndarray:
     """Hidden states [K, D] of the block behind the features, by the engine's own functions."""
-    config, weights = read_draft(directory, jnp.float32)
+    draft = read_draft(directory, jnp.float32)
     given = np.load(inputs)
-    context = dflash.context(weights, config, jnp.asarray(given["features"])[None], jnp.arange(NUM_POSITIONS)[None])
-    cache = dflash.extend(dflash.empty_cache(config, 1, 32, jnp.float32), context, jnp.zeros(1, jnp.int32))
+    context = dflash.context(draft, jnp.asarray(given["features"])[None], jnp.arange(NUM_POSITIONS)[None])
+    cache = dflash.extend(dflash.empty_cache(draft.config, 1, 32, jnp.float32), context, jnp.zeros(1, jnp.int32))
     start = jnp.full(1, NUM_POSITIONS)
-    return np.asarray(dflash.denoise(weights, config, jnp.asarray(given["noise_embedding"])[None], start, cache)[0])
+    return np.asarray(dflash.denoise(draft, jnp.asarray(given["noise_embedding"])[None], start, cache)[0])
 
 
 def furthest(directory: Path, inputs: Path, outputs: Path) -> float:

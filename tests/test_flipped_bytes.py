@@ -26,6 +26,7 @@ from pipeline.tracking.run import SilentRun
 from pipeline.train import stage as train
 from pipeline.workspace.workspace import Workspace
 from tests.support import loop
+from tests.support.damage import flip
 
 SEED, NUM_FLIPS = 20, 200
 # written for people, or to go on with a training that is over: no stage reads them again
@@ -105,14 +106,6 @@ def _flips(config: PipelineConfig, count: int | None) -> Iterator[tuple[Path, st
             yield file, files[file], chance.randrange(8 * file.stat().st_size)
 
 
-def _flip(file: Path, bit: int) -> None:
-    with open(file, "r+b") as opened:
-        opened.seek(bit // 8)
-        (byte,) = opened.read(1)
-        opened.seek(bit // 8)
-        opened.write(bytes([byte ^ 1 << bit % 8]))
-
-
 def _verdict(read: Callable[[], None], file: Path) -> str:
     """What a stage does with a flipped `file`."""
     try:
@@ -131,11 +124,11 @@ def _require_all_named(config: PipelineConfig, stages: dict[str, Callable[[], No
     for file, kind, bit in _flips(config, count):
         name = file.relative_to(config.output_dir).as_posix()
         is_unread = name.split("/", 2)[2].startswith(UNREAD.get(kind, ()))
-        _flip(file, bit)
+        flip(file, *divmod(bit, 8))
         try:
             verdict = _verdict(stages[kind], file)
         finally:
-            _flip(file, bit)
+            flip(file, *divmod(bit, 8))
         if verdict == "named":
             verdicts["named"] += 1
         elif verdict == "not noticed" and is_unread:

@@ -31,6 +31,7 @@ from pipeline.store.layout import SPLITS, ShardRows, shard_path
 from pipeline.store.reader import open_split
 from pipeline.store.writer import ShardContents, write_header, write_shard
 from pipeline.workspace.workspace import Workspace, own_draft_config
+from tests.support.damage import flip
 from tests.support.paths import TESTS
 from tests.support.recorder import Recorder
 
@@ -83,9 +84,7 @@ def test_the_key_of_a_target_from_outside_stays(config: PipelineConfig):
 
 def test_a_damaged_artifact_of_version_0_1_is_refused(config: PipelineConfig, golden: dict[str, Path], tmp_path: Path):
     copy = Path(shutil.copytree(golden[DRAFT], tmp_path / "dflash"))
-    data = bytearray((copy / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(data)
+    flip(copy / "model.safetensors", -1)
     config.export.path = str(copy)
     with pytest.raises(PipelineError, match="model.safetensors: sha256 differs"):
         Workspace(config).open(DRAFT)

@@ -25,6 +25,7 @@ from pipeline.workspace.workspace import Workspace
 from tests.support import loop as tiny_loop
 from tests.support import training as tiny_training
 from tests.support.buckets import EMULATORS
+from tests.support.damage import flip
 from tests.support.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -133,9 +134,7 @@ def test_a_flipped_byte_of_the_weights_is_found_before_they_are_read(config, tra
     copied = tmp_path / "checkpoint"
     shutil.copytree(trained.path, copied)
     chunk = next(path for path in sorted((copied / run_of(trained).name / "model").rglob("*")) if path.name == "0.0")
-    data = bytearray(chunk.read_bytes())
-    data[-1] ^= 1
-    chunk.write_bytes(data)
+    flip(chunk, -1)
     config.train.path = str(copied)
     with pytest.raises(PipelineError, match=f"{chunk.parent.name}/0.0: sha256 differs"):
         stage.run(config, Recorder())

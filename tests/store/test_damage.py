@@ -14,6 +14,7 @@ from pipeline.train.data.padded import PaddedBatches
 from pipeline.train.data.prefetch import prefetch
 from tests.support import buckets
 from tests.support import store as tiny_store
+from tests.support.damage import flip
 
 SHARD_FILES = ("tokens/c/0", "tokens/zarr.json", "channels/c/0", "channels/zarr.json", "features/c/0/0")
 SHARD_FILES += ("features/zarr.json", "scales/c/0/0", "scales/zarr.json", ROWS, SHARD)
@@ -26,9 +27,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def _flip(file: Path, place: float) -> None:
-    data = bytearray(file.read_bytes())
-    data[int(place * (len(data) - 1))] ^= 1
-    file.write_bytes(data)
+    flip(file, int(place * (file.stat().st_size - 1)))
 
 
 def _train(root: Path) -> None:

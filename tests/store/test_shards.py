@@ -14,6 +14,7 @@ from pipeline.store import writer
 from pipeline.store.layout import CHUNK_TOKENS, HEADER, ROWS, SHARD, CacheLayout, ShardRows, shard_path
 from pipeline.store.reader import open_split
 from pipeline.store.writer import ShardContents, read_report, write_header, write_shard
+from tests.support.damage import flip
 
 FEATURE_SIZE = 6
 LAYOUT = CacheLayout(stored="bfloat16", feature_size=FEATURE_SIZE, num_tapped=2)
@@ -94,9 +95,7 @@ def test_a_token_is_stored_once(root: Path) -> None:
 @pytest.mark.parametrize("name", ["features/c/0/0", "tokens/c/0"])
 def test_a_flipped_byte_is_named_and_not_read(root: Path, name: str, verify: bool) -> None:
     file = shard_path(root, "train", 0) / name
-    data = bytearray(file.read_bytes())
-    data[40] ^= 1
-    file.write_bytes(data)
+    flip(file, 40)
     with pytest.raises(PipelineError, match=re.escape(f"{root}/train/00000")):
         open_split(root, "train", verify=verify).read([0])
     assert len(open_split(root, "train", verify=verify).read([3])) == 1  # the other shard is whole

@@ -35,6 +35,7 @@ from pipeline.train.data.padded import PaddedBatches
 from pipeline.workspace.workspace import Workspace
 from tests.support import buckets
 from tests.support.compiled import QUICKLY
+from tests.support.damage import flip
 from tests.support.paths import ROOT
 
 LIMIT_SECONDS = 300
@@ -123,9 +124,7 @@ def test_a_changed_object_of_a_bucket_is_named_and_not_read(cache: Artifact, in_
     for name in storage.list_files(cache.path):
         (root / name).write_bytes((cache.path / name).read_bytes())
     damaged = root / "train" / "00000" / "features" / "c" / "0" / "0"
-    data = bytearray(damaged.read_bytes())
-    data[77] ^= 1
-    damaged.write_bytes(bytes(data))
+    flip(damaged, 77)
     split = open_split(root, "train")
     with pytest.raises(PipelineError, match=rf"{root}/train/00000 is damaged \(features/c/0/0: sha256 differs"):
         split.read([0])

@@ -28,6 +28,7 @@ from pipeline.teacher_cache import shards, stage
 from pipeline.tracking.run import Run
 from pipeline.workspace.workspace import Workspace
 from tests.support.compiled import QUICKLY
+from tests.support.damage import flip
 from tests.support.paths import ROOT
 
 NUM_SHARDS = 5
@@ -169,10 +170,7 @@ def test_what_cannot_be_kept_is_made_again(
     shutil.copytree(cache.path, scratch)
     shard = scratch / "train" / "00001"
     if damage == "flipped byte":
-        file = shard / "features" / "c" / "0" / "0"
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
+        flip(shard / "features" / "c" / "0" / "0", -1)
     elif damage == "stray files":
         (shard / "stray").write_text("x")
         (scratch / "train" / "00099.partial" / "tokens").mkdir(parents=True)

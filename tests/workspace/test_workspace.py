@@ -19,6 +19,7 @@ from pipeline.store.checkpoint_files import DRAFT_CONFIG
 from pipeline.workspace import contracts
 from pipeline.workspace.workspace import Workspace
 from tests.support import training as tiny_training
+from tests.support.damage import flip
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,7 @@ def test_other_weights_at_the_same_path_are_another_target(tmp_path):
     config = tiny_training.configuration(tmp_path)
     directory = tiny_training.make_target(tmp_path / "target")
     before, address = Workspace(config).target, cache_address(config)
-    data = bytearray((directory / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (directory / "model.safetensors").write_bytes(data)
+    flip(directory / "model.safetensors", -1)
     after = Workspace(config).target
     assert after.fingerprint != before.fingerprint
     assert after.contract.target.weights_fingerprint != before.contract.target.weights_fingerprint

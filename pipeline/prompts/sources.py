@@ -98,11 +98,6 @@ def _drawn(write: Callable[[int], str], count: int, effort: str | EffortMix, sou
     )
 
 
-def from_jsonl(path: Path, effort: str | EffortMix, *, shape: str | None = None, skips: bool = False) -> PromptSet:
-    """Returns `from_files` of one file."""
-    return from_files([path], effort, shape=shape, skips=skips)
-
-
 def from_files(
     paths: Sequence[Path], effort: str | EffortMix, *, shape: str | None = None, skips: bool = False
 ) -> PromptSet:

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.prompts.efforts import EffortMix
 from pipeline.prompts.messages import Message
-from pipeline.prompts.sources import from_jsonl, generated, prompt_of
+from pipeline.prompts.sources import from_files, generated, prompt_of
 from pipeline.prompts.split import is_heldout
 
 EVEN = {"low": 1.0, "medium": 1.0, "high": 1.0}
@@ -46,6 +46,6 @@ def test_rows_with_an_effort_of_their_own_keep_it(tmp_path):
     path.write_text(
         "".join(f'{{"prompt": "{index}", "effort": "high"}}\n{{"prompt": "x{index}"}}\n' for index in range(50))
     )
-    prompts = from_jsonl(path, EffortMix(0, {"low": 1.0, "medium": 1.0})).prompts
+    prompts = from_files([path], EffortMix(0, {"low": 1.0, "medium": 1.0})).prompts
     assert {prompt.effort for prompt in prompts[::2]} == {"high"}
     assert {prompt.effort for prompt in prompts[1::2]} == {"low", "medium"}

@@ -17,7 +17,7 @@ from pipeline.config.schema import PipelineConfig, PromptsConfig
 from pipeline.errors import PipelineError
 from pipeline.prompts import files
 from pipeline.prompts.files import prompt_files
-from pipeline.prompts.sources import from_dataset, from_files, from_jsonl
+from pipeline.prompts.sources import from_dataset, from_files
 from pipeline.workspace import settings, specs
 from tests.support.paths import ROOT
 
@@ -56,7 +56,7 @@ READ = {
 @pytest.mark.parametrize("content", READ.values(), ids=READ.keys())
 def test_a_file_is_read_by_what_it_holds_whatever_it_is_called(tmp_path, content):
     (tmp_path / "prompts").write_bytes(content)
-    assert texts(from_jsonl(tmp_path / "prompts", "low")) == ["one", "two"]
+    assert texts(from_files([tmp_path / "prompts"], "low")) == ["one", "two"]
 
 
 @pytest.mark.parametrize("content", READ.values(), ids=READ.keys())
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_refused_whatever_becomes_of_bad_rows(tmp_path, conten
     (tmp_path / "prompts.jsonl").write_bytes(content)
     for skips in (False, True):
         with pytest.raises(PipelineError, match=message):
-            from_jsonl(tmp_path / "prompts.jsonl", "low", skips=skips)
+            from_files([tmp_path / "prompts.jsonl"], "low", skips=skips)
 
 
 def test_a_directory_and_a_pattern_are_their_files_in_order(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.prompts import shapes
 from pipeline.prompts.messages import Message, message_of
-from pipeline.prompts.sources import from_dataset, from_jsonl, prompt_of
+from pipeline.prompts.sources import from_dataset, from_files, prompt_of
 from pipeline.prompts.tools import tools_of
 from tests.prompts.test_messages import ACCEPTED
 
@@ -141,14 +141,14 @@ READ = {
 
 @pytest.mark.parametrize(("text", "wanted"), READ.values(), ids=READ.keys())
 def test_a_row_whose_meaning_is_plain_is_read(rows_file, text, wanted):
-    assert from_jsonl(rows_file(text), "low").prompts == (prompt_of(wanted, "low"),)
+    assert from_files([rows_file(text)], "low").prompts == (prompt_of(wanted, "low"),)
 
 
 @pytest.mark.parametrize(("text", "wanted"), READ.values(), ids=READ.keys())
 def test_a_table_of_such_rows_gives_the_same_prompts(tmp_path, text, wanted):
     row = json.loads(text)
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
-    assert from_jsonl(tmp_path / "rows.parquet", "low").prompts == (prompt_of(wanted, "low"),)
+    assert from_files([tmp_path / "rows.parquet"], "low").prompts == (prompt_of(wanted, "low"),)
     if not isinstance(row.get("prompt", []), str | None):  # there the column is read, as it always was
         assert from_dataset(str(tmp_path / "rows.parquet"), "train", "prompt", "low").prompts[0].messages == (*wanted,)
 
@@ -158,7 +158,7 @@ def test_a_flat_schema_is_a_tool_and_minimal_is_low(rows_file):
         '{"prompt": "Hi", "tools": [{"name": "f", "description": "F.", "parameters": {"type": "object"}}],'
         ' "reasoning_effort": "minimal"}'
     )
-    assert from_jsonl(path, "high").prompts == (prompt_of(HI, "low", tools_of(FLAT_TOOL)),)
+    assert from_files([path], "high").prompts == (prompt_of(HI, "low", tools_of(FLAT_TOOL)),)
 
 
 @pytest.mark.parametrize("turns", [*ACCEPTED.values()], ids=[*ACCEPTED])
@@ -178,7 +178,7 @@ def test_prompts_have_the_ids_that_version_0_1_gave_them(rows_file):
         ' {"role": "tool", "content": "1"}], "tools": [{"type": "function", "function": {"name": "f"}}]}\n'
         '{"prompt": "two", "instruction": "three", "conversations": []}\n'
     )
-    assert [prompt.prompt_id[:12] for prompt in from_jsonl(path, "low").prompts] == IDS_OF_0_1
+    assert [prompt.prompt_id[:12] for prompt in from_files([path], "low").prompts] == IDS_OF_0_1
 
 
 IDS_OF_0_1 = ["a05b8cd35785", "158ab9a5f9ff", "68ac99cd5c6c", "8ebc47733d77"]
@@ -222,15 +222,15 @@ LEFT_OUT = {
 def test_another_row_is_left_out_and_counted_or_refused(rows_file, caplog, text, why):
     path = rows_file('{"prompt": "good"}\n' + text)
     with caplog.at_level(logging.INFO, "pipeline"):
-        found = from_jsonl(path, "low", skips=True)
+        found = from_files([path], "low", skips=True)
     assert (len(found.prompts), found.num_left_out) == (1, 1)
     assert why in caplog.messages[0]
     assert "1 " in caplog.messages[0]
     assert "left out: rows 2" in caplog.messages[0]
     with pytest.raises(PipelineError, match="has 1 bad rows of 2; mend or delete them:\n  line 2: "):
-        from_jsonl(path, "low")
+        from_files([path], "low")
     with pytest.raises(PipelineError, match="has 1 bad rows of 1; mend or delete them:\n  line 1: "):
-        from_jsonl(rows_file(text if text != "[1]" else "1"), "low", skips=True)
+        from_files([rows_file(text if text != "[1]" else "1")], "low", skips=True)
 
 
 def test_one_line_says_how_a_file_was_read(rows_file, caplog):
@@ -238,7 +238,7 @@ def test_one_line_says_how_a_file_was_read(rows_file, caplog):
     silent = '{"conversations": [{"from": "gpt", "value": "Yes?"}]}\n'
     text = "".join(silent if index % 2 else answered % index for index in range(24)) + '{"conversations": 5}\n'
     with caplog.at_level(logging.INFO, "pipeline"):
-        from_jsonl(rows_file(text), "low", skips=True)
+        from_files([rows_file(text)], "low", skips=True)
     (line,) = caplog.messages
     assert line.endswith(
         "prompts.jsonl: 25 ShareGPT rows, 12 without a user turn left out: rows 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, "
@@ -249,7 +249,7 @@ def test_one_line_says_how_a_file_was_read(rows_file, caplog):
 
 def test_a_line_that_is_torn_is_never_left_out(rows_file):
     with pytest.raises(PipelineError, match=r"has 1 bad rows of 2.*\n +line 2: is not JSON"):
-        from_jsonl(rows_file('{"prompt": "good"}\n{"prompt": "ba'), "low", skips=True)
+        from_files([rows_file('{"prompt": "good"}\n{"prompt": "ba')], "low", skips=True)
 
 
 BOTH = {
@@ -267,14 +267,14 @@ def test_two_readings_are_both_named_and_the_shape_chooses(rows_file, text, firs
     path = rows_file(text)
     for skips in (False, True):
         with pytest.raises(PipelineError, match=rf"line 1 has .* prompts\.shape={first} or prompts\.shape={second}"):
-            from_jsonl(path, "low", skips=skips)
-    assert from_jsonl(path, "low", shape=first).prompts == (prompt_of(HI, "low"),)
-    assert from_jsonl(path, "low", shape=second).prompts == (prompt_of(messages("user: Ho"), "low"),)
+            from_files([path], "low", skips=skips)
+    assert from_files([path], "low", shape=first).prompts == (prompt_of(HI, "low"),)
+    assert from_files([path], "low", shape=second).prompts == (prompt_of(messages("user: Ho"), "low"),)
 
 
 def test_what_a_prompt_hides_is_told(rows_file, caplog):
     with caplog.at_level(logging.INFO, "pipeline"):
-        from_jsonl(rows_file('{"prompt": "a", "instruction": "b"}\n{"prompt": "c", "system": "d"}'), "low")
+        from_files([rows_file('{"prompt": "a", "instruction": "b"}\n{"prompt": "c", "system": "d"}')], "low")
     assert caplog.messages[0].endswith(
         "2 prompt rows; prompts.shape=alpaca would read instruction instead; system is not read beside a prompt, only "
         "beside messages"

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.prompts.messages import Message, message_of
-from pipeline.prompts.sources import from_dataset, from_jsonl, generated, limited, prompt_of
+from pipeline.prompts.sources import from_dataset, from_files, generated, limited, prompt_of
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tools import tools_of
 
@@ -64,7 +64,7 @@ def test_rows_bring_tool_calls_results_and_tools(rows_file, spelled):
         prompt_of([Message("user", "x"), message_of(CALLING), Message("tool", "1")], "low", tools_of([TOOL])),
         prompt_of([Message("user", "one")], "low"),
     )
-    assert from_jsonl(path, "low").prompts == wanted
+    assert from_files([path], "low").prompts == wanted
     assert list(wanted[0].tools[0].as_dict()["function"]["parameters"]["properties"]) == ["b", "a"]
 
 
@@ -76,14 +76,14 @@ def test_a_table_of_conversations_gives_what_the_same_rows_give_as_jsonl(rows_fi
     ]  # fmt: skip
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     found = from_dataset(str(tmp_path / "rows.parquet"), "train", "messages", "low")
-    assert found == from_jsonl(rows_file(*rows), "low")
+    assert found == from_files([rows_file(*rows)], "low")
     assert [prompt.effort for prompt in found.prompts] == ["high", "low"]
 
 
 def test_a_row_with_bad_tools_is_named(rows_file):
     for tools in ("no JSON", [{"label": "f"}]):
         with pytest.raises(PipelineError, match=r"line 1: tools"):
-            from_jsonl(rows_file({"prompt": "x", "tools": tools}), "low")
+            from_files([rows_file({"prompt": "x", "tools": tools})], "low")
 
 
 def test_generated_prompts_are_distinct_and_as_many_as_asked_for():
@@ -113,7 +113,7 @@ def test_jsonl_rows_are_prompts_or_messages_with_their_own_effort(rows_file):
         "  ",
         {"prompt": "two\u2028lines", "reasoning_effort": "low", "id": 3},
     )
-    found = from_jsonl(path, "medium")
+    found = from_files([path], "medium")
     assert found.num_duplicates == 1
     assert found.prompts == (
         prompt_of([Message("user", "one")], "medium"),
@@ -171,13 +171,13 @@ def test_jsonl_rows_are_prompts_or_messages_with_their_own_effort(rows_file):
 def test_a_bad_row_is_named_with_its_file_and_line(rows_file, row, message):
     path = rows_file({"prompt": "good"}, row)
     with pytest.raises(PipelineError, match=rf"prompts\.jsonl has 1 bad rows of 2.*\n +{message}"):
-        from_jsonl(path, "low")
+        from_files([path], "low")
 
 
 def test_all_bad_rows_are_told_at_once_and_many_are_counted(rows_file):
     path = rows_file(*["{}"] * 13)
     with pytest.raises(PipelineError) as caught:
-        from_jsonl(path, "low")
+        from_files([path], "low")
     assert "13 bad rows of 13" in str(caught.value)
     assert "line 10:" in str(caught.value)
     assert "line 11:" not in str(caught.value)
@@ -187,15 +187,15 @@ def test_all_bad_rows_are_told_at_once_and_many_are_counted(rows_file):
 @pytest.mark.parametrize("lines", [[], ["", " "]], ids=["no bytes", "blank lines"])
 def test_an_empty_file_is_refused(rows_file, lines):
     with pytest.raises(PipelineError, match=r"holds no prompt; wanted at least one row such as"):
-        from_jsonl(rows_file(*lines), "low")
+        from_files([rows_file(*lines)], "low")
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(PipelineError, match=r"cannot read prompts from .*No such file"):
-        from_jsonl(tmp_path / "none.jsonl", "low")
+        from_files([tmp_path / "none.jsonl"], "low")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(PipelineError, match=r"cannot read prompts from .*give a JSONL file in UTF-8"):
-        from_jsonl(tmp_path / "latin.jsonl", "low")
+        from_files([tmp_path / "latin.jsonl"], "low")
 
 
 def test_a_local_dataset_gives_the_prompts_of_a_text_column(rows_file):
@@ -284,7 +284,7 @@ def test_prompts_that_differ_in_white_space_alone_are_one_and_the_first_is_kept(
         {"messages": [{"role": "system", "content": "one"}, {"role": "user", "content": "two"}]},
         {"messages": [{"role": "user", "content": "one two"}], "tools": tools},
     )
-    found = from_jsonl(path, "low")
+    found = from_files([path], "low")
     assert [prompt.messages[-1].content for prompt in found.prompts] == ["one  two", "onetwo", "two", "one two"]
     assert found.num_duplicates == 2
 

@@ -15,7 +15,6 @@ from pipeline.artifacts.files import disk_errors, write_bytes, write_json
 from pipeline.artifacts.storage import StoragePath
 from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig
-from pipeline.engine.config import EngineConfig
 from pipeline.errors import PipelineError
 from pipeline.export.card import TrainingRecord, model_card
 from pipeline.export.easydel_checkpoint import TRAIN_AGAIN, holds_weights, read_checkpoint
@@ -108,12 +107,7 @@ def _check(workspace: Workspace, directory: Path, texts: list[HeldoutText]) -> E
         load_target(config.target, target.path, runtime),
         load_draft(config.target.precision, directory, runtime),
         texts,
-        EngineConfig(
-            num_slots=config.serve.slots,
-            max_length=config.engine.max_length,
-            prefill_chunk=config.engine.prefill_chunk,
-            stop_token_ids=workspace.stop_token_ids,
-        ),
+        workspace.serving_engine,
         runtime,
     )
 

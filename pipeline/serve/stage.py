@@ -10,7 +10,6 @@ from pipeline import distributed
 from pipeline.config.choices import ServeMode
 from pipeline.config.fields import DRAFT
 from pipeline.config.schema import PipelineConfig
-from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.multihost import PrimaryEngine, follow_primary
 from pipeline.errors import PipelineError
@@ -70,12 +69,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
 
 def _engine(workspace: Workspace) -> Engine:
     config, target = workspace.config, workspace.target
-    engine = EngineConfig(
-        num_slots=config.serve.slots,
-        max_length=config.engine.max_length,
-        prefill_chunk=config.engine.prefill_chunk,
-        stop_token_ids=workspace.stop_token_ids,
-    )
+    engine = workspace.serving_engine
     limit = workspace.model.max_position_embeddings
     if engine.max_length > limit:  # before the weights are read
         raise PipelineError(

@@ -23,7 +23,6 @@ from pipeline.artifacts.files import disk_errors
 from pipeline.bench import stage as bench_stage
 from pipeline.config.fields import DRAFT, TARGET
 from pipeline.config.schema import PipelineConfig
-from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from pipeline.errors import PipelineError
@@ -34,7 +33,6 @@ from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat, random_weights
 from pipeline.model.hf.directory import read_draft, read_target, save_target
 from pipeline.prompts import corpus, tokenizer
-from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine_thread import EngineThread
@@ -115,12 +113,7 @@ def _serve(workspace: Workspace) -> None:
     config = workspace.config
     target = read_target(workspace.target.path, WeightFormat())
     draft = read_draft(Path(str(workspace.open(DRAFT).path)), jnp.float32)
-    engine = EngineConfig(
-        num_slots=config.serve.slots,
-        max_length=config.engine.max_length,
-        prefill_chunk=config.engine.prefill_chunk,
-        stop_token_ids=tuple(stop_token_ids(workspace.tokenizer)),
-    )
+    engine = workspace.serving_engine
     prompt, length = [int(token) for token in np.arange(5, 45)], 32
     plain = Request(request_id="plain", prompt_ids=tuple(prompt), max_new_tokens=length)
     wanted = next(iter(Engine(target, None, engine).generate([plain]))).token_ids

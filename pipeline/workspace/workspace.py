@@ -19,6 +19,7 @@ from pipeline.artifacts.hashing import fingerprint_of
 from pipeline.artifacts.storage import StoragePath
 from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig
+from pipeline.engine.config import EngineConfig
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
@@ -91,6 +92,16 @@ class Workspace:
     def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end one of the target's answers."""
         return specs.stop_token_ids(self.target.path, self.tokenizer)
+
+    @property
+    def serving_engine(self) -> EngineConfig:
+        """The engine of `stage=serve`; export and smoke run a draft in the same one."""
+        return EngineConfig(
+            num_slots=self.config.serve.slots,
+            max_length=self.config.engine.max_length,
+            prefill_chunk=self.config.engine.prefill_chunk,
+            stop_token_ids=self.stop_token_ids,
+        )
 
     @functools.cached_property
     def prompts(self) -> PromptSet:

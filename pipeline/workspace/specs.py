@@ -12,6 +12,7 @@ from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.hf.directory import read_target_config
 from pipeline.model.hf.json_files import read_object
+from pipeline.model.layers.config_values import is_whole
 from pipeline.model.layers.rope import Rope
 from pipeline.prompts import chat_format, files, sources, tokenizer
 from pipeline.prompts.efforts import EffortMix
@@ -84,7 +85,7 @@ def stop_token_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     file = directory / "generation_config.json"
     found = read_object(file, "").get("eos_token_id") if file.is_file() else None
     named = found if isinstance(found, list) else [] if found is None else [found]
-    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in named):
+    if any(not is_whole(token) or token < 0 for token in named):
         raise PipelineError(f"{file}: eos_token_id: found {found!r}, wanted a token's id or a list of them")
     return tuple(dict.fromkeys([*chat_format.stop_token_ids(tokenizer), *named]))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.model.gpt_oss import quantization
+from pipeline.model.layers.config_values import is_number, is_whole
 from pipeline.model.layers.rope import Rope
 
 KINDS = {"sliding_attention": True, "full_attention": False}  # of a layer, and whether its attention is limited
@@ -53,7 +54,7 @@ class GptOssConfig:
         ]
         wrong += quantization.problems(config)
         sizes = [field.name for field in dataclasses.fields(cls) if field.type is int]
-        numbers = {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0}
+        numbers = {field.name: field.default for field in dataclasses.fields(cls) if field.type is float}
         values: dict[str, Any] = {key: config.get(key) for key in sizes}
         values |= {key: default if config.get(key) is None else config[key] for key, default in numbers.items()}
         wrong += [f"{key}: missing" for key, value in values.items() if value is None]
@@ -124,13 +125,9 @@ def _misfits(values: dict[str, Any], sizes: list[str]) -> list[str]:
         if value is None:
             continue
         if key in sizes:
-            fits, wanted = (
-                isinstance(value, int) and not isinstance(value, bool) and value > 0,
-                "a positive whole number",
-            )
+            fits, wanted = is_whole(value) and value > 0, "a positive whole number"
         else:
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            fits, wanted = is_number and 0 < value < math.inf, "a positive number"
+            fits, wanted = is_number(value) and 0 < value < math.inf, "a positive number"
         if not fits:
             wrong.append(f"{key}: found {value!r}, wanted {wanted}")
     return wrong

@@ -12,6 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.hf.safetensors_files import Expected
 from pipeline.model.hf.tensor_source import Source, transposed, unchanged
+from pipeline.model.layers.config_values import is_number, is_whole
 from pipeline.model.layers.rope import Rope
 
 _NAMES = {
@@ -138,12 +139,9 @@ def _misfits(found: dict[str, Any], sizes: list[str]) -> list[str]:
     wrong = []
     for key in sizes:
         value = found[key]
-        if value is None or (_is_whole(value) and value > 0):
-            continue
-        if key != "rms_norm_eps":
-            wrong.append(f"{key}: found {value!r}, wanted a positive whole number")
-        elif not isinstance(value, float) or not value > 0:
-            wrong.append(f"{key}: found {value!r}, wanted a positive number")
+        is_kind, kind = (is_number, "number") if key == "rms_norm_eps" else (is_whole, "whole number")
+        if value is not None and not (is_kind(value) and value > 0):
+            wrong.append(f"{key}: found {value!r}, wanted a positive {kind}")
     if not isinstance(found["tapped_layers"] or [], list):
         wrong.append(f"target_layer_ids: found {found['tapped_layers']!r}, wanted a list of layers")
     return wrong
@@ -182,21 +180,17 @@ def _impossible(found: dict[str, Any]) -> list[str]:
     """Returns the values that are out of range."""
     wrong = []
     ids, last = found["tapped_layers"], found["num_target_layers"] - 2
-    if not ids or any(not _is_whole(layer) for layer in ids) or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] > last:
+    if not ids or any(not is_whole(layer) for layer in ids) or sorted(set(ids)) != ids or ids[0] < 0 or ids[-1] > last:
         wrong.append(
             f"target_layer_ids: found {ids}, wanted ascending layers of 0..{last} (runtimes take features in "
             "ascending order, and the last layer's output only after the final norm)"
         )
     mask = found["mask_token_id"]
-    if not _is_whole(mask) or not 0 <= mask < found["vocab_size"]:
+    if not is_whole(mask) or not 0 <= mask < found["vocab_size"]:
         wrong.append(f"mask_token_id: found {mask!r}, wanted an id below vocab_size ({found['vocab_size']})")
-    if not _is_whole(found["block_size"]) or found["block_size"] < 2:
+    if not is_whole(found["block_size"]) or found["block_size"] < 2:
         wrong.append(f"block_size: found {found['block_size']!r}, wanted at least 2")
     return wrong
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def tensor_name(path: str) -> str:

@@ -79,7 +79,8 @@ def open_target(directory: Path, adapter: Path | None = None) -> OpenedTarget:
 
     Raises PipelineError for weights that are quantised otherwise than as MXFP4, and for an adapter that does not fit.
     """
-    found, config, files = read_config(directory), read_target_config(directory), TensorFiles(directory)
+    found = read_config(directory)
+    config, files = GptOssConfig.from_hf(found, directory / "config.json"), TensorFiles(directory)
     named = quantization.named_by_tensors({name: tensor.kind for name, tensor in files.tensors.items()})
     if named is not None:
         raise PipelineError(f"{directory}: these weights are {named}; {quantization.MEND}")

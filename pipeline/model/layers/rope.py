@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pipeline.errors import PipelineError
+from pipeline.model.layers.config_values import is_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def _require_numbers(values: dict[str, Any]) -> None:
         "attention_factor",
     ):
         value = values.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+        if value is not None and not (is_number(value) and value > 0):
             raise PipelineError(f"{key}: found {value!r}, wanted a positive number")
     if not isinstance(values.get("truncate") or False, bool):
         raise PipelineError(f"truncate: found {values['truncate']!r}, wanted true or false")

@@ -22,6 +22,7 @@ export CONFORMANCE_VENVS
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
+	$(BIN)/python -m pipeline stage=ask
 
 # build/outcomes.json says what each test cost: $(BIN)/python -m tests.support.timing build/outcomes.json
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8

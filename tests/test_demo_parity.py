@@ -6,17 +6,13 @@ The default configuration's artifacts are looked for under $PIPELINE_OUTPUT_DIR,
 import json
 import os
 
-import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 from pipeline.config.choices import Precision
 from pipeline.config.fields import DRAFT
-from pipeline.config.schema import PipelineConfig
 from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine.config import EngineConfig
@@ -32,6 +28,7 @@ from pipeline.prompts.split import split_by_hash
 from pipeline.store.checkpoint_files import EVALUATION
 from pipeline.workspace.workspace import Workspace
 from tests.support import fitted as fitted_draft
+from tests.support.configuration import composed
 from tests.support.oracles import run_oracle
 from tests.support.paths import ROOT
 
@@ -44,11 +41,7 @@ class Demo:
     """The artifacts of the default configuration, in float32."""
 
     def __init__(self):
-        ConfigStore.instance().store(name="schema", node=PipelineConfig)
-        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = hydra.compose("config")
-        schema = OmegaConf.structured(PipelineConfig)
-        self.config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.to_container(composed, resolve=True)))
+        self.config = composed()
         self.config.output_dir = os.environ.get("PIPELINE_OUTPUT_DIR", str(ROOT / "outputs"))
         assert self.config.target.precision is Precision.float32
         try:

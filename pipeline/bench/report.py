@@ -1,10 +1,16 @@
 """Reports the results of a benchmark: as values for results.json and MLflow, and as a table for people."""
 
+import operator
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.bench.arms import Comparison
 from pipeline.bench.losslessness import Losslessness
+from pipeline.bench.workload import request_index
+from pipeline.dflash.acceptance import Acceptance
+
+BY_FAMILY, FAMILIES_A_LINE = "accept_length_by_family", 4
 
 
 def results(comparison: Comparison, lossless: Losslessness, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -19,6 +25,7 @@ def results(comparison: Comparison, lossless: Losslessness, evaluations: dict[st
         "speedup": comparison.speedup,
         "speedup_min": min(comparison.speedups),
         "speedup_max": max(comparison.speedups),
+        "break_even_accept_length": comparison.acceptance.accept_length / comparison.speedup,
         "plain_tokens_per_second": statistics.median(plain),
         "dflash_tokens_per_second": statistics.median(dflash),
         "plain_prefill_seconds": statistics.median(one.prefill_seconds for one in comparison.plain),
@@ -39,6 +46,20 @@ def results(comparison: Comparison, lossless: Losslessness, evaluations: dict[st
     return measured
 
 
+def by_family(comparison: Comparison, families: Sequence[str | None]) -> dict[str, dict[str, float]]:
+    """Returns the accept_length of each family of prompts under BY_FAMILY; nothing where no prompt has one.
+
+    `families` are those of the prompts that `requests_of` had; empty where they do not apply.
+    """
+    sums: dict[str, Acceptance] = {}
+    for answer in comparison.dflash[0].answers.values() if families else ():
+        family = families[request_index(answer.request_id)]
+        if family is not None and answer.accepted_per_round:
+            found = Acceptance.of(answer.accepted_per_round, comparison.acceptance.block_size)
+            sums[family] = sums[family] + found if family in sums else found
+    return {BY_FAMILY: {family: sums[family].accept_length for family in sorted(sums)}} if sums else {}
+
+
 def results_table(measured: dict[str, Any], block_size: int) -> str:
     """Returns the results as the lines that end a demo."""
     at_k = [measured[f"accept_rate_at_{k}"] for k in range(1, block_size)]
@@ -52,6 +73,7 @@ def results_table(measured: dict[str, Any], block_size: int) -> str:
             "speedup",
             f"{measured['speedup']:.2f}x ({measured['speedup_min']:.2f} to {measured['speedup_max']:.2f})",
         ),
+        ("break-even", f"accept_length {measured['break_even_accept_length']:.2f}, a round's cost in plain steps"),
         ("losslessness", _lossless(measured)),
     ]
     if "training_accept_length" in measured:
@@ -59,10 +81,19 @@ def results_table(measured: dict[str, Any], block_size: int) -> str:
         rows.append(("in training", f"accept_length {measured['training_accept_length']:.3f} (here {ratio:.1%} of it)"))
     if "export_accept_length" in measured:
         rows.append(("at export", f"accept_length {measured['export_accept_length']:.3f}"))
+    if BY_FAMILY in measured:
+        rows += _family_rows(measured[BY_FAMILY])
     rows.append(("measured on", f"{measured['num_prompts']} prompts, {measured['decode_tokens']} tokens"))
     width = max(len(name) for name, _ in rows)
     ruler = "-" * (width + 2 + max(len(value) for _, value in rows))
     return "\n".join([ruler, *(f"{name:<{width}}  {value}" for name, value in rows), ruler])
+
+
+def _family_rows(lengths: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Returns the families in lines of a few, the shortest accept_length first."""
+    shown = [f"{family} {length:.2f}" for family, length in sorted(lengths.items(), key=operator.itemgetter(1))]
+    lines = [shown[index : index + FAMILIES_A_LINE] for index in range(0, len(shown), FAMILIES_A_LINE)]
+    return [("by family" if not index else "", ", ".join(line)) for index, line in enumerate(lines)]
 
 
 def _lossless(measured: dict[str, Any]) -> str:

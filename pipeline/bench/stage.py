@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from pipeline.errors import PipelineError
+from pipeline.prompts.sources import Prompt
 from pipeline.store.checkpoint_files import EVALUATION
 from pipeline.tracking.run import Run
 from pipeline.workspace.loading import load_draft, load_target, runtime_for
@@ -40,7 +41,8 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     runtime = runtime_for(config.mesh, workspace.target.path, draft=directory)
     target = load_target(config.target, workspace.target.path, runtime)
     draft = load_draft(config.target.precision, directory, runtime)
-    requests = _requests(workspace)
+    prompts = workload.held_out(workspace.prompts.prompts, config.prompts.heldout_fraction)
+    requests = _requests(workspace, prompts)
     engine = EngineConfig(
         num_slots=config.bench.slots,
         max_length=max(len(request.prompt_ids) + request.max_new_tokens for request in requests),
@@ -56,7 +58,9 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     )
     slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
     lossless = losslessness.compare_answers(slow, fast, requests, target, runtime)
+    families = [] if config.bench.prompt_tokens is not None else [prompt.family for prompt in prompts]
     measured = report.results(comparison, lossless, _evaluations(config, exported))
+    measured |= report.by_family(comparison, families)
     print(report.results_table(measured, draft.config.block_size), flush=True)
 
     contract = dataclasses.replace(
@@ -67,6 +71,8 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     if distributed.is_primary():
         _write(workspace, exported, measured, lossless, contract, tracker.run_id)
     tracker.log_metrics({name: value for name, value in measured.items() if isinstance(value, (int, float))})
+    by_family = measured.get(report.BY_FAMILY, {})
+    tracker.log_metrics({f"accept_length/{family}": length for family, length in by_family.items()})
     tracker.log_json(artifact.CONTRACT, contract.to_json())
     tracker.log_json(RESULTS, measured)
     if lossless.bugs:
@@ -80,13 +86,10 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     return measured
 
 
-def _requests(workspace: Workspace) -> list[Request]:
-    wanted, prompts = workspace.config.bench, workspace.config.prompts
-    rendered = workload.held_out(
-        workspace.prompts.prompts, prompts.heldout_fraction, workspace.tokenizer, date=prompts.date
-    )
+def _requests(workspace: Workspace, prompts: Sequence[Prompt]) -> list[Request]:
+    wanted = workspace.config.bench
     requests = workload.requests_of(
-        rendered,
+        workload.rendered(prompts, workspace.tokenizer, date=workspace.config.prompts.date),
         num_prompts=wanted.num_prompts,
         max_new_tokens=wanted.max_new_tokens,
         prompt_tokens=wanted.prompt_tokens,

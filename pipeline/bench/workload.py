@@ -9,11 +9,17 @@ from pipeline.prompts.sources import Prompt
 from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import Tokenizer
 
+REQUEST_ID = "prompt-"
 
-def held_out(prompts: Sequence[Prompt], heldout_fraction: float, tokenizer: Tokenizer, *, date: str) -> list[list[int]]:
-    """Returns the token ids of the held-out prompts, as the target sees them on the day `date`."""
-    _, heldout = split_by_hash(prompts, heldout_fraction)
-    return [prompt_token_ids(tokenizer, prompt, date=date) for prompt in heldout]
+
+def held_out(prompts: Sequence[Prompt], heldout_fraction: float) -> list[Prompt]:
+    """Returns the held-out prompts of a set."""
+    return split_by_hash(prompts, heldout_fraction)[1]
+
+
+def rendered(prompts: Sequence[Prompt], tokenizer: Tokenizer, *, date: str) -> list[list[int]]:
+    """Returns the token ids of prompts, as the target sees them on the day `date`."""
+    return [prompt_token_ids(tokenizer, prompt, date=date) for prompt in prompts]
 
 
 def requests_of(
@@ -29,9 +35,14 @@ def requests_of(
     if prompt_tokens is not None:
         chosen = [_stretched(prompts, index, prompt_tokens) for index in range(len(chosen))]
     return [
-        Request(request_id=f"prompt-{index}", prompt_ids=tuple(ids), max_new_tokens=max_new_tokens)
+        Request(request_id=f"{REQUEST_ID}{index}", prompt_ids=tuple(ids), max_new_tokens=max_new_tokens)
         for index, ids in enumerate(chosen)
     ]
+
+
+def request_index(request_id: str) -> int:
+    """Returns which prompt a request of `requests_of` holds."""
+    return int(request_id.removeprefix(REQUEST_ID))
 
 
 def _stretched(prompts: Sequence[Sequence[int]], index: int, length: int) -> list[int]:

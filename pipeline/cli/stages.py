@@ -33,6 +33,7 @@ STAGES = {
         needs="target, export",
         makes="acceptance and speedup against plain decoding",
     ),
+    Stage.ask: StageInfo(needs="target, export", makes="the served model's answers to a few questions, on the screen"),
     Stage.compile: StageInfo(
         needs="nothing; the tpu extra",
         makes="what the programs need and cost on a TPU slice, without one",

@@ -12,6 +12,7 @@ class Stage(enum.Enum):
     export = "export"
     serve = "serve"
     bench = "bench"
+    ask = "ask"
     compile = "compile"
     roofline = "roofline"
     peer = "peer"

@@ -50,6 +50,8 @@ from pipeline.config.fields import (
     share,
 )
 
+QUESTIONS = ("What is 17 + 25?", "Sort 5, 2, 9, 1 from small to large.", "Write a Python function f that adds 3 to x.")
+
 
 @dataclasses.dataclass(kw_only=True)
 class ArchitectureConfig:
@@ -77,8 +79,14 @@ class ArchitectureConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class PretrainConfig:
-    """Sets how `stage=target` trains a target of `target.architecture` from scratch (the tiny target alone)."""
+    """Sets how `stage=target` trains a target of `target.architecture` from scratch (the tiny target alone).
 
+    With a `sha256`, the package has a target ready that these settings trained, and that is taken instead, unless
+    `from_scratch` trains it again.
+    """
+
+    from_scratch: bool = setting(False, key=None)
+    sha256: str | None = setting(None, rule=sha256, key=None)
     num_conversations: int = setting(MISSING, rule=positive, key=TARGET)
     steps: int = setting(MISSING, rule=positive, key=TARGET)
     batch_tokens: int = setting(MISSING, rule=positive, key=TARGET)
@@ -316,6 +324,14 @@ class BenchConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class AskConfig:
+    """Sets what `stage=ask` asks the served model, at the effort of `serve.reasoning_effort`."""
+
+    questions: list[str] = setting(lambda: list(QUESTIONS), factory=True, key=None)
+    max_new_tokens: int = setting(192, rule=positive, key=None)
+
+
+@dataclasses.dataclass(kw_only=True)
 class MeshConfig:
     """Sets the devices that a target and its draft are split over, and the hosts that have them.
 
@@ -421,6 +437,7 @@ class PipelineConfig:
     engine: EngineSettings = group(EngineSettings)
     serve: ServeConfig = group(ServeConfig)
     bench: BenchConfig = group(BenchConfig)
+    ask: AskConfig = group(AskConfig)
     roofline: RooflineConfig = group(RooflineConfig)
     peer: PeerConfig = group(PeerConfig)
     train_peer: TrainPeerConfig = group(TrainPeerConfig)

@@ -21,12 +21,16 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
             "peer.command is empty; give the program to compare with, as in "
             "'peer.command=[.venv-oracle/bin/python,tests/oracles/gpt_oss_speed.py]'"
         )
+    if config.target.adapter is not None:
+        raise PipelineError(
+            f"target.adapter is {config.target.adapter}; the other program reads target.path without it, and would "
+            "decode another model: write the merged model with PEFT's merge_and_unload, and give that as target.path"
+        )
     workspace, chosen = Workspace(config), config.prompts
     runtime = runtime_for(config.mesh, workspace.target.path)
     target = load_target(config.target, workspace.target.path, runtime)
-    rendered = workload.held_out(
-        workspace.prompts.prompts, chosen.heldout_fraction, workspace.tokenizer, date=chosen.date
-    )
+    prompts = workload.held_out(workspace.prompts.prompts, chosen.heldout_fraction)
+    rendered = workload.rendered(prompts, workspace.tokenizer, date=chosen.date)
     requests = workload.requests_of(
         rendered, num_prompts=wanted.num_prompts, max_new_tokens=wanted.max_new_tokens, prompt_tokens=None
     )

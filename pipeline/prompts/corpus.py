@@ -40,8 +40,9 @@ OPENINGS = ("", "", "Please help. ", "Task: ", "Question: ")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Holds one user turn and both channels of its answer, as plain text."""
+    """Holds one user turn and both channels of its answer, as plain text; `family` is the kind of the question."""
 
+    family: str
     prompt: str
     effort: str
     analysis: str
@@ -61,8 +62,10 @@ def conversation(seed: int, index: int, effort: str | None = None) -> Conversati
     drawn = rng.choice(EFFORTS)  # drawn in any case: the prompt must not depend on who chose the effort
     effort = drawn if effort is None else effort
     opening = rng.choice(OPENINGS)
-    exchange = rng.choice(FAMILIES)(rng)
+    family = rng.choice(FAMILIES)
+    exchange = family(rng)
     return Conversation(
+        family=family.__name__,
         prompt=opening + exchange.question,
         effort=effort,
         analysis=_analysis(exchange, effort),

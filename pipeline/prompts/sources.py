@@ -22,6 +22,7 @@ log = logging.getLogger("pipeline")
 
 SHOWN_ROWS = 10
 DRAWS_PER_PROMPT = 20
+Draw = Callable[[int], tuple[str, str | None]]  # the text and the family of the prompt of an index
 PROMPT = "prompt"  # the column of texts unless another is named
 
 
@@ -30,12 +31,14 @@ class Prompt:
     """Holds the messages that the target answers, and the functions that it may call.
 
     `prompt_id` is the sha256 of the canonical JSON of the messages, or of messages and tools, without the effort.
+    `family` is the kind of question, where the source knows it.
     """
 
     prompt_id: str
     messages: tuple[Message, ...]
     effort: str
     tools: tuple[Tool, ...] = ()
+    family: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +77,28 @@ def limited(found: PromptSet, count: int | None) -> PromptSet:
 
 def generated(seed: int, count: int, effort: str | EffortMix) -> PromptSet:
     """Returns the first `count` distinct prompts of the tiny target's corpus."""
-    return _drawn(lambda index: conversation(seed, index).prompt, count, effort, "embedded corpus")
+
+    def write(index: int) -> tuple[str, str | None]:
+        drawn = conversation(seed, index)
+        return drawn.prompt, drawn.family
+
+    return _drawn(write, count, effort, "embedded corpus")
 
 
 def everyday(seed: int, count: int, effort: str | EffortMix) -> PromptSet:
     """Returns the first `count` distinct requests in plain English."""
-    return _drawn(lambda index: request(seed, index), count, effort, "generator of everyday requests")
+    return _drawn(lambda index: (request(seed, index), None), count, effort, "generator of everyday requests")
 
 
-def _drawn(write: Callable[[int], str], count: int, effort: str | EffortMix, source: str) -> PromptSet:
+def _drawn(write: Draw, count: int, effort: str | EffortMix, source: str) -> PromptSet:
     _check_effort(effort)
     if count < 1:
         raise PipelineError(f"the number of generated prompts is {count}; it must be positive")
     found: dict[str, Prompt] = {}
     for index in range(count * DRAWS_PER_PROMPT):
-        prompt = prompt_of([Message("user", write(index))], effort)
-        found.setdefault(prompt.prompt_id, prompt)
+        text, family = write(index)
+        prompt = prompt_of([Message("user", text)], effort)
+        found.setdefault(prompt.prompt_id, dataclasses.replace(prompt, family=family))
         if len(found) == count:
             return PromptSet(tuple(found.values()), index + 1 - count)
     raise PipelineError(

@@ -40,8 +40,9 @@ TEMPLATE_WORDS = (
     "analysis",
     "final",
 )
-# each digit is a token, so that sums are learned digit by digit; words take the space before them, digits do not
-PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# each digit is a token, so that sums are learned digit by digit, and so is each letter that stands alone: with a space
+# before it or without, it is the same token; words take the space before them, digits and letters do not
+PATTERN = r" ?\p{L}{2,}|\p{L}|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 NUM_BYTES = 256
 
 

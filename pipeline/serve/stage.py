@@ -4,11 +4,9 @@ import contextlib
 import json
 import logging
 import time
-from pathlib import Path
 
 from pipeline import distributed
 from pipeline.config.choices import ServeMode
-from pipeline.config.fields import DRAFT
 from pipeline.config.schema import PipelineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.multihost import PrimaryEngine, follow_primary
@@ -16,8 +14,8 @@ from pipeline.errors import PipelineError
 from pipeline.serve import server
 from pipeline.serve.api import Api, create_app
 from pipeline.serve.engine_thread import EngineThread
+from pipeline.serve.loading import engine_of
 from pipeline.tracking.run import Run
-from pipeline.workspace.loading import load_draft, load_target, runtime_for
 from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
@@ -29,13 +27,14 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     Of several hosts the primary serves and the others compute with it.
     """
     wanted, workspace = config.serve, Workspace(config)
+    is_dflash = wanted.mode is ServeMode.dflash
     if not distributed.is_primary():
-        engine = _engine(workspace)
+        engine = engine_of(workspace, with_draft=is_dflash)
         engine.warm_up()
         follow_primary(engine)
         return
     with contextlib.closing(server.bind(wanted.host, wanted.port)) as listener:  # first: a port is soon refused
-        engine = _engine(workspace)
+        engine = engine_of(workspace, with_draft=is_dflash)
         started = time.monotonic()
         engine.warm_up()
         log.info("compiled and warmed up in %.1f s", time.monotonic() - started)
@@ -65,24 +64,6 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     _report(tracker, api, engine)
     if engine_thread.failure is not None:
         raise PipelineError(f"the engine failed while serving: {engine_thread.failure}; the log has the traceback")
-
-
-def _engine(workspace: Workspace) -> Engine:
-    config, target = workspace.config, workspace.target
-    engine = workspace.serving_engine
-    limit = workspace.model.max_position_embeddings
-    if engine.max_length > limit:  # before the weights are read
-        raise PipelineError(
-            f"engine.max_length is {engine.max_length}; {config.target.name} has {limit} positions "
-            f"(max_position_embeddings); set engine.max_length to {limit} or less"
-        )
-    is_dflash = config.serve.mode is ServeMode.dflash
-    draft_path = Path(str(workspace.open(DRAFT).path)) if is_dflash else None  # drafts are never in buckets
-    runtime = runtime_for(config.mesh, target.path, draft=draft_path)
-    model = load_target(config.target, target.path, runtime)
-    draft = None if draft_path is None else load_draft(config.target.precision, draft_path, runtime)
-    kind = PrimaryEngine if distributed.is_multihost() and distributed.is_primary() else Engine
-    return kind(model, draft, engine, runtime)
 
 
 def _report(tracker: Run, api: Api, engine: Engine) -> None:

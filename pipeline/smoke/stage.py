@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import shutil
-import threading
 import urllib.request
 from pathlib import Path
 
@@ -33,9 +32,7 @@ from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat, random_weights
 from pipeline.model.hf.directory import read_draft, read_target, save_target
 from pipeline.prompts import corpus, tokenizer
-from pipeline.serve import server
-from pipeline.serve.api import Api, create_app
-from pipeline.serve.engine_thread import EngineThread
+from pipeline.serve.background import served
 from pipeline.tracking.run import Run
 from pipeline.workspace import specs
 from pipeline.workspace.workspace import Workspace
@@ -68,7 +65,8 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         workspace = Workspace(config)
         _random_draft(workspace)
     measured = bench_stage.run(config, tracker)
-    infinite = [name for name, value in measured.items() if not math.isfinite(value)]
+    numbers = {name: value for name, value in measured.items() if isinstance(value, int | float)}
+    infinite = [name for name, value in numbers.items() if not math.isfinite(value)]
     if infinite or measured["equal_answers"] != measured["num_prompts"] or not measured["num_rounds"]:
         raise PipelineError(
             f"smoke: {measured['equal_answers']} of {measured['num_prompts']} answers equal plain greedy's in "
@@ -118,25 +116,11 @@ def _serve(workspace: Workspace) -> None:
     plain = Request(request_id="plain", prompt_ids=tuple(prompt), max_new_tokens=length)
     wanted = next(iter(Engine(target, None, engine).generate([plain]))).token_ids
 
+    model, effort = config.target.name, config.serve.reasoning_effort.value
     drafted = Engine(target, draft, engine)
-    engine_thread = EngineThread(drafted)
-    listener = server.bind(config.serve.host, 0)
-    effort = config.serve.reasoning_effort.value
-    api = Api(
-        engine_thread, drafted, workspace.tokenizer, model=config.target.name, effort=effort, date=config.serve.date
-    )
-    serving = server.create_server(create_app(api), listener, cut=engine_thread.end)
-    thread = threading.Thread(target=server.serve, args=(serving, listener), name="smoke-server")
-    engine_thread.start()
-    thread.start()
-    try:
-        body = {"model": config.target.name, "prompt": prompt, "max_tokens": length, "return_token_ids": True}
-        answer = _post(f"{server.url(listener)}/v1/completions", body)
-    finally:
-        serving.should_exit = True
-        thread.join()
-        engine_thread.stop()
-        listener.close()
+    with served(drafted, workspace.tokenizer, model=model, effort=effort, date=config.serve.date) as address:
+        body = {"model": model, "prompt": prompt, "max_tokens": length, "return_token_ids": True}
+        answer = _post(f"{address}/v1/completions", body)
     found = tuple(answer["choices"][0]["token_ids"])
     if found != wanted:
         raise PipelineError(f"smoke: the server answered {found}, plain greedy decoding {wanted}")

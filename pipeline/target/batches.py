@@ -1,7 +1,7 @@
 """Arranges the embedded corpus in batches of a fixed number of tokens."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,17 +23,22 @@ class TokenBatch:
 class Example:
     """Holds one conversation as tokens; the assistant's begin at index `prompt_tokens`."""
 
-    token_ids: Sequence[int]
+    token_ids: Int[np.ndarray, " T"]
     prompt_tokens: int
 
 
-def tokenize(tokenizer: Tokenizer, conversations: Sequence[corpus.Conversation]) -> list[Example]:
+def bucket_lengths(longest: int) -> tuple[int, ...]:
+    """Returns the lengths that rows are padded to, in positions: few programs, and little padding between them."""
+    return tuple(longest * eighths // 8 for eighths in range(4, 9))
+
+
+def tokenize(tokenizer: Tokenizer, conversations: Iterable[corpus.Conversation]) -> list[Example]:
     """Renders conversations as serving does: the prompt by the chat template, then both channels."""
     examples = []
     for conversation in conversations:
         prompt = render_prompt(tokenizer, [{"role": "user", "content": conversation.prompt}], conversation.effort)
         completion = harmony.render_completion(tokenizer, conversation.analysis, conversation.final)
-        examples.append(Example([*prompt, *completion], len(prompt)))
+        examples.append(Example(np.array([*prompt, *completion], np.int32), len(prompt)))
     return examples
 
 

@@ -1,5 +1,6 @@
 """Trains a model of the GPT-OSS architecture from scratch: loss, optimizer and the jitted step."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,10 +15,12 @@ from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import GptOssWeights, random_weights
 from pipeline.model.layers.pytree import pytree_dataclass
+from pipeline.muon import scale_by_muon
 from pipeline.target.batches import TokenBatch
 
-WARM_UP = 0.05  # share of the steps
-FINAL_RATE = 0.05  # share of the peak learning rate
+WARM_UP = 0.03  # share of the steps
+FINAL_RATE = 0.02  # share of the peak learning rate
+MUON_SIDE = 16  # rows and columns that a matrix has at least
 
 
 @pytree_dataclass()
@@ -30,12 +33,27 @@ class TrainingState:
 
 
 def pretrain_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with warm-up and cosine decay, gradients clipped to norm 1; vectors have no weight decay."""
+    """Returns Muon for the layers' matrices and Adam for the rest, with warm-up, cosine decay and clipping to norm 1.
+
+    Embedding and head are Adam's, as Muon wants it, and so are routers and the experts' biases, which have few rows.
+    Weights decay, vectors do not.
+    """
     rate = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, int(WARM_UP * steps)), steps, FINAL_RATE * learning_rate
     )
     decayed = partial(jax.tree.map, lambda array: array.ndim > 1)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.05, mask=decayed))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.partition({True: scale_by_muon(), False: optax.scale_by_adam(b2=0.95)}, _is_muons),
+        optax.add_decayed_weights(0.05, mask=decayed),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _is_muons(weights: GptOssWeights) -> GptOssWeights:
+    """Returns a tree of the weights' structure: whether Muon has the array."""
+    layers = jax.tree.map(lambda array: array.ndim == 2 and min(array.shape) >= MUON_SIDE, weights.layers)
+    return dataclasses.replace(jax.tree.map(lambda _: False, weights), layers=layers)
 
 
 def start(config: GptOssConfig, optimizer: optax.GradientTransformation, key: Array) -> TrainingState:

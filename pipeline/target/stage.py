@@ -1,6 +1,7 @@
 """`stage=target`: trains the tiny target, converts a pretrained one, or checks the one at `target.path`."""
 
 import logging
+import statistics
 from pathlib import Path
 
 from pipeline.artifacts import artifact
@@ -8,17 +9,20 @@ from pipeline.artifacts.files import disk_errors, require_free_space
 from pipeline.config.fields import TARGET
 from pipeline.config.schema import PipelineConfig, TargetConfig
 from pipeline.model.gpt_oss.model import TargetModel
-from pipeline.model.hf.directory import save_target
+from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf.directory import read_target, save_target
 from pipeline.progress import Progress
 from pipeline.prompts.tokenizer import config_token_ids, load_tokenizer
-from pipeline.target import llama, smollm, training, wheel
+from pipeline.target import answers, llama, questions, shipped, smollm, training, wheel
 from pipeline.target.gguf_file import GgufFile
 from pipeline.tracking.run import Run
-from pipeline.workspace import contracts, specs
+from pipeline.workspace import contracts, settings, specs
 from pipeline.workspace.loading import load_target, runtime_for
 from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
+
+QUESTIONS_PER_FAMILY = 15
 
 
 def run(config: PipelineConfig, tracker: Run) -> None:
@@ -36,13 +40,27 @@ def run(config: PipelineConfig, tracker: Run) -> None:
             log.info("target is complete: %s", path)
         else:
             scratch = artifact.open_scratch(path, resume=True)
-            if config.target.pretrained is None:
-                _train(scratch, config, tracker)
-            else:
+            if config.target.pretrained is not None:
                 _convert(path, scratch, config.target)
+            elif settings.is_shipped(config.target):
+                _copy(scratch, config)
+            else:
+                _train(scratch, config, tracker)
             _seal(workspace, scratch)
+            if config.target.pretrained is None:
+                _measure(path, config.seed, tracker)
     tracker.log_json(artifact.CONTRACT, workspace.target.contract.to_json())
     tracker.set_tag("artifact", str(path))
+
+
+def _copy(scratch: Path, config: PipelineConfig) -> None:
+    wanted = config.target.pretrain
+    assert wanted is not None, "is_shipped has looked"
+    assert wanted.sha256 is not None, "is_shipped has looked"
+    with_these = settings.pretrain_settings(config)
+    without_seed = {name: value for name, value in with_these.items() if name != "seed"}
+    shipped.copy(shipped.DIRECTORY, scratch, wanted.sha256, without_seed)
+    log.info("target: the package's own, trained before; %s trains it again", shipped.FROM_SCRATCH)
 
 
 def _train(scratch: Path, config: PipelineConfig, tracker: Run) -> None:
@@ -73,6 +91,24 @@ def _convert(path: Path, scratch: Path, target: TargetConfig) -> None:
     tokenizer.save_pretrained(scratch)
     save_target(scratch, TargetModel(model, weights), config_token_ids(tokenizer))
     wheel.clear(scratch)
+
+
+def _measure(path: Path, seed: int, tracker: Run) -> None:
+    """Logs how many held-out questions of its corpus a trained target answers right."""
+    target, asked = read_target(path, WeightFormat()), questions.held_out_conversations(seed, QUESTIONS_PER_FAMILY)
+    right = answers.answers_right(target, load_tokenizer(path), asked)
+    total = statistics.mean(right.values())  # of equally many questions each
+    fewest = min(right, key=right.__getitem__)
+    log.info(
+        "target: %.1f%% of %d held-out questions are answered right, of the family %s %.1f%%, of every other as many "
+        "or more",
+        100 * total,
+        len(asked),
+        fewest,
+        100 * right[fewest],
+    )
+    by_family = {f"target/answers_right/{family}": share for family, share in right.items()}
+    tracker.log_metrics({"target/answers_right": total, **by_family})
 
 
 def _gguf(scratch: Path, target: TargetConfig) -> Path:

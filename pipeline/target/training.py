@@ -8,25 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array, Float
 
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.progress import Progress
 from pipeline.prompts import corpus
 from pipeline.prompts.tokenizer import Tokenizer, train_tokenizer
-from pipeline.target import batches, pretrain
+from pipeline.target import batches, pretrain, questions
 from pipeline.tracking.run import Run
 
 log = logging.getLogger("pipeline")
 
 TOKENIZER_CONVERSATIONS = 3000
-HELD_OUT_CONVERSATIONS = 128
-CORPUS_SEED, HELD_OUT_SEED = (
-    1_000_000,
-    2_000_000,
-)  # other seeds than the prompt set's, which is drawn with the seed itself
+HELD_OUT_PER_FAMILY = 6
 CHECKPOINTS = "checkpoints"
 
 
@@ -45,11 +43,11 @@ class PretrainPlan:
 
 def train(scratch: Path, model: GptOssConfig, plan: PretrainPlan, tracker: Run) -> tuple[TargetModel, Tokenizer]:
     """Trains the target and its tokenizer from the last checkpoint in `scratch`, if any; removes all checkpoints."""
-    conversations = [corpus.conversation(CORPUS_SEED + plan.seed, index) for index in range(plan.num_conversations)]
+    conversations = list(questions.training_conversations(plan.seed, plan.num_conversations))
     tokenizer = train_tokenizer(corpus.texts(conversations[:TOKENIZER_CONVERSATIONS]), model.vocab_size)
     examples = batches.tokenize(tokenizer, conversations)
-    lengths = (plan.sequence_length // 2, plan.sequence_length)
-    held_out = _held_out(tokenizer, HELD_OUT_SEED + plan.seed, plan.sequence_length)
+    lengths = batches.bucket_lengths(plan.sequence_length)
+    held_out = _held_out(tokenizer, plan.seed, plan.sequence_length)
 
     optimizer = pretrain.pretrain_optimizer(plan.learning_rate, plan.steps)
     state = pretrain.start(model, optimizer, jax.random.key(plan.seed))
@@ -75,10 +73,15 @@ def train(scratch: Path, model: GptOssConfig, plan: PretrainPlan, tracker: Run) 
     log.info("target: next-token accuracy on unseen conversations %.3f", accuracy)
     tracker.log_metrics({"target/heldout_accuracy": accuracy})
     shutil.rmtree(scratch / CHECKPOINTS)
-    return TargetModel(model, jax.tree.map(np.asarray, state.weights)), tokenizer
+    return TargetModel(model, jax.tree.map(_in_bfloat16, state.weights)), tokenizer
+
+
+def _in_bfloat16(array: Float[Array, "..."]) -> Float[np.ndarray, "..."]:
+    """Returns float32 values that bfloat16 has too, as GPT-OSS's are: both precisions then run the same weights."""
+    return np.asarray(array.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def _held_out(tokenizer: Tokenizer, seed: int, length: int) -> batches.TokenBatch:
-    conversations = [corpus.conversation(seed, index) for index in range(HELD_OUT_CONVERSATIONS)]
+    conversations = questions.held_out_conversations(seed, HELD_OUT_PER_FAMILY)
     examples = [each for each in batches.tokenize(tokenizer, conversations) if len(each.token_ids) <= length]
     return batches.pad(examples, length)

@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 from jaxtyping import Array
 
+from pipeline.muon import scale_by_muon
 from pipeline.train.recipe import Recipe
-
-MUON_RMS = 0.2  # root mean square of a Muon step over the learning rate, as Adam's steps have
 
 
 class Averaged(NamedTuple):
@@ -23,29 +21,16 @@ class Averaged(NamedTuple):
 def optimizer_of(recipe: Recipe) -> optax.GradientTransformation:
     """Returns the optimizer: clipping by the global norm, a step by the schedule, decay of matrices alone, the average.
 
-    The average changes no step. Steps are Adam's, or with `muon` Muon's for matrices, scaled to the size that
-    Adam's have, so that one learning rate suits both.
-    Source of the scale: `adjust_lr_fn="match_rms_adamw"` of torch.optim.Muon; arXiv 2502.16982.
+    The average changes no step. Steps are Adam's, or with `muon` Muon's for matrices.
     """
     adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
     steps = [
         optax.clip_by_global_norm(recipe.clip_grad),
-        optax.partition({True: _muon(), False: adam}, _is_matrix) if recipe.muon else adam,
+        optax.partition({True: scale_by_muon(), False: adam}, _is_matrix) if recipe.muon else adam,
         optax.add_decayed_weights(recipe.weight_decay, mask=_is_matrix),
         optax.scale_by_learning_rate(schedule_of(recipe)),
     ]
     return optax.chain(*steps, *([] if recipe.ema_decay is None else [averaged(recipe.ema_decay)]))
-
-
-def _muon() -> optax.GradientTransformation:
-    def axes(matrices: Any) -> Any:
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), matrices)
-
-    def scale(update: Array, _weight: Array | None) -> Array:
-        # optax's `scale_by_shape` computes the factor in float32, which changes its last bit for some shapes
-        return update * (MUON_RMS * max(update.shape) ** 0.5)
-
-    return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless_with_tree_map(scale))
 
 
 def schedule_of(recipe: Recipe) -> Callable[[Array], Array]:

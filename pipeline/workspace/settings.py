@@ -18,11 +18,12 @@ from pipeline.artifacts.hashing import fingerprint_of, remembered_sha256
 from pipeline.config import fields
 from pipeline.config.choices import Effort, FeatureSource, FeatureStore, Generator, PromptSource
 from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
-from pipeline.config.schema import PipelineConfig, PromptsConfig, plain
+from pipeline.config.schema import PipelineConfig, PromptsConfig, TargetConfig, plain
 from pipeline.prompts import files
 
 # raised when the program makes other bytes of equal settings, or keys are computed otherwise
 VERSIONS = {TARGET: 3, TEACHER_CACHE: 2, CHECKPOINT: 2, DRAFT: 2}  # target 3: config.json has both spellings of RoPE
+PRETRAIN_RECIPE = 2  # raised when a target is trained otherwise; 2: Muon, steps written out, letters as tokens
 GIVEN_TARGET_VERSION = 2  # of a target from outside, whose bytes are nobody's here: only how its key is computed
 PARENT = {TEACHER_CACHE: TARGET, CHECKPOINT: TEACHER_CACHE, DRAFT: CHECKPOINT}
 
@@ -38,10 +39,24 @@ def declared(config: Any, kind: str) -> dict[str, Any]:
 
 def target_settings(config: PipelineConfig) -> dict[str, Any]:
     """Returns what decides the bytes of a target that `stage=target` trains or converts."""
-    found = declared(config, TARGET)
     if config.target.pretrained is not None:
+        found = declared(config, TARGET)
         return {name: value for name, value in found.items() if name.startswith("target.pretrained.")}
-    return found
+    if is_shipped(config.target):
+        assert config.target.pretrain is not None, "is_shipped has looked"
+        return {"target.pretrain.sha256": config.target.pretrain.sha256}
+    return pretrain_settings(config)
+
+
+def pretrain_settings(config: PipelineConfig) -> dict[str, Any]:
+    """Returns what decides the bytes of a target that is trained from scratch."""
+    return declared(config, TARGET) | {"target.pretrain.recipe": PRETRAIN_RECIPE}
+
+
+def is_shipped(target: TargetConfig) -> bool:
+    """Returns whether the package's trained target is taken and nothing trained."""
+    pretrain = target.pretrain
+    return target.path is None and pretrain is not None and pretrain.sha256 is not None and not pretrain.from_scratch
 
 
 def teacher_cache_settings(

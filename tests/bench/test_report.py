@@ -1,5 +1,6 @@
 """The numbers of a benchmark as values and as the table that ends a demo."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from pipeline.bench import report
 from pipeline.bench.arms import ArmPass, Comparison
 from pipeline.bench.losslessness import Difference, Losslessness
 from pipeline.dflash.acceptance import Acceptance
+from pipeline.engine.request import Completion
 
 KEYS = {
     "accept_length",
@@ -18,6 +20,7 @@ KEYS = {
     "speedup",
     "speedup_min",
     "speedup_max",
+    "break_even_accept_length",
     "plain_tokens_per_second",
     "dflash_tokens_per_second",
     "plain_prefill_seconds",
@@ -60,6 +63,7 @@ def test_results_hold_every_measure_under_the_names_of_mlflow():
     assert found["accept_length"] == 1 + 9 / 6
     assert found["accept_rate"] == 9 / 18
     assert (found["speedup"], found["speedup_min"], found["speedup_max"]) == (2.0, 2.0, 3.0)
+    assert found["break_even_accept_length"] == 1.25  # a draft with that accept_length would have speedup 1
     assert (found["plain_tokens_per_second"], found["dflash_tokens_per_second"]) == (400.0, 1200.0)
     assert (found["plain_prefill_seconds"], found["dflash_prefill_seconds"]) == (0.25, 0.5)
     assert (found["num_prompts"], found["num_rounds"], found["decode_tokens"]) == (9, 6, 1200)
@@ -89,11 +93,28 @@ def test_the_table_shows_every_number_a_demo_promises():
         "plain": "400 tokens/s",
         "DFLASH": "1200 tokens/s",
         "speedup": "2.00x (2.00 to 3.00)",
+        "break-even": "accept_length 1.25, a round's cost in plain steps",
         "losslessness": "9 of 9 answers equal plain greedy's",
         "in training": "accept_length 2.000 (here 125.0% of it)",
         "at export": "accept_length 2.400",
         "measured on": "9 prompts, 1200 tokens",
     }
+
+
+def test_families_are_measured_apart_and_shown_from_the_shortest_to_the_longest():
+    rounds = {"prompt-1": (3, 3), "prompt-0": (0, 1, 2), "prompt-2": (3,), "prompt-10": (2, 2), "prompt-3": ()}
+    answers = {
+        name: Completion(request_id=name, token_ids=(1,), finish_reason="stop", accepted_per_round=accepted)
+        for name, accepted in rounds.items()
+    }
+    dflash = dataclasses.replace(one_pass(1.0, 0.5), answers=answers)
+    comparison = dataclasses.replace(COMPARISON, dflash=(dflash,))
+    families = ["sums", "code", "sums", "none", *[None] * 6, "code"]
+    found = report.by_family(comparison, families)
+    assert found == {"accept_length_by_family": {"code": 1 + 10 / 4, "sums": 1 + 6 / 4}}
+    assert "by family         sums 2.50, code 3.50\n" in report.results_table(measured() | found, 4)
+    assert report.by_family(comparison, [None] * 11) == {}
+    assert report.by_family(comparison, []) == {}
 
 
 def test_the_table_distinguishes_ties_from_wrong_answers():

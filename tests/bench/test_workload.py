@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.bench.workload import held_out, requests_of
+from pipeline.bench.workload import held_out, rendered, requests_of
 from pipeline.errors import PipelineError
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
@@ -16,7 +16,7 @@ def test_held_out_prompts_are_rendered_on_the_day_asked_for():
     tokenizer = chatml_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"
     prompts = [prompt_of([Message("user", f"number {index}")], "low") for index in range(20)]
-    texts = [tokenizer.decode(ids) for ids in held_out(prompts, 0.5, tokenizer, date="2025-08-05")]
+    texts = [tokenizer.decode(ids) for ids in rendered(held_out(prompts, 0.5), tokenizer, date="2025-08-05")]
     chosen = [prompt for prompt in prompts if is_heldout(prompt.prompt_id, 0.5)]
     assert texts == [f"2025-08-05 {prompt.messages[0].content}" for prompt in chosen]
 

@@ -8,30 +8,21 @@ import threading
 import time
 
 import httpx
-import jax
 import openai
 import pytest
 
-from pipeline.artifacts import artifact
-from pipeline.artifacts.artifact import Parent
-from pipeline.config.fields import CHECKPOINT, DRAFT
-from pipeline.config.schema import DraftConfig, EngineSettings, PipelineConfig, ServeConfig, TargetConfig
+from pipeline.config.schema import EngineSettings, PipelineConfig, ServeConfig, TargetConfig
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from pipeline.errors import PipelineError
-from pipeline.model.dflash import weights as dflash_weights
-from pipeline.model.dflash.model import DraftModel
-from pipeline.model.gpt_oss import weights as gpt_oss_weights
-from pipeline.model.gpt_oss.config import GptOssConfig
-from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat
-from pipeline.model.hf.directory import read_target, save_draft, save_target
+from pipeline.model.hf.directory import read_target
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.serve import server, stage
 from pipeline.workspace.workspace import Workspace
-from tests.support.models import TARGET
 from tests.support.recorder import Recorder
+from tests.support.served import random_pair
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -40,40 +31,7 @@ USER = {"role": "user", "content": "What is 17 + 25?"}
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tokenizer):
-    root = tmp_path_factory.mktemp("served")
-    target_path, draft_path = root / "target", root / "draft"
-    target_path.mkdir()
-    sizes = GptOssConfig.from_hf({**TARGET, "vocab_size": 512})
-    save_target(target_path, TargetModel(sizes, gpt_oss_weights.random_weights(sizes, jax.random.key(0))), {})
-    tokenizer.save_pretrained(target_path)
-    config = PipelineConfig(
-        output_dir=str(root),
-        target=TargetConfig(name="random", path=str(target_path)),
-        draft=DraftConfig(
-            block_size=5,
-            num_hidden_layers=2,
-            num_tapped_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-        ),
-        engine=EngineSettings(max_length=96, prefill_chunk=16),
-        serve=ServeConfig(slots=3, port=0),
-    )
-    config.export.path = str(draft_path)
-    workspace = Workspace(config)
-    shape = workspace.draft_config
-    draft = DraftModel(shape, dflash_weights.random_weights(shape, jax.random.key(1)))
-    save_draft(artifact.open_scratch(draft_path, resume=False), draft, {})
-    artifact.seal(
-        draft_path,
-        kind=DRAFT,
-        key=workspace.key(DRAFT),
-        settings=workspace.settings(DRAFT),
-        parents={CHECKPOINT: Parent(key="0123456789ab", fingerprint="f" * 64)},
-        contract=workspace.contract(DRAFT).to_json(),
-    )
-    return config
+    return random_pair(tmp_path_factory.mktemp("served"), tokenizer)
 
 
 def run_with_visitor(config, capsys, visit):

@@ -18,7 +18,7 @@ def examples():
     """Of 4 to 30 tokens, so that some are too long; every token tells its example."""
     random = np.random.default_rng(0)
     return [
-        Example([index + 1] * int(length), int(random.integers(1, length)))
+        Example(np.full(int(length), index + 1, np.int32), int(random.integers(1, length)))
         for index, length in enumerate(random.integers(4, 31, 150))
     ]
 

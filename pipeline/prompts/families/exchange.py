@@ -29,3 +29,8 @@ def worded(rng: random.Random, forms: Sequence[tuple[str, str]], **slots: object
 def listed(items: Sequence[object]) -> str:
     """Returns the items as text, separated by commas: `3, 5, 8`."""
     return ", ".join(str(item) for item in items)
+
+
+def numbered(items: Sequence[object]) -> str:
+    """Returns the items as text, each after its number: `1 red, 2 blue`."""
+    return ", ".join(f"{number} {item}" for number, item in enumerate(items, start=1))

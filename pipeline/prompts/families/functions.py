@@ -57,8 +57,9 @@ def branch(rng: random.Random) -> Exchange:
 
 def loop(rng: random.Random) -> Exchange:
     """Returns an exchange that asks what a `for` loop over a range prints."""
-    first, step = rng.randint(0, 9), rng.choice((1, 1, 2))
-    times = rng.randint(3, 5)
+    step = rng.choice((1, 1, 2))
+    times = rng.randint(3, 6 - step)
+    first = rng.randint(0, 9 - step * times)  # no value of i has two digits
     last = first + step * times
     add = rng.choice((0, 1, 2, 10))
     body = f"i + {add}" if add else "i"
@@ -72,5 +73,7 @@ def loop(rng: random.Random) -> Exchange:
     )
     question, answer = worded(rng, forms, bounds=bounds, body=body, printed=listed(printed))
     walk = [f"{i} + {add} = {i + add}" for i in values] if add else values
-    steps = f"i goes {listed(values)}." + (f" {listed(walk)}." if add else "")
+    steps = f"The last i is {last} - {step} = {last - step}. i goes {listed(values)}." + (
+        f" {listed(walk)}." if add else ""
+    )
     return Exchange(question, "Follow the loop.", steps, f"It runs {times} times.", answer)

@@ -18,8 +18,9 @@ def addition(rng: random.Random) -> Exchange:
     )
     question, answer = worded(rng, forms, a=a, b=b, c=a + b)
     ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
-    tens = f"{a // 10} + {b // 10}" + (" + 1" if carry else "")
-    steps = f"Ones: {a % 10} + {b % 10} = {ones}. Tens: {tens} = {a // 10 + b // 10 + carry}. Total: {a + b}."
+    tens = a // 10 + b // 10
+    carried = f", {tens} + 1 = {tens + 1}" if carry else ""
+    steps = f"Ones: {a % 10} + {b % 10} = {ones}. Tens: {a // 10} + {b // 10} = {tens}{carried}. Total: {a + b}."
     return Exchange(question, "Add the ones, then the tens.", steps, f"So {a} + {b} = {a + b}.", answer)
 
 
@@ -43,7 +44,7 @@ def subtraction(rng: random.Random) -> Exchange:
 
 
 def multiplication(rng: random.Random) -> Exchange:
-    """Returns an exchange that multiplies two small numbers by listing the multiples."""
+    """Returns an exchange that multiplies two small numbers by listing the products up to theirs."""
     a, b = rng.randint(2, 9), rng.choice((2, 3, 4, 5, 10))
     forms = (
         ("What is {a} x {b}?", "{a} x {b} = {c}"),
@@ -56,8 +57,8 @@ def multiplication(rng: random.Random) -> Exchange:
         ("Compute {a} x {b} step by step.", "The result is {c}."),
     )
     question, answer = worded(rng, forms, a=a, b=b, c=a * b)
-    multiples = ", ".join(str(b * i) for i in range(1, a + 1))
-    return Exchange(question, f"Count by {b}, {a} times.", f"{multiples}.", f"So {a} x {b} = {a * b}.", answer)
+    products = ", ".join(f"{i} x {b} = {b * i}" for i in range(1, a + 1))
+    return Exchange(question, f"Count by {b}, {a} times.", f"{products}.", f"So {a} x {b} = {a * b}.", answer)
 
 
 def story_problem(rng: random.Random) -> Exchange:

@@ -2,11 +2,11 @@
 
 import random
 
-from pipeline.prompts.families.exchange import Exchange, listed, worded
+from pipeline.prompts.families.exchange import Exchange, listed, numbered, worded
 
 
 def counting(rng: random.Random) -> Exchange:
-    """Returns an exchange that counts up or down by a fixed step."""
+    """Returns an exchange that counts up or down by a fixed step; the numbers are counted along, to know the last."""
     step, length = rng.choice((1, 1, 1, 2, 2, 5, 10)), rng.randint(6, 9)
     down = rng.random() < 0.4
     low = rng.randint(1, 30)
@@ -15,22 +15,21 @@ def counting(rng: random.Random) -> Exchange:
         numbers.reverse()
     way = "down" if down else "up"
     forms = (
-        ("Count {way} from {a} to {b} by {s}.", "{numbers}"),
-        ("Start at {a} and count {way} by {s} until {b}.", "Here it is: {numbers}"),
-        ("List the numbers from {a} {way} to {b} in steps of {s}.", "The numbers are {numbers}."),
+        ("Count {way} from {a} by {s}, {n} numbers.", "{numbers}"),
+        ("Start at {a} and count {way} by {s} for {n} numbers.", "Here it is: {numbers}"),
+        ("List {n} numbers from {a} {way} in steps of {s}.", "The numbers are {numbers}."),
         ("Write {n} numbers from {a} {way} by {s}.", "{n} numbers: {numbers}"),
-        ("Go {way} from {a} in steps of {s} and stop at {b}.", "{numbers}. Stop."),
+        ("Go {way} from {a} in steps of {s} and stop after {n} numbers.", "{numbers}. Stop."),
     )
     slots = {
         "way": way,
         "a": numbers[0],
-        "b": numbers[-1],
         "s": step,
         "n": length,
         "numbers": listed(numbers),
     }
     question, answer = worded(rng, forms, **slots)
-    steps = f"Start at {numbers[0]}, go {way} by {step}."
+    steps = f"Write {length} numbers {way} by {step}: {numbered(numbers)}."
     check = f"There are {length} numbers."
     return Exchange(question, f"Count {way} in steps of {step}.", steps, check, answer)
 
@@ -55,7 +54,7 @@ def continuation(rng: random.Random) -> Exchange:
     for number in following:
         walk.append(f"{last} {sign} {step} = {number}.")
         last = number
-    steps = f"The step is {sign} {step}. " + " ".join(walk)
+    steps = f"From {shown[0]} to {shown[1]} is {sign} {step}. " + " ".join(walk)
     return Exchange(question, "Find the step of the list.", steps, "The list is done.", answer)
 
 
@@ -104,9 +103,11 @@ def extreme(rng: random.Random) -> Exchange:
 
 def parity(rng: random.Random) -> Exchange:
     """Returns an exchange that selects the even or the odd members of a list of digits."""
-    items = rng.sample(range(1, 10), 5)
+    items = [*rng.sample((1, 3, 5, 7, 9), rng.randint(1, 4)), rng.choice((2, 4, 6, 8))]
+    items += rng.sample(sorted({2, 4, 6, 8} - set(items)), 5 - len(items))
+    rng.shuffle(items)
     word, rest = ("even", 0) if rng.random() < 0.5 else ("odd", 1)
-    matching = [item for item in items if item % 2 == rest]  # five different digits hold both kinds
+    matching = [item for item in items if item % 2 == rest]
     forms = (
         ("Which of {items} are {word}?", "The {word} numbers are {matching}."),
         ("Keep the {word} numbers: {items}", "{matching}"),
@@ -114,5 +115,10 @@ def parity(rng: random.Random) -> Exchange:
         ("Find all {word} numbers in the list {items}.", "They are {matching}."),
     )
     question, answer = worded(rng, forms, items=listed(items), word=word, matching=listed(matching))
-    steps = " ".join(f"{item} is {'odd' if item % 2 else 'even'}." for item in items)
+    chosen: list[int] = []
+    walk = []
+    for item in items:
+        chosen += [item] if item in matching else []
+        walk.append(f"{item} is {'odd' if item % 2 else 'even'}: {listed(chosen) or 'none'}.")
+    steps = " ".join(walk)
     return Exchange(question, "Look at each number.", steps, f"There are {len(matching)} {word} numbers.", answer)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from pipeline.prompts.families.exchange import COLORS, NAMES, THINGS, Exchange, worded
+from pipeline.prompts.families.exchange import COLORS, NAMES, THINGS, Exchange, listed, worded
 
 
 def pairs_table(rng: random.Random) -> Exchange:
@@ -39,7 +39,7 @@ def times_table(rng: random.Random) -> Exchange:
     )
     table = _table(("n", f"{k} x n"), rows)
     question, answer = worded(rng, forms, k=k, a=rows[0][0], b=rows[-1][0], table=table)
-    steps = " ".join(f"{k} x {n} = {product}." for n, product in rows)
+    steps = f"n is {listed([n for n, _ in rows])}. " + " ".join(f"{k} x {n} = {product}." for n, product in rows)
     return Exchange(question, f"Multiply each n by {k}.", steps, f"There are {len(rows)} rows.", answer)
 
 

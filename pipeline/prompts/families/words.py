@@ -3,7 +3,7 @@
 import random
 import string
 
-from pipeline.prompts.families.exchange import COLORS, NAMES, Exchange, listed, worded
+from pipeline.prompts.families.exchange import COLORS, NAMES, Exchange, listed, numbered, worded
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -22,48 +22,50 @@ def letters(rng: random.Random) -> Exchange:
     )
     slots = {"items": listed(items), "word": "-".join(items), "task": task, "result": listed(result)}
     question, answer = worded(rng, forms, **slots)
-    steps = f"There are {len(items)} letters. The first is {result[0]} and the last is {result[-1]}."
+    steps = f"{numbered(items)}."
+    if backwards:
+        steps += f" Back: {listed([f'{number} {item}' for number, item in enumerate(items, start=1)][::-1])}."
     plan = f"Go {task} one letter at a time."
     return Exchange(question, plan, steps, f"So we get {' '.join(result)}.", answer)
 
 
 def repetition(rng: random.Random) -> Exchange:
-    """Returns an exchange that repeats a word, or two in turn."""
+    """Returns an exchange that repeats a word or two and numbers them."""
     words = rng.sample((*COLORS, *NAMES), rng.choice((1, 2)))
-    times = rng.randint(3, 8)
+    times = rng.randint(2, 5)
     phrase = " and ".join(words)
-    result = listed(words * times)
-    numbered = ", ".join(f"{i} {' '.join(words)}" for i in range(1, times + 1))
+    result = numbered([" ".join(words)] * times)
     forms = (
-        ("Write {phrase} {times} times.", "{result}"),
-        ("Say {phrase} {times} times in a row.", "Here it is: {result}"),
-        ("Repeat {phrase} {times} times and number them.", "{numbered}"),
-        ("Make a list with {phrase} {times} times.", "The list is {result}."),
+        ("Write {phrase} {times} times with numbers.", "{result}"),
+        ("Say {phrase} {times} times and count along.", "Here it is: {result}"),
+        ("Repeat {phrase} {times} times and number them.", "{result}."),
+        ("Make a numbered list with {phrase} {times} times.", "The list is {result}."),
     )
-    question, answer = worded(rng, forms, phrase=phrase, times=times, result=result, numbered=numbered)
-    steps = f"Write {phrase}, {times} times."
+    question, answer = worded(rng, forms, phrase=phrase, times=times, result=result)
+    steps = f"Write {phrase}, {times} times: {result}."
     check = f"That is {times} x {len(words)} = {times * len(words)} words."
     return Exchange(question, "Repeat and count.", steps, check, answer)
 
 
 def tally(rng: random.Random) -> Exchange:
-    """Returns an exchange that counts a color in a short row of colors."""
+    """Returns an exchange that counts a color in a short numbered row of colors."""
     pair = rng.sample(COLORS, 2)
     row = [rng.choice(pair) for _ in range(rng.randint(4, 7))]
     wanted = rng.choice(pair)
     forms = (
-        ("How many times is {wanted} in {row}?", "{wanted} is there {n} times."),
+        ("How many times is {wanted} in the row {row}?", "{wanted} is there {n} times."),
         ("Count {wanted} in the list {row}.", "There are {n} of {wanted}."),
         ("Here is a row: {row}. How many are {wanted}?", "{n} are {wanted}."),
-        ("In {row}, how many are {wanted}?", "The number is {n}."),
+        ("In the list {row}, how many are {wanted}?", "The number is {n}."),
     )
     n = row.count(wanted)
-    question, answer = worded(rng, forms, wanted=wanted, row=listed(row), n=n)
+    question, answer = worded(rng, forms, wanted=wanted, row=numbered(row), n=n)
     seen, walk = 0, []
-    for color in row:
+    for number, color in enumerate(row, start=1):
         seen += color == wanted
-        walk.append(f"{color} {seen}")
-    return Exchange(question, f"Count each {wanted}.", f"{listed(walk)}.", f"So {wanted} is there {n} times.", answer)
+        walk.append(f"{number} {color} {'yes' if color == wanted else 'no'}: {seen}")
+    steps = f"Count {wanted}: {', '.join(walk)}."
+    return Exchange(question, "Look at each color.", steps, f"So {wanted} is there {n} times.", answer)
 
 
 def weekday(rng: random.Random) -> Exchange:
@@ -79,5 +81,4 @@ def weekday(rng: random.Random) -> Exchange:
     )
     slots = {"days": days, "word": word, "start": DAYS[start], "end": walk[-1], "name": rng.choice(NAMES)}
     question, answer = worded(rng, forms, **slots)
-    steps = ", ".join(f"{i} {day}" for i, day in enumerate(walk, start=1)) + "."
-    return Exchange(question, f"Go {days} days, one at a time.", steps, f"So it is {walk[-1]}.", answer)
+    return Exchange(question, f"Go {days} days, one at a time.", f"{numbered(walk)}.", f"So it is {walk[-1]}.", answer)

@@ -1,0 +1,52 @@
+"""`stage=ask`: asks the served model a few questions over HTTP, and shows its answers and what a round yielded."""
+
+import logging
+
+from pipeline.config.choices import ServeMode
+from pipeline.config.schema import PipelineConfig
+from pipeline.engine.engine import Engine
+from pipeline.external.chat import ChatClient, Reply
+from pipeline.serve.background import served
+from pipeline.serve.loading import engine_of
+from pipeline.tracking.run import Run
+from pipeline.workspace.workspace import Workspace
+
+log = logging.getLogger("pipeline")
+
+SECONDS_TO_ANSWER = 600.0
+
+
+def run(config: PipelineConfig, tracker: Run) -> None:
+    """Serves the model on this machine, asks it `ask.questions` one after the other, and prints the replies."""
+    workspace, wanted = Workspace(config), config.ask
+    engine = engine_of(workspace, with_draft=config.serve.mode is ServeMode.dflash)
+    engine.warm_up()
+    model, effort = config.target.name, config.serve.reasoning_effort.value
+    with served(engine, workspace.tokenizer, model=model, effort=effort, date=config.serve.date) as address:
+        log.info("ask: %s answers on %s", model, address)
+        client = ChatClient(f"{address}/v1", model=model, timeout_seconds=SECONDS_TO_ANSWER)
+        replies = [(question, client.ask(question, wanted.max_new_tokens)) for question in wanted.questions]
+    for question, reply in replies:
+        print(_shown(question, reply, engine), flush=True)
+    tracker.log_json("replies.json", {question: reply.text for question, reply in replies})
+
+
+def _shown(question: str, reply: Reply, engine: Engine) -> str:
+    parts = {"question": question, "thought": reply.analysis, "answer": reply.text, "tokens": _tokens(reply, engine)}
+    width = max(map(len, parts)) + 2
+    lines = []
+    for name, text in parts.items():
+        if text:
+            first, *rest = text.splitlines()
+            lines += [f"{name:<{width}}{first}", *(" " * width + line for line in rest)]
+    return "\n".join([*lines, ""])
+
+
+def _tokens(reply: Reply, engine: Engine) -> str:
+    if engine.block_size is None:
+        return f"{reply.num_tokens}, one a step"
+    rounds = (reply.num_accepted + reply.num_rejected) // (engine.block_size - 1)
+    if not rounds:
+        return f"{reply.num_tokens}, without a round"
+    mean = (reply.num_accepted + rounds) / rounds
+    return f"{reply.num_tokens} in {rounds} rounds, {mean:.1f} a round of at most {engine.block_size}"

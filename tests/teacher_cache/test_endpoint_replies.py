@@ -131,6 +131,15 @@ def test_tokens_that_an_endpoint_tells_are_taken_as_they_are(reader, tokenizer):
     assert tokens_of(reader, completion, EndpointApi.completions) == ((1, 2), "length")
 
 
+def test_every_token_that_ends_an_answer_ends_it_whoever_names_it(tokenizer):
+    """A target's generation_config.json may name more of them than its chat format."""
+    stops = stop_token_ids(tokenizer)
+    reply = {"choices": [{"text": "", "token_ids": [9, 8, 7, 6], "finish_reason": "stop"}]}
+    for others, wanted in (((), ((9, 8, 7, 6), "length")), ((8,), ((9, 8), "stop"))):
+        reader = AnswerReader(tokenizer, [*stops, *others], MAX_NEW_TOKENS)
+        assert tokens_of(reader, reply, EndpointApi.completions) == wanted
+
+
 def test_a_plain_chat_format_has_content_and_the_token_that_ends_it():
     plain = chatml_tokenizer()
     reader = AnswerReader(plain, stop_token_ids(plain), MAX_NEW_TOKENS)
@@ -155,6 +164,7 @@ BAD = {
     "no final": (chat(content=None, reasoning="Hm"), "the answer has reasoning alone"),
     "a number": (chat(content=4), "content is 4; wanted text"),
     "a control token": (chat(content="a <|end|> b"), "spells the control tokens"),
+    "two analyses": (chat(content="4", reasoning="a", reasoning_content="b"), "reasoning_content and reasoning, which"),
     "two calls": (chat(content="", tool_calls=[{}, {}]), "the answer has 2 tool_calls"),
     "a cut call": (chat("length", tool_calls=[{}]), "cut off in a tool call"),
 }

@@ -29,18 +29,19 @@ from tests.support.chatml import chatml_tokenizer
 from tests.support.compiled import quickly
 from tests.support.recorder import Recorder
 
-NUM_PROMPTS, NUM_ROWS, MAX_NEW_TOKENS = 100, 24, 40
+NUM_ROWS, MAX_NEW_TOKENS = 24, 40
 Spoken = tuple[Path, list[dict[str, Any]]]  # a target, and conversations whose last turn it wrote
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A target's chat format, and how an answer in it becomes a message."""
+    """A target's chat format, how an answer in it becomes a message, and how many prompts give enough of them."""
 
     tokenizer: Callable[[], Any]
     options: dict[str, Any]
     message: Callable[[str], dict[str, str] | None]
     mask_token: str
+    num_prompts: int
 
 
 def harmony_tokenizer() -> Any:
@@ -59,8 +60,9 @@ KINDS = {
         {"ends": speaking.HARMONY_ENDS, "follow": speaking.HARMONY},
         speaking.harmony_message,
         "<|reserved_200000|>",
+        90,
     ),
-    "ChatML": Kind(chatml_tokenizer, {"ends": speaking.CHATML_ENDS}, chatml_message, "<gh_stars>"),
+    "ChatML": Kind(chatml_tokenizer, {"ends": speaking.CHATML_ENDS}, chatml_message, "<gh_stars>", 36),
 }
 
 
@@ -75,7 +77,7 @@ def spoken(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
     tokenizer = KINDS[kind].tokenizer()
     speaking.save_speaking_target(directory, tokenizer, **KINDS[kind].options)
     config = settings(kind, directory, directory / "outputs")
-    config.prompts.source, config.prompts.count = PromptSource.generated, NUM_PROMPTS
+    config.prompts.source, config.prompts.count = PromptSource.generated, KINDS[kind].num_prompts
     with quickly():
         stage.run(config, Recorder())
     found = made_by(config)
@@ -86,6 +88,7 @@ def spoken(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Spoken:
         if message is not None:
             conversations.append({"messages": [*asked[name], message]})
     assert len(conversations) >= NUM_ROWS
+    np.random.default_rng(0).shuffle(conversations)  # of both splits
     # those with an analysis, which are few, come first
     conversations.sort(key=lambda row: -len(row["messages"][-1]))
     return directory, conversations[:NUM_ROWS]
@@ -96,7 +99,7 @@ def settings(kind: str, target: Path, outputs: Path) -> PipelineConfig:
     config.draft.mask_token = KINDS[kind].mask_token
     config.prompts.source, config.prompts.count = PromptSource.jsonl, None
     config.teacher_cache = dataclasses.replace(
-        config.teacher_cache, max_prompt_tokens=200, max_new_tokens=MAX_NEW_TOKENS, verify=1.0
+        config.teacher_cache, max_prompt_tokens=200, max_new_tokens=MAX_NEW_TOKENS
     )
     return config
 
@@ -156,6 +159,7 @@ def test_answers_that_the_target_wrote_give_the_engines_cache(
     assert kind != "Harmony" or any("reasoning_content" in row["messages"][-1] for row in rows)
     for name, shaped in (("chats", rows), ("shared", [sharegpt(row) for row in rows])):
         tracker, config = Recorder(), reading(shaped, name=name)
+        config.teacher_cache.verify = 1.0
         with caplog.at_level(logging.INFO, "pipeline"):
             stage.run(config, tracker)
         found = made_by(config)
@@ -202,10 +206,11 @@ def test_answers_to_other_prompts_are_refused_with_the_name_of_their_file(
     assert not artifact.exists(Workspace(config).address(TEACHER_CACHE))
 
 
+@pytest.mark.parametrize("kind", ["ChatML"], indirect=True, scope="module")
 def test_answers_that_were_sampled_are_taken_as_such(kind: str, reading: Callable[..., PipelineConfig]) -> None:
     """They are far from greedy ones, and surprise the target no more than its own samples do."""
     engine = reading([], Generator.engine)
-    engine.prompts.source, engine.prompts.count = PromptSource.generated, NUM_PROMPTS
+    engine.prompts.source, engine.prompts.count = PromptSource.generated, KINDS[kind].num_prompts
     engine.teacher_cache.temperature = 0.7
     stage.run(engine, Recorder())
     drawn = made_by(engine)

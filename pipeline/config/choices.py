@@ -78,10 +78,14 @@ class OnBadRow(enum.Enum):
 
 
 class Generator(enum.Enum):
-    """Says who answers for a teacher cache: our engine, or an OpenAI-compatible endpoint with the target."""
+    """Says who answers for a teacher cache: our engine, an OpenAI-compatible endpoint with the target, or nobody.
+
+    `given`: the rows of the prompts end with answers that the target wrote earlier.
+    """
 
     engine = "engine"
     openai = "openai"
+    given = "given"
 
 
 class OpenAIApi(enum.Enum):

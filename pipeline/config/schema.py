@@ -179,10 +179,11 @@ class OpenAIConfig:
 class TeacherCacheConfig:
     """Sets how the target's responses and the features of its tapped layers are made.
 
-    `path` may be a prefix in a bucket (`gs://`, `s3://`). `features` null: bfloat16, or none when
-    `train.features=live`. `temperature` 0 is greedy. `verify` is the share of train sequences that the target reads
-    again when the cache is complete. Of `num_writers` commands with the same settings, `writer` makes each its share.
-    The engine that answers has `slots` slots.
+    `path` may be a prefix in a bucket (`gs://`, `s3://`). `generator=given` takes the answers at the end of the rows of
+    prompts, which the target wrote earlier, with this `temperature` (0 is greedy) and `top_p`. `features` null:
+    bfloat16, or none when `train.features=live`. `verify` is the share of train sequences that the target reads again
+    when the cache is complete. Of `num_writers` commands with the same settings, `writer` makes each its share. The
+    engine that answers has `slots` slots.
     """
 
     path: str | None = setting(None, key=None, is_path=True)

@@ -29,6 +29,7 @@ def validate(config: PipelineConfig) -> None:
         *_target(config.target),
         *_prompts(config.prompts),
         *_teacher_cache(config.teacher_cache),
+        *_answer_rows(config),
         *_draft(config.draft),
         *_train(config.train),
         *_features(config),
@@ -112,6 +113,16 @@ def _teacher_cache(cache: TeacherCacheConfig) -> list[str]:
     if cache.writer >= cache.num_writers:
         broken.append(f"teacher_cache.writer is {cache.writer}; it must be 0 to teacher_cache.num_writers - 1")
     return broken
+
+
+def _answer_rows(config: PipelineConfig) -> list[str]:
+    source = config.prompts.source
+    if config.teacher_cache.generator is not Generator.given or source in (PromptSource.jsonl, PromptSource.dataset):
+        return []
+    return [
+        f"prompts.source is {source.value}; teacher_cache.generator=given takes the answers at the end of rows: choose "
+        "prompts.source=jsonl or prompts.source=dataset"
+    ]
 
 
 def _is_plain_url(url: str) -> bool:

@@ -6,7 +6,7 @@ weights that were written. Rounding (bfloat16 weights and features) changes a fe
 not share (layers, their order, mask token, RoPE, what a block sees) changes most of them.
 
 The engine decodes the prompts greedily. Where it writes the cached text, as it always does with a greedy float32 cache,
-its rounds are compared directly. Where it writes another (texts that were sampled or came from an endpoint, near-ties
+its rounds are compared directly. Where it writes another (texts that were sampled or came from outside, near-ties
 in bfloat16), it is forced along the cached text instead: rounds over different texts differ by several percent anyway,
 and their comparison would show nothing.
 """

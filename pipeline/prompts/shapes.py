@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.prompts.messages import ASKING_ROLES, INSTRUCTION_ROLES, effort_problem, messages_problem
+from pipeline.prompts.messages import ASKING_ROLES, INSTRUCTION_ROLES, THINKING, effort_problem, messages_problem
 from pipeline.prompts.tools import shown, tools_problem
 
 FIELDS = {  # of each shape, the fields that one of which makes a row of it
@@ -22,7 +22,8 @@ FIELDS = {  # of each shape, the fields that one of which makes a row of it
 TITLES = {"prompt": "prompt", "messages": "messages", "sharegpt": "ShareGPT", "alpaca": "Alpaca"}
 EFFORT_FIELDS = ("effort", "reasoning_effort")
 ROW_FIELDS = ("tools", *EFFORT_FIELDS, "system")  # read beside the prompt or the messages
-ALPACA_FIELDS = ("input", "history")  # beside the instruction
+ALPACA_ANSWERS = ("output", "response")
+ALPACA_FIELDS = ("input", "history", *ALPACA_ANSWERS)  # beside the instruction
 MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
 ROLES = {  # what others call them
     "human": "user",
@@ -34,12 +35,13 @@ ROLES = {  # what others call them
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
 NOT_READABLE, NO_USER, MEDIA = "not readable", "without a user turn", "with images, sound or files"
+NO_ANSWER = "without an answer"
 SEPARATOR = "\n\n"  # between instructions that are joined
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Holds what a row asks; `is_answered` says that it ended with an answer, which is left out.
+    """Holds what a row asks; `answer` has the assistant's turns at its end, as they are written.
 
     `unread` names what else the row holds that could be meant.
     """
@@ -48,7 +50,7 @@ class Row:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
     effort: str | None
-    is_answered: bool = False
+    answer: Sequence[Mapping[str, Any]] = ()
     unread: str | None = None
 
 
@@ -173,14 +175,14 @@ def _tolerant(row: dict[str, Any], shape: str) -> Row:
     # what is no text, and what stands beside a prompt that is one, was never read
     is_read = isinstance(row.get("system"), str) and not (shape == "prompt" and isinstance(row["prompt"], str))
     turns = _with_instructions(_turns(_json(value)), row["system"] if is_read else None)
-    asked, is_answered = _asked(turns)
+    asked, answer = _asked(turns)
     messages = _one_call_each(asked)
     tools = _list_in(row.get("tools"))
     tools = [_wrapped(tool) for tool in tools] if isinstance(tools, list) else tools
     problem = _unicode_problem(row) or messages_problem(messages) or tools_problem(tools)
     if problem is not None:
         raise LeftOut(problem)
-    return Row(shape=shape, messages=messages, tools=tools, effort=_effort(row), is_answered=is_answered)
+    return Row(shape=shape, messages=messages, tools=tools, effort=_effort(row), answer=answer)
 
 
 def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -189,7 +191,9 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
         raise LeftOut(f"has instruction {shown(instruction)} and input {shown(text)}; wanted texts")
     if row.get("history"):
         raise LeftOut("has a history beside the instruction; write it as messages")
-    return [{"role": "user", "content": f"{instruction}\n{text}" if text.strip() else instruction}]
+    answer = next((row[field] for field in ALPACA_ANSWERS if isinstance(row.get(field), str) and row[field]), None)
+    turns = [{"role": "user", "content": f"{instruction}\n{text}" if text.strip() else instruction}]
+    return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
 
 
 def _effort(row: dict[str, Any]) -> str | None:
@@ -289,16 +293,17 @@ def _with_instructions(turns: list[dict[str, Any]], system: Any) -> list[dict[st
     return [{"role": role, "content": SEPARATOR.join(instructions)}, *turns[num_first:]]
 
 
-def _asked(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
-    """Returns the turns without the answer at their end, and whether there was one."""
+def _asked(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the turns without the answer at their end, and the turns of that answer which say something."""
     asking = [index for index, turn in enumerate(turns) if turn["role"] in ASKING_ROLES]
     if not asking:
         unknown = any(turn["role"] not in ("assistant", "tool", *INSTRUCTION_ROLES) for turn in turns)
         raise LeftOut(messages_problem(turns) if turns else None, NOT_READABLE if unknown else NO_USER)
     answer = turns[asking[-1] + 1 :]
     if any(turn["role"] != "assistant" for turn in answer):
-        return turns, False  # what stands there is reported
-    return turns[: asking[-1] + 1], bool(answer)
+        return turns, []  # what stands there is reported
+    spoken = ("content", "tool_calls", *THINKING)
+    return turns[: asking[-1] + 1], [turn for turn in answer if any(turn.get(field) for field in spoken)]
 
 
 def _one_call_each(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:

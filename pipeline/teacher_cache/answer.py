@@ -1,4 +1,4 @@
-"""Answers rendered prompts with our engine."""
+"""Defines the outcome of a prompt, answered or failed; answers rendered prompts with our engine."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -32,13 +32,27 @@ class FailedPrompt:
     reason: str
 
 
+OnFinished = Callable[[Completion], None]
+Answering = Callable[[Sequence[RenderedPrompt], OnFinished], Sequence[AnsweredPrompt | FailedPrompt]]
+
+
+def finished(row: RenderedPrompt, answer: tuple[tuple[int, ...], str], on_finished: OnFinished) -> AnsweredPrompt:
+    """Returns a prompt with an answer from outside (tokens, and why they end), after reporting that it is finished."""
+    token_ids, reason = answer
+    completion = Completion(
+        request_id=row.prompt.prompt_id, token_ids=token_ids, finish_reason=reason, accepted_per_round=()
+    )
+    on_finished(completion)
+    return _answered(row, completion)
+
+
 def answer_prompts(
     target: TargetModel,
     rows: Sequence[RenderedPrompt],
     engine_config: EngineConfig,
     *,
     max_new_tokens: int,
-    on_finished: Callable[[Completion], None],
+    on_finished: OnFinished,
     origin: AnswerOrigin = ENGINE,
     runtime: Runtime = SINGLE_DEVICE,
 ) -> list[AnsweredPrompt | FailedPrompt]:

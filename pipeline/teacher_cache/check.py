@@ -6,9 +6,9 @@ features must equal those that the target computes now. A label, a token or a fe
 fails one of the three tests.
 
 A text that our engine sampled with a seed is checked in the same way, because its noise is known and selects the same
-tokens again. The noise, kernels and precision behind an endpoint's text are unknown. Such a draft is therefore checked
-against the text itself, which shows that the labels are at the right positions, and the text as a whole against the
-target.
+tokens again. The noise, kernels and precision behind a text from outside (an endpoint's, or a row's own answer) are
+unknown. Such a draft is therefore checked against the text itself, which shows that the labels are at the right
+positions, and the text as a whole against the target.
 """
 
 import dataclasses
@@ -61,11 +61,11 @@ def check_cache(
 
     A token whose logit lies within `tie_gap` of the best counts as the target's choice. With `is_exact` (float32) the
     gold draft must reach B, otherwise 95% of B: in bfloat16 a text generated step by step and the same text read at
-    once differ now and then. An endpoint's text (`origin`) counts as the target's as long as it is near enough as a
+    once differ now and then. A text from outside (`origin`) counts as the target's as long as it is near enough as a
     whole. Raises PipelineError listing everything that fails.
     """
     block_size = draft.block_size
-    is_from_engine, divergence = origin.endpoint is None, Divergence()
+    divergence, longest_answer = Divergence(), 0
     random = np.random.default_rng(seed)
     gold, chance = acceptance.empty(block_size), acceptance.empty(block_size)
     wrong_prompts, num_tokens, num_off = [], 0, 0
@@ -73,20 +73,18 @@ def check_cache(
         if sequence.token_ids[: sequence.prompt_tokens].tolist() != list(prompts[index]):
             wrong_prompts.append(split.prompt_ids[index][:12])
         num_tokens += len(sequence.token_ids)
+        longest_answer = max(longest_answer, len(sequence.token_ids) - sequence.prompt_tokens)
         if sequence.features is not None:
             errors = relative_errors(sequence.features, captured.features, split.layout.num_tapped).max(axis=1)
             num_off += int((errors > FEATURE_TOLERANCE).sum())
-        target_ids = _target_ids(sequence, captured, tie_gap if is_from_engine else np.inf)
-        if not is_from_engine:
+        target_ids = _target_ids(sequence, captured, tie_gap if origin.is_engine else np.inf)
+        if not origin.is_engine:
             divergence += Divergence.of(captured.shortfall[sequence.prompt_tokens - 1 : -1], origin, tie_gap)
         labels = gold_proposals(sequence, block_size)
         guesses = random.integers(0, draft.vocab_size, labels.shape, dtype=np.int32)
         gold += score(sequence, labels, target_ids, block_size)
         chance += score(sequence, guesses, target_ids, block_size)
-    problems = _problems(gold, chance, block_size, is_exact or not is_from_engine)
-    refusal = divergence.problem(origin)
-    if refusal is not None and refusal[1]:
-        problems.append(refusal[0])
+    problems = _problems(gold, chance, block_size, is_exact or not origin.is_engine)
     if wrong_prompts:
         problems.append(f"{len(wrong_prompts)} sequences do not begin with their prompt: {', '.join(wrong_prompts)}")
     if num_off > FEATURE_OUTLIERS * num_tokens:
@@ -100,7 +98,20 @@ def check_cache(
             f"the teacher cache fails its check on {split.num_sequences} held-out sequences; it would train a draft "
             f"that the target rejects. Delete it and make it again; if it fails again, report it\n  {listed}"
         )
+    _require_texts(gold, divergence, origin, f"the {split.num_sequences} held-out answers", longest_answer)
     return CacheCheck(gold, chance)
+
+
+def _require_texts(gold: Acceptance, divergence: Divergence, origin: AnswerOrigin, answers: str, longest: int) -> None:
+    """Raises PipelineError for texts of which no cache can be made, with what mends that; the cache is right."""
+    refusal = divergence.problem(origin)
+    if refusal is not None and refusal[1]:
+        raise PipelineError(f"{refusal[0]}: {origin.mend}")
+    if not gold.num_rounds:
+        raise PipelineError(
+            f"none of {answers} holds a whole block of {gold.block_size} tokens after its first token: the longest "
+            f"ends after {longest}; give prompts with longer answers, or lower draft.block_size"
+        )
 
 
 def gold_proposals(sequence: CachedSequence, block_size: int) -> Int[np.ndarray, "P drafted"]:
@@ -148,8 +159,8 @@ def _target_ids(sequence: CachedSequence, captured: Captured, tie_gap: float) ->
 
 
 def _problems(gold: Acceptance, chance: Acceptance, block_size: int, is_exact: bool) -> list[str]:
-    if not gold.num_rounds:
-        return [f"no held-out answer holds a whole block of {block_size} tokens; raise teacher_cache.max_new_tokens"]
+    if not gold.num_rounds:  # nothing to judge: the answers are too short
+        return []
     problems = []
     wanted = block_size if is_exact else 0.95 * block_size
     if gold.accept_length < wanted:

@@ -12,10 +12,11 @@ from pipeline.artifacts.contract import Contract
 from pipeline.artifacts.files import write_bytes, write_json
 from pipeline.artifacts.storage import StoragePath
 from pipeline.engine.ties import TIE_GAP
+from pipeline.errors import PipelineError
 from pipeline.progress import MIB
 from pipeline.prompts.channels import channel_tokens, channels
 from pipeline.store.layout import HEADER, SPLITS, listed_files
-from pipeline.store.reader import open_split
+from pipeline.store.reader import CacheSplit, open_split
 from pipeline.store.writer import write_header
 from pipeline.teacher_cache import shards
 from pipeline.teacher_cache.check import CacheCheck, check_cache
@@ -68,15 +69,28 @@ def verify_share(
     if not config.teacher_cache.verify:
         return None
     split = open_split(root, "train")
-    is_from_engine = teacher.origin.endpoint is None
+    _require_prompts(split, rows, root)
     return verify_cache(
         split,
         sample_indices(split.num_sequences, config.teacher_cache.verify, config.seed),
         [row.token_ids for row in rows],
         teacher.capture,
         functools.partial(channels, channel_tokens(workspace.tokenizer)),
-        tie_gap=TIE_GAP[teacher.precision] if is_from_engine else None,
+        tie_gap=TIE_GAP[teacher.precision] if teacher.origin.is_engine else None,
         is_exact=teacher.precision == "float32",
+    )
+
+
+def _require_prompts(split: CacheSplit, rows: Sequence[RenderedPrompt], root: StoragePath) -> None:
+    """Raises PipelineError unless the sequences of a split are those of these prompts, in their order."""
+    wanted = [row.prompt.prompt_id for row in rows]
+    if split.prompt_ids == wanted:
+        return
+    stored, rendered = set(split.prompt_ids), set(wanted)
+    raise PipelineError(
+        f"{root} cannot be verified: {len(stored - rendered)} of its {len(stored)} train sequences are of prompts that "
+        f"this program does not render, {len(rendered - stored)} rendered prompts have no sequence, and {PROMPTS} has "
+        "no reason for either; delete the cache and make it again"
     )
 
 

@@ -1,7 +1,6 @@
 """Fetches answers from an OpenAI-compatible endpoint, several at once; saves every reply and reports every failure."""
 
 import asyncio
-import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,10 @@ from pipeline.artifacts.hashing import fingerprint_of
 from pipeline.engine.request import Completion
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
-from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt
-from pipeline.teacher_cache.endpoint_replies import BadReply, ReplyReader, RequestTemplate, reply_fields
+from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt, finished
+from pipeline.teacher_cache.answer_reader import AnswerReader, BadAnswer
+from pipeline.teacher_cache.endpoint_replies import RequestTemplate, reply_fields, reply_tokens
+from pipeline.teacher_cache.failures import are_too_many, failure_error, log_failures
 from pipeline.teacher_cache.render import RenderedPrompt
 from pipeline.teacher_cache.reply_log import ReplyLog
 
@@ -23,9 +24,8 @@ log = logging.getLogger("pipeline")
 
 NO_CONNECTION = "no connection"
 NO_KEY = "none"  # sent to endpoints that need no key
-FAILED_SHARE = 0.1  # of the prompts asked: with more failures the cache would be of another prompt set
 FIRST_FAILURES = 16  # after this many failures without one answer, none is expected
-SHOWN_REASONS, REASON_CHARACTERS = 5, 300
+REASON_CHARACTERS = 300
 RESUME_HINT = "the answers that came are kept: run the same command to go on"
 STATUS_HINTS = {
     401: "set the environment variable named by teacher_cache.openai.api_key_env to a valid key",
@@ -62,7 +62,7 @@ class Endpoint:
 class EndpointClient:
     """Gets answers to prompts from an endpoint; replies in the log at `path` are not requested again."""
 
-    def __init__(self, endpoint: Endpoint, template: RequestTemplate, reader: ReplyReader, path: Path) -> None:
+    def __init__(self, endpoint: Endpoint, template: RequestTemplate, reader: AnswerReader, path: Path) -> None:
         self._endpoint, self._template, self._reader, self._path = endpoint, template, reader, path
         self._entries: dict[str, dict[str, Any]] = {}
 
@@ -85,7 +85,7 @@ class EndpointClient:
 
     def answer(
         self, rows: Sequence[RenderedPrompt], on_finished: Callable[[Completion], None]
-    ) -> list[AnsweredPrompt | FailedPrompt]:
+    ) -> Sequence[AnsweredPrompt | FailedPrompt]:
         """Returns the answers to rows that were fetched, in their order."""
         return [self._answer(row, on_finished) for row in rows]
 
@@ -96,7 +96,7 @@ class EndpointClient:
         try:
             reply = await client.post(api.value, cast_to=object, body=self._template.body(row))
             fields = reply_fields(reply, api)
-            self._reader.tokens(fields)
+            reply_tokens(fields, self._reader)
             return entry | {"kept": fields}
         except openai.APIStatusError as error:
             message = error.message.removeprefix(f"Error code: {error.status_code}").removeprefix(" - ")
@@ -112,7 +112,7 @@ class EndpointClient:
             reason = self._endpoint.redacted(str(error))
         except ValueError as error:  # no JSON, or no UTF-8
             reason = f"the reply is no JSON: {error}"
-        except BadReply as error:
+        except BadAnswer as error:
             reason = self._endpoint.redacted(str(error))
         return entry | {"failed": reason}
 
@@ -123,13 +123,7 @@ class EndpointClient:
 
     def failure_error(self, reasons: Sequence[str], num_asked: int) -> PipelineError:
         """Returns the error of a run in which too many prompts failed, with the most frequent reasons."""
-        counts = collections.Counter(reasons).most_common()
-        more = [f"and {len(counts) - SHOWN_REASONS} other reasons"] if len(counts) > SHOWN_REASONS else []
-        listed = "\n  ".join([f"{count} prompts: {reason}" for reason, count in counts[:SHOWN_REASONS]] + more)
-        return PipelineError(
-            f"{self._template.origin.endpoint} failed {len(reasons)} of {num_asked} prompts, at most "
-            f"{FAILED_SHARE:.0%} may fail; {RESUME_HINT}\n  {listed}"
-        )
+        return failure_error(f"{self._template.origin.endpoint} failed", reasons, num_asked, RESUME_HINT)
 
     def _key(self, row: RenderedPrompt) -> str:
         return fingerprint_of([self._endpoint.url, self._template.api.value, self._template.body(row)])
@@ -139,28 +133,16 @@ class EndpointClient:
         if "failed" in entry:
             return FailedPrompt(row.prompt, entry["failed"])
         try:
-            token_ids, reason = self._reader.tokens(entry["kept"])
-        except BadReply as error:  # from a log that an older version of this program wrote
+            return finished(row, reply_tokens(entry["kept"], self._reader), on_finished)
+        except BadAnswer as error:  # from a log that an older version of this program wrote
             return FailedPrompt(row.prompt, str(error))
-        completion = Completion(
-            request_id=row.prompt.prompt_id, token_ids=token_ids, finish_reason=reason, accepted_per_round=()
-        )
-        on_finished(completion)
-        return AnsweredPrompt(row.prompt, row.token_ids + token_ids, len(row.token_ids), reason)
 
     def _log_problems(self, rows: Sequence[RenderedPrompt]) -> None:
         """Warns about failures, and about prompts that the endpoint tokenized differently."""
         entries = [(row, self._entries[self._key(row)]) for row in rows]
-        failed = [(row, entry["failed"]) for row, entry in entries if "failed" in entry]
-        if failed:
-            row, reason = failed[0]
-            log.warning(
-                "teacher_cache: %d of %d prompts got no answer, and are left out; the first, %s: %s",
-                len(failed),
-                len(rows),
-                row.prompt.prompt_id[:12],
-                reason,
-            )
+        log_failures(
+            [FailedPrompt(row.prompt, entry["failed"]) for row, entry in entries if "failed" in entry], len(rows)
+        )
         others = [row for row, entry in entries if "kept" in entry and not _is_same_prompt(row, entry["kept"])]
         if others:
             log.warning(
@@ -228,5 +210,5 @@ class _FetchRun:
         no_answer_comes = not self._num_answered and (
             num_unreached >= FIRST_FAILURES or (not self._num_stored and num_failed >= limit)
         )
-        if no_answer_comes or num_failed > max(1, FAILED_SHARE * (self._num_stored + len(self._rows))):
+        if no_answer_comes or are_too_many(num_failed, self._num_stored + len(self._rows)):
             raise self._endpoint_client.failure_error(self._reasons, self._num_answered + num_failed)

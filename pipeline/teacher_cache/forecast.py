@@ -51,7 +51,7 @@ def require_space(
 
 def log_time(teacher: Teacher, rows: Sequence[RenderedPrompt]) -> None:
     """Logs how long the answers to `rows` will take; runs a trial when there are enough answers to be worth it."""
-    if teacher.endpoint_answers is not None or len(rows) < TRIAL_WORTH * teacher.engine.num_slots:
+    if teacher.outside_answers is not None or len(rows) < TRIAL_WORTH * teacher.engine.num_slots:
         log.info("teacher_cache: the time is known when the first shard is made")
         return
     prefill, decode = trial(teacher, rows)

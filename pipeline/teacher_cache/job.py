@@ -3,9 +3,8 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.artifacts import artifact
 from pipeline.artifacts.hashing import fingerprint_of
@@ -19,8 +18,11 @@ from pipeline.prompts.chat_format import chat_format_of
 from pipeline.prompts.split import split_by_hash
 from pipeline.store.layout import NO_FEATURES, SPLITS, CacheLayout
 from pipeline.teacher_cache import shards
+from pipeline.teacher_cache.answer import Answering
+from pipeline.teacher_cache.answer_reader import AnswerReader
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt, render_prompts
+from pipeline.teacher_cache.row_answers import RowAnswers
 from pipeline.teacher_cache.shards import ShardPlan, Teacher
 from pipeline.teacher_cache.summary import PROMPTS
 from pipeline.teacher_cache.writers import Writer
@@ -134,23 +136,35 @@ def answer_origin(workspace: Workspace) -> AnswerOrigin:
     host = settings.endpoint_host(workspace.config)
     return AnswerOrigin(
         endpoint=None if host is None else f"{cache.openai.model} at {host}",
+        rows=settings.answer_rows(workspace.config),
         sampling=Sampling(cache.temperature, cache.top_p) if cache.temperature else None,
         seed=workspace.config.seed,
     )
 
 
-def fetch_endpoint_answers(
-    workspace: Workspace, missing: Sequence[ShardPlan], reply_log: Path
-) -> Callable[..., Any] | None:
-    """Fetches the endpoint's answers to the prompts of all missing shards.
+def outside_answers(job: CacheJob, missing: Sequence[ShardPlan], reply_log: Path) -> Answering | None:
+    """Returns a function that returns answers from outside to prompts of `missing`; None where our engine answers.
 
-    Returns a function that returns the answers to given prompts; None where our engine answers.
+    Raises PipelineError when too many prompts have none.
     """
-    wanted = workspace.config.teacher_cache
-    if settings.endpoint_host(workspace.config) is None:
+    workspace = job.workspace
+    origin, longest = answer_origin(workspace), workspace.config.teacher_cache.max_new_tokens
+    reader = AnswerReader(workspace.tokenizer, workspace.stop_token_ids, longest)
+    if origin.endpoint is not None:
+        return _fetch(workspace, reader, missing, reply_log)
+    if origin.rows is None:
         return None
+    answers = RowAnswers(workspace.prompts.answers, reader, origin.rows)
+    if missing:  # all are judged: which are missing depends on where an earlier run ended
+        answers.require_enough([row for plan in job.plans for row in plan.rows])
+    return answers.answer
+
+
+def _fetch(workspace: Workspace, reader: AnswerReader, missing: Sequence[ShardPlan], reply_log: Path) -> Answering:
+    """Fetches the endpoint's answers to the prompts of all missing shards; returns what `outside_answers` does."""
+    wanted = workspace.config.teacher_cache
     from pipeline.teacher_cache.endpoint import Endpoint, EndpointClient  # imported late: openai takes a second
-    from pipeline.teacher_cache.endpoint_replies import EndpointApi, ReplyReader, RequestTemplate
+    from pipeline.teacher_cache.endpoint_replies import EndpointApi, RequestTemplate
 
     endpoint = Endpoint(
         url=str(wanted.openai.url),
@@ -167,7 +181,7 @@ def fetch_endpoint_answers(
         has_efforts=chat_format_of(workspace.tokenizer).has_efforts,
         extra=wanted.openai.extra,
     )
-    client = EndpointClient(endpoint, template, ReplyReader(workspace.tokenizer, template.max_new_tokens), reply_log)
+    client = EndpointClient(endpoint, template, reader, reply_log)
     client.fetch([row for plan in missing for row in plan.rows])
     return client.answer
 

@@ -16,17 +16,45 @@ WARNED_NATS, REFUSED_NATS = 0.05, 0.25  # a token: a quantised server is 0.01 aw
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerOrigin:
-    """Holds who answers: `endpoint` (a model and a host) is None for our engine, `sampling` None for greedy tokens."""
+    """Holds who answers: our engine, unless there is an `endpoint` (a model and a host) or `rows` hold the answers.
+
+    `rows` is the name of the file or dataset. `sampling` is None for greedy tokens.
+    """
 
     endpoint: str | None = None
+    rows: str | None = None
     sampling: Sampling | None = None
     seed: int = 0
 
     def keys(self, names: Sequence[str]) -> list[tuple[int, int]] | None:
         """Returns the keys with which our engine samples the answers to these prompts; None without sampling."""
-        if self.sampling is None or self.endpoint is not None:
+        if self.sampling is None or not self.is_engine:
             return None
         return [sampling_key(self.seed, name) for name in names]
+
+    @property
+    def is_engine(self) -> bool:
+        """Returns whether our engine answers, so that the noise behind a sampled text is known."""
+        return self.endpoint is None and self.rows is None
+
+    @property
+    def causes(self) -> str:
+        """Returns why texts from outside may not be the target's."""
+        if self.rows is None:
+            return "it serves another model, another precision or another prompt template"
+        return (
+            "another model or another precision of it wrote them, behind another template, effort or date "
+            "(prompts.date), or sampled them otherwise (teacher_cache.temperature, teacher_cache.top_p)"
+        )
+
+    @property
+    def mend(self) -> str:
+        """Returns what to do about texts from outside that are not the target's."""
+        if self.rows is None:
+            return "let it serve the target of this configuration, and run the same command again"
+        return (
+            "set these to what the answers were written with, or let the target answer: teacher_cache.generator=engine"
+        )
 
 
 ENGINE = AnswerOrigin()
@@ -34,7 +62,7 @@ ENGINE = AnswerOrigin()
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """Measures how far an endpoint's tokens are from the target: sums of 0 or 1 (greedy) or of nats (sampled)."""
+    """Measures how far tokens from outside are from the target: sums of 0 or 1 (greedy) or of nats (sampled)."""
 
     num_tokens: int = 0
     total: float = 0.0
@@ -66,7 +94,7 @@ class Divergence:
         return self.mean - STANDARD_ERRORS * math.sqrt(variance / self.num_tokens)
 
     def problem(self, origin: AnswerOrigin) -> tuple[str, bool] | None:
-        """Returns what is wrong with an endpoint's texts and whether to refuse them; None when nothing is."""
+        """Returns what is wrong with texts from outside and whether to refuse them; None when nothing is."""
         greedy = origin.sampling is None
         warned, refused = (WARNED_SHARE, REFUSED_SHARE) if greedy else (WARNED_NATS, REFUSED_NATS)
         if self.least <= warned:
@@ -77,8 +105,5 @@ class Divergence:
             else f"{self.num_tokens} generated tokens surprise the target by {self.mean:.3f} nats each more than its "
             f"own would, {refused} may be"
         )
-        text = (
-            f"the text of {origin.endpoint} is not the target's: {found}; it serves another model, another precision "
-            "or another prompt template"
-        )
-        return text, self.least > refused
+        whose = f"the text of {origin.endpoint} is" if origin.rows is None else f"the answers in {origin.rows} are"
+        return f"{whose} not the target's: {found}; {origin.causes}", self.least > refused

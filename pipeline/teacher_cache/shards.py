@@ -5,7 +5,7 @@ import functools
 import logging
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from pipeline.artifacts.hashing import fingerprint_of
 from pipeline.artifacts.storage import BucketPath, StoragePath
 from pipeline.engine.capture import Captured, Disagreement, capture, disagreements
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.request import Completion
 from pipeline.engine.ties import TIE_GAP
 from pipeline.errors import PipelineError
 from pipeline.model.gpt_oss.model import TargetModel
@@ -28,7 +27,7 @@ from pipeline.prompts.channels import Channel, ChannelTokens, channels
 from pipeline.store import feature_codec
 from pipeline.store.layout import CACHE_FORMAT, NO_FEATURES, SPLITS, CacheLayout, ShardRows, shard_path
 from pipeline.store.writer import ShardContents, read_report, write_shard
-from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt, answer_prompts
+from pipeline.teacher_cache.answer import AnsweredPrompt, Answering, FailedPrompt, OnFinished, answer_prompts
 from pipeline.teacher_cache.origin import ENGINE, AnswerOrigin, Divergence
 from pipeline.teacher_cache.render import RenderedPrompt
 
@@ -49,7 +48,7 @@ class ShardPlan:
 class Teacher:
     """Holds the target and how it answers; without `tapped_layers` no features are captured.
 
-    `endpoint_answers` returns the answers of an endpoint, where that is their origin.
+    `outside_answers` returns the answers that an endpoint or the prompts' rows gave, where one is their origin.
     """
 
     target: TargetModel
@@ -58,17 +57,15 @@ class Teacher:
     channel_tokens: ChannelTokens
     max_new_tokens: int
     origin: AnswerOrigin = ENGINE
-    endpoint_answers: (
-        Callable[[Sequence[RenderedPrompt], Callable[[Completion], None]], list[AnsweredPrompt | FailedPrompt]] | None
-    ) = None
+    outside_answers: Answering | None = None
     runtime: Runtime = SINGLE_DEVICE
 
     def answer(
-        self, rows: Sequence[RenderedPrompt], on_finished: Callable[[Completion], None]
+        self, rows: Sequence[RenderedPrompt], on_finished: OnFinished
     ) -> Sequence[AnsweredPrompt | FailedPrompt]:
         """Returns the answers to prompts, in their order."""
-        if self.endpoint_answers is not None:
-            return self.endpoint_answers(rows, on_finished)
+        if self.outside_answers is not None:
+            return self.outside_answers(rows, on_finished)
         return answer_prompts(
             self.target,
             rows,
@@ -133,13 +130,13 @@ def make_shard(
     plan: ShardPlan,
     teacher: Teacher,
     layout: CacheLayout,
-    on_finished: Callable[[Completion], None],
+    on_finished: OnFinished,
     staging: Path | None = None,
 ) -> dict[str, Any]:
     """Answers a shard's prompts, captures the features and writes the shard; returns its report.
 
-    Raises PipelineError when features are not finite, when a float32 target contradicts its own text, or when an
-    endpoint's text is not the target's.
+    Raises PipelineError when features are not finite, when a float32 target contradicts its own text, or when a
+    text from outside is not the target's.
     """
     outcomes = teacher.answer(plan.rows, on_finished)
     answers = [row for row in outcomes if isinstance(row, AnsweredPrompt)]
@@ -159,7 +156,7 @@ def make_shard(
         if features is not None:
             _require_finite(captured.features, answers[index])
             features[offsets[index] : offsets[index + 1]] = captured.features
-        if teacher.origin.endpoint is not None:
+        if not teacher.origin.is_engine:
             generated = captured.shortfall[answers[index].prompt_tokens - 1 : -1]
             divergence += Divergence.of(generated, teacher.origin, TIE_GAP[teacher.precision])
             continue
@@ -167,13 +164,13 @@ def make_shard(
         if found:
             differing[index] = found
     _judge(differing, answers, teacher.precision)
-    _judge_endpoint(divergence, teacher.origin)
+    _judge_outside(divergence, teacher.origin)
     report = _report(answers, channel_ids, differing)
     failed = [row for row in outcomes if isinstance(row, FailedPrompt)]
     if failed:
         log.warning("teacher_cache: %d prompts of %s got no answer: %s", len(failed), plan.path, failed[0].reason)
         report["failed"] = [{"prompt_id": row.prompt.prompt_id, "reason": row.reason} for row in failed]
-    if teacher.origin.endpoint is not None:
+    if not teacher.origin.is_engine:
         report["divergence"] = dataclasses.asdict(divergence)
     rows = ShardRows(
         prompt_ids=[row.prompt.prompt_id for row in answers],
@@ -219,13 +216,13 @@ def _judge(differing: Mapping[int, list[Disagreement]], answers: Sequence[Answer
     log.warning("teacher_cache: %s", text)
 
 
-def _judge_endpoint(divergence: Divergence, origin: AnswerOrigin) -> None:
+def _judge_outside(divergence: Divergence, origin: AnswerOrigin) -> None:
     problem = divergence.problem(origin)
     if problem is None:
         return
     text, is_refused = problem
     if is_refused:
-        raise PipelineError(f"{text}: let it serve the target of this configuration, and run the same command again")
+        raise PipelineError(f"{text}: {origin.mend}")
     log.warning("teacher_cache: %s", text)
 
 

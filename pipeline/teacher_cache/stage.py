@@ -17,9 +17,9 @@ from pipeline.engine.request import Completion
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.teacher_cache import completion, forecast, shards
-from pipeline.teacher_cache.job import CacheJob, fetch_endpoint_answers, job_of, rendered_prompts, teacher_of
+from pipeline.teacher_cache.job import CacheJob, job_of, outside_answers, rendered_prompts, teacher_of
 from pipeline.teacher_cache.shards import ShardPlan, Teacher
-from pipeline.teacher_cache.summary import PROMPTS, SUMMARY, answered, failures_of
+from pipeline.teacher_cache.summary import PROMPTS, SUMMARY, answered, unused_of
 from pipeline.tracking.run import Run
 from pipeline.workspace.workspace import Workspace, command
 
@@ -49,8 +49,8 @@ def _make(job: CacheJob, tracker: Run) -> None:
 
     missing_here = [plan for plan in mine if plan.path not in reports]
     reply_log = job.staging.with_suffix(".answers.jsonl")
-    endpoint_answers = fetch_endpoint_answers(job.workspace, missing_here, reply_log)
-    teacher = dataclasses.replace(teacher_of(job.workspace), endpoint_answers=endpoint_answers)
+    answers = outside_answers(job, missing_here, reply_log)
+    teacher = dataclasses.replace(teacher_of(job.workspace), outside_answers=answers)
     forecast.log_time(teacher, [row for plan in missing_here for row in plan.rows])
     job.writer.clear(job.path, mine, reports)
     tokens_per_second = _make_shards(job, mine, reports, teacher)
@@ -104,7 +104,7 @@ def _reuse(workspace: Workspace, tracker: Run) -> None:
     artifact.require_intact(cache, (SUMMARY,), make_with=command("teacher_cache"), memory=workspace.memory)
     if workspace.config.teacher_cache.verify:
         artifact.require_intact(cache, (PROMPTS,), make_with=command("teacher_cache"), memory=workspace.memory)
-        rows_read = answered(rendered_prompts(workspace)["train"], failures_of(cache.path))
+        rows_read = answered(rendered_prompts(workspace)["train"], unused_of(cache.path))
         verified = completion.verify_share(workspace, cache.path, rows_read, teacher_of(workspace))
         completion.log_verified(tracker, verified)
     summary = json.loads((cache.path / SUMMARY).read_text())

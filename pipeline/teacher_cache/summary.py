@@ -23,9 +23,9 @@ def failures(reports: Mapping[StoragePath, dict[str, Any]]) -> dict[str, str]:
     return {row["prompt_id"]: row["reason"] for report in reports.values() for row in report.get("failed", ())}
 
 
-def answered(rows: Sequence[RenderedPrompt], failed: Mapping[str, str]) -> list[RenderedPrompt]:
-    """Returns the rows that have a sequence in the cache."""
-    return [row for row in rows if row.skipped is None and row.prompt.prompt_id not in failed]
+def answered(rows: Sequence[RenderedPrompt], unused: Mapping[str, str]) -> list[RenderedPrompt]:
+    """Returns the rows that have a sequence in the cache; `unused` has the reasons of others, by prompt id."""
+    return [row for row in rows if row.skipped is None and row.prompt.prompt_id not in unused]
 
 
 def summarise(
@@ -98,7 +98,11 @@ def prompt_lines(rows: Mapping[str, Sequence[RenderedPrompt]], failed: Mapping[s
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def failures_of(root: StoragePath) -> dict[str, str]:
-    """Returns the reasons of a complete cache's prompts that got no answer, by prompt id."""
+def unused_of(root: StoragePath) -> dict[str, str]:
+    """Returns why prompts of a complete cache have no sequence in it, skipped or failed, by prompt id.
+
+    An older version of this program may have skipped prompts that are rendered now.
+    """
     lines = [json.loads(line) for line in (root / PROMPTS).read_text().split("\n") if line]
-    return {line["prompt_id"]: line["failed"] for line in lines if line["failed"]}
+    reasons = {line["prompt_id"]: line["skipped"] or line["failed"] for line in lines}
+    return {prompt_id: reason for prompt_id, reason in reasons.items() if reason}

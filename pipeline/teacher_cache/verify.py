@@ -60,8 +60,8 @@ def verify_cache(
     """Reads the `chosen` sequences again and compares tokens, channels and features.
 
     `prompts` are all rendered prompts of the split; `find_channels` computes a text's channels.
-    A generated token whose logit lies more than `tie_gap` below the best is not the target's choice (None: an
-    endpoint's text, judged as a whole when it was stored). Unless `is_exact` (float32) a few tokens may differ, as in
+    A generated token whose logit lies more than `tie_gap` below the best is not the target's choice (None: a
+    text from outside, judged as a whole when it was stored). Unless `is_exact` (float32) a few tokens may differ, as in
     `check`. Raises PipelineError naming shard and row of what differs.
     """
     found = []

@@ -127,6 +127,16 @@ def endpoint_host(config: PipelineConfig) -> str | None:
     return host_of(str(cache.openai.url)) if cache.generator is Generator.openai else None
 
 
+def answer_rows(config: PipelineConfig) -> str | None:
+    """Returns the name of the file or dataset whose rows hold the answers; None where somebody else answers."""
+    if config.teacher_cache.generator is not Generator.given:
+        return None
+    prompts = config.prompts
+    if prompts.source is PromptSource.dataset:
+        return f"dataset {prompts.dataset}"
+    return "the standard input" if prompts.path == str(files.STANDARD_INPUT) else str(prompts.path)
+
+
 def host_of(url: str) -> str:
     """Returns the host of a URL and its port, where one is given."""
     parts = urllib.parse.urlsplit(url)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.choices import Effort, OnBadRow, PromptSource
 from pipeline.config.schema import ArchitectureConfig, DraftConfig, PromptsConfig
@@ -16,7 +15,7 @@ from pipeline.model.layers.config_values import is_whole
 from pipeline.model.layers.rope import Rope
 from pipeline.prompts import chat_format, files, sources, tokenizer
 from pipeline.prompts.efforts import EffortMix
-from pipeline.prompts.sources import PromptSet
+from pipeline.prompts.sources import PromptSet, Reading
 from pipeline.prompts.tokenizer import Tokenizer
 
 GENERATED_PROMPTS = 3072  # of sources without an end
@@ -138,16 +137,17 @@ def draft_sizes(wanted: DraftConfig, model: GptOssConfig, mask_token_id: int) ->
     )
 
 
-def prompt_set(prompts: PromptsConfig, seed: int) -> PromptSet:
-    """Returns the prompts of this configuration."""
+def prompt_set(prompts: PromptsConfig, seed: int, *, takes_answers: bool = False) -> PromptSet:
+    """Returns the prompts of this configuration; with `takes_answers`, those whose rows hold an answer, and these."""
     effort = EffortMix(seed, prompts.effort_mix) if prompts.effort is Effort.mixed else prompts.effort.value
-    read: dict[str, Any] = {
-        "shape": prompts.shape and prompts.shape.value,
-        "skips": prompts.on_bad_row is OnBadRow.skip,
-    }
+    reading = Reading(
+        shape=prompts.shape and prompts.shape.value,
+        skips=prompts.on_bad_row is OnBadRow.skip,
+        takes_answers=takes_answers,
+    )
     if prompts.source is PromptSource.jsonl:
         assert prompts.path is not None, "a rule of the configuration"
-        return sources.limited(sources.from_files(files.prompt_files(prompts.path), effort, **read), prompts.count)
+        return sources.limited(sources.from_files(files.prompt_files(prompts.path), effort, reading), prompts.count)
     if prompts.source is PromptSource.dataset:
         assert prompts.dataset is not None, "a rule of the configuration"
         found = sources.from_dataset(
@@ -155,9 +155,9 @@ def prompt_set(prompts: PromptsConfig, seed: int) -> PromptSet:
             prompts.dataset_split,
             prompts.column,
             effort,
+            reading,
             subset=prompts.dataset_subset,
             revision=prompts.dataset_revision,
-            **read,
         )
         return sources.limited(found, prompts.count)
     generate = sources.everyday if prompts.source is PromptSource.everyday else sources.generated

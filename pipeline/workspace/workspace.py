@@ -107,7 +107,11 @@ class Workspace:
     def prompts(self) -> PromptSet:
         """The prompts of this configuration; those of a hub's data set at the commit that the key counts."""
         pinned = self._prompt_content.get("prompts.dataset_revision", self.config.prompts.dataset_revision)
-        return specs.prompt_set(dataclasses.replace(self.config.prompts, dataset_revision=pinned), self.config.seed)
+        return specs.prompt_set(
+            dataclasses.replace(self.config.prompts, dataset_revision=pinned),
+            self.config.seed,
+            takes_answers=settings.answer_rows(self.config) is not None,
+        )
 
     @functools.cached_property
     def draft_config(self) -> DFlashConfig:

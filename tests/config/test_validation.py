@@ -87,6 +87,11 @@ def test_defaults_are_valid():
         pytest.param({"teacher_cache__temperature": -1.0}, "teacher_cache.temperature is -1.0", id="temperature"),
         pytest.param({"teacher_cache__top_p": 0.0}, "teacher_cache.top_p is 0.0; it must be above 0", id="no nucleus"),
         pytest.param(
+            {"teacher_cache__generator": Generator.given},
+            "prompts.source is generated; teacher_cache.generator=given takes the answers at the end of rows",
+            id="answers of a source without rows",
+        ),
+        pytest.param(
             {"teacher_cache__generator": Generator.openai, "teacher_cache__openai__url": "http://here/v1"},
             "teacher_cache.openai: url is http://here/v1, model is None",
             id="endpoint without a model",

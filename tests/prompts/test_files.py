@@ -17,7 +17,7 @@ from pipeline.config.schema import PipelineConfig, PromptsConfig
 from pipeline.errors import PipelineError
 from pipeline.prompts import files
 from pipeline.prompts.files import prompt_files
-from pipeline.prompts.sources import from_dataset, from_files
+from pipeline.prompts.sources import Reading, from_dataset, from_files
 from pipeline.workspace import settings, specs
 from tests.support.paths import ROOT
 
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_refused_whatever_becomes_of_bad_rows(tmp_path, conten
     (tmp_path / "prompts.jsonl").write_bytes(content)
     for skips in (False, True):
         with pytest.raises(PipelineError, match=message):
-            from_files([tmp_path / "prompts.jsonl"], "low", skips=skips)
+            from_files([tmp_path / "prompts.jsonl"], "low", Reading(skips=skips))
 
 
 def test_a_directory_and_a_pattern_are_their_files_in_order(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.prompts import shapes
 from pipeline.prompts.messages import Message, message_of
-from pipeline.prompts.sources import from_dataset, from_files, prompt_of
+from pipeline.prompts.sources import Reading, from_dataset, from_files, prompt_of
 from pipeline.prompts.tools import tools_of
 from tests.prompts.test_messages import ACCEPTED
 
@@ -222,7 +222,7 @@ LEFT_OUT = {
 def test_another_row_is_left_out_and_counted_or_refused(rows_file, caplog, text, why):
     path = rows_file('{"prompt": "good"}\n' + text)
     with caplog.at_level(logging.INFO, "pipeline"):
-        found = from_files([path], "low", skips=True)
+        found = from_files([path], "low", Reading(skips=True))
     assert (len(found.prompts), found.num_left_out) == (1, 1)
     assert why in caplog.messages[0]
     assert "1 " in caplog.messages[0]
@@ -230,7 +230,7 @@ def test_another_row_is_left_out_and_counted_or_refused(rows_file, caplog, text,
     with pytest.raises(PipelineError, match="has 1 bad rows of 2; mend or delete them:\n  line 2: "):
         from_files([path], "low")
     with pytest.raises(PipelineError, match="has 1 bad rows of 1; mend or delete them:\n  line 1: "):
-        from_files([rows_file(text if text != "[1]" else "1")], "low", skips=True)
+        from_files([rows_file(text if text != "[1]" else "1")], "low", Reading(skips=True))
 
 
 def test_one_line_says_how_a_file_was_read(rows_file, caplog):
@@ -238,7 +238,7 @@ def test_one_line_says_how_a_file_was_read(rows_file, caplog):
     silent = '{"conversations": [{"from": "gpt", "value": "Yes?"}]}\n'
     text = "".join(silent if index % 2 else answered % index for index in range(24)) + '{"conversations": 5}\n'
     with caplog.at_level(logging.INFO, "pipeline"):
-        from_files([rows_file(text)], "low", skips=True)
+        from_files([rows_file(text)], "low", Reading(skips=True))
     (line,) = caplog.messages
     assert line.endswith(
         "prompts.jsonl: 25 ShareGPT rows, 12 without a user turn left out: rows 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, "
@@ -249,7 +249,7 @@ def test_one_line_says_how_a_file_was_read(rows_file, caplog):
 
 def test_a_line_that_is_torn_is_never_left_out(rows_file):
     with pytest.raises(PipelineError, match=r"has 1 bad rows of 2.*\n +line 2: is not JSON"):
-        from_files([rows_file('{"prompt": "good"}\n{"prompt": "ba')], "low", skips=True)
+        from_files([rows_file('{"prompt": "good"}\n{"prompt": "ba')], "low", Reading(skips=True))
 
 
 BOTH = {
@@ -267,9 +267,9 @@ def test_two_readings_are_both_named_and_the_shape_chooses(rows_file, text, firs
     path = rows_file(text)
     for skips in (False, True):
         with pytest.raises(PipelineError, match=rf"line 1 has .* prompts\.shape={first} or prompts\.shape={second}"):
-            from_files([path], "low", skips=skips)
-    assert from_files([path], "low", shape=first).prompts == (prompt_of(HI, "low"),)
-    assert from_files([path], "low", shape=second).prompts == (prompt_of(messages("user: Ho"), "low"),)
+            from_files([path], "low", Reading(skips=skips))
+    assert from_files([path], "low", Reading(shape=first)).prompts == (prompt_of(HI, "low"),)
+    assert from_files([path], "low", Reading(shape=second)).prompts == (prompt_of(messages("user: Ho"), "low"),)
 
 
 def test_what_a_prompt_hides_is_told(rows_file, caplog):
@@ -287,8 +287,8 @@ def test_a_column_of_conversations_as_text_can_be_read_in_two_ways(tmp_path):
     source = (str(tmp_path / "rows.parquet"), "train", "chat", "low")
     with pytest.raises(PipelineError, match=r"choose prompts\.shape=prompt or prompts\.shape=messages"):
         from_dataset(*source)
-    assert from_dataset(*source, shape="messages").prompts == (prompt_of(HI, "low"),)
-    assert from_dataset(*source, shape="prompt").prompts == (prompt_of([Message("user", text)], "low"),)
+    assert from_dataset(*source, Reading(shape="messages")).prompts == (prompt_of(HI, "low"),)
+    assert from_dataset(*source, Reading(shape="prompt")).prompts == (prompt_of([Message("user", text)], "low"),)
 
 
 def test_a_datasets_column_of_sharegpt_turns_is_read(tmp_path):
@@ -297,5 +297,96 @@ def test_a_datasets_column_of_sharegpt_turns_is_read(tmp_path):
     name = str(tmp_path / "rows.parquet")
     wanted = (prompt_of(HI, "low"),)
     assert from_dataset(name, "train", "conversations", "low").prompts == wanted
-    assert from_dataset(name, "train", "prompt", "low", shape="sharegpt").prompts == wanted
+    assert from_dataset(name, "train", "prompt", "low", Reading(shape="sharegpt")).prompts == wanted
     assert from_dataset(name, "train", "prompt", "low").prompts == (prompt_of(messages("user: Ho"), "low"),)
+
+
+ANSWERED = Reading(skips=True, takes_answers=True)
+CALL = {"function": {"name": "f", "arguments": '{"n": 1}'}}
+ANSWERS = {  # the row, and the fields of its answer that say something
+    "messages": (
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}',
+        {"content": "Yes?"},
+    ),
+    "ShareGPT": (
+        '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}',
+        {"content": "Yes?"},
+    ),
+    "Alpaca": ('{"instruction": "Hi", "input": "", "output": "Yes?"}', {"content": "Yes?"}),
+    "Alpaca's other name": ('{"instruction": "Hi", "output": "", "response": "Yes?"}', {"content": "Yes?"}),
+    "parts": (
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant",'
+        ' "content": [{"type": "text", "text": "Ye"}, {"type": "text", "text": "s?"}]}]}',
+        {"content": "Yes?"},
+    ),
+    "an analysis": (
+        '{"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "reasoning": "Hm.", "content": "Yes?"}]}',
+        {"content": "Yes?", "reasoning": "Hm."},
+    ),
+    "a call": (
+        '{"conversations": [{"from": "human", "value": "Hi"},'
+        ' {"from": "function_call", "value": "{\\"name\\": \\"f\\", \\"arguments\\": \\"{\\\\\\"n\\\\\\": 1}\\"}"}]}',
+        {"tool_calls": [CALL]},
+    ),
+    "an older call": (
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": null,'
+        ' "function_call": {"name": "f", "arguments": "{\\"n\\": 1}"}}]}',
+        {"tool_calls": [CALL]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), ANSWERS.values(), ids=ANSWERS.keys())
+def test_the_answer_at_the_end_is_read_where_it_is_wanted_and_changes_no_id(rows_file, tmp_path, text, wanted):
+    path = rows_file(text)
+    alone, found = from_files([path], "low"), from_files([path], "low", ANSWERED)
+    assert found.prompts == alone.prompts == (prompt_of(HI, "low"),)
+    assert not alone.answers
+    ((prompt_id, (turn,)),) = found.answers.items()
+    assert prompt_id == found.prompts[0].prompt_id
+    assert {name: turn[name] for name in turn.keys() - {"role"} if turn[name]} == wanted
+    datasets.Dataset.from_list([json.loads(text)]).to_parquet(tmp_path / "rows.parquet")
+    if "prompt" not in text:
+        from_table = from_dataset(str(tmp_path / "rows.parquet"), "train", "prompt", "low", ANSWERED)
+        assert from_table.prompts == found.prompts
+        assert [turn["content"] for (turn,) in from_table.answers.values()] == [turn["content"]]
+
+
+SILENT = {
+    "a prompt": '{"prompt": "Hi"}',
+    "the user last": '{"messages": [{"role": "user", "content": "Hi"}]}',
+    "an empty answer": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}',
+    "a tool last": json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "content": "1"},
+            ]
+        }
+    ),
+    "Alpaca without an output": '{"instruction": "Hi", "output": ""}',
+}
+
+
+@pytest.mark.parametrize("text", SILENT.values(), ids=SILENT.keys())
+def test_a_row_without_an_answer_is_left_out_where_answers_are_wanted(rows_file, caplog, text):
+    path = rows_file('{"instruction": "good", "output": "Yes."}\n' + text)
+    with caplog.at_level(logging.INFO, "pipeline"):
+        found = from_files([path], "low", ANSWERED)
+    assert (len(found.prompts), found.num_left_out) == (1, 1)
+    assert "1 without an answer left out: rows 2, the answer at the end of 1 taken" in caplog.messages[0]
+    with pytest.raises(PipelineError, match="has 1 bad rows of 2; mend or delete them:\n  line 2: without an answer"):
+        from_files([path], "low", Reading(takes_answers=True))
+    with pytest.raises(PipelineError, match="has no answer at the end of any of its 1 rows"):
+        from_files([rows_file(text)], "low", ANSWERED)
+    assert len(from_files([path], "low").prompts) == 1
+
+
+def test_of_several_answers_to_a_prompt_the_first_is_taken(rows_file, caplog):
+    rows = [("Hi", "One."), (" Hi", "Two."), ("Ho", "Three."), ("Hi", "One.")]
+    text = "\n".join(json.dumps({"instruction": asked, "output": answer}) for asked, answer in rows)
+    found = from_files([rows_file(text)], "low", ANSWERED)
+    assert [found.answers[prompt.prompt_id][0]["content"] for prompt in found.prompts] == ["One.", "Three."]
+    assert found.num_duplicates == 2
+    assert "1 rows repeat a prompt with another answer, which is left out: the first row's is taken" in caplog.text

@@ -22,8 +22,9 @@ from pipeline.prompts.sources import prompt_of
 from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.prompts.tools import Tool, ToolCall
 from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt
+from pipeline.teacher_cache.answer_reader import AnswerReader
 from pipeline.teacher_cache.endpoint import Endpoint, EndpointClient
-from pipeline.teacher_cache.endpoint_replies import EndpointApi, ReplyReader, RequestTemplate
+from pipeline.teacher_cache.endpoint_replies import EndpointApi, RequestTemplate
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt
 from tests.support.compiled import QUICKLY
@@ -70,7 +71,8 @@ def endpoint_client(tokenizer, fake, log_path, longest=80, **values):
     template = RequestTemplate(
         api=EndpointApi.chat, model="tiny", origin=origin, max_new_tokens=longest, has_efforts=True
     )
-    return EndpointClient(Endpoint(**(options | values)), template, ReplyReader(tokenizer, longest), log_path)
+    reader = AnswerReader(tokenizer, stop_token_ids(tokenizer), longest)
+    return EndpointClient(Endpoint(**(options | values)), template, reader, log_path)
 
 
 def outcomes(found, rows):

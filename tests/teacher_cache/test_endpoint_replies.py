@@ -3,13 +3,15 @@
 import pytest
 
 from pipeline.model.layers.sampling import Sampling
+from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.corpus import conversation
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
 from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.prompts.tools import Tool, ToolCall
-from pipeline.teacher_cache.endpoint_replies import BadReply, EndpointApi, ReplyReader, RequestTemplate, reply_fields
+from pipeline.teacher_cache.answer_reader import AnswerReader, BadAnswer
+from pipeline.teacher_cache.endpoint_replies import EndpointApi, RequestTemplate, reply_fields, reply_tokens
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt
 from tests.support.chatml import chatml_tokenizer
@@ -28,7 +30,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def reader(tokenizer):
-    return ReplyReader(tokenizer, MAX_NEW_TOKENS)
+    return AnswerReader(tokenizer, stop_token_ids(tokenizer), MAX_NEW_TOKENS)
 
 
 def template(api, origin=GREEDY, **values):
@@ -42,7 +44,7 @@ def chat(finish_reason="stop", **message):
 
 
 def tokens_of(reader, reply, api=EndpointApi.chat):
-    return reader.tokens(reply_fields(reply, api))
+    return reply_tokens(reply_fields(reply, api), reader)
 
 
 def test_a_chat_request_has_messages_effort_and_nothing_random():
@@ -129,15 +131,24 @@ def test_tokens_that_an_endpoint_tells_are_taken_as_they_are(reader, tokenizer):
     assert tokens_of(reader, completion, EndpointApi.completions) == ((1, 2), "length")
 
 
+def test_every_token_that_ends_an_answer_ends_it_whoever_names_it(tokenizer):
+    """A target's generation_config.json may name more of them than its chat format."""
+    stops = stop_token_ids(tokenizer)
+    reply = {"choices": [{"text": "", "token_ids": [9, 8, 7, 6], "finish_reason": "stop"}]}
+    for others, wanted in (((), ((9, 8, 7, 6), "length")), ((8,), ((9, 8), "stop"))):
+        reader = AnswerReader(tokenizer, [*stops, *others], MAX_NEW_TOKENS)
+        assert tokens_of(reader, reply, EndpointApi.completions) == wanted
+
+
 def test_a_plain_chat_format_has_content_and_the_token_that_ends_it():
     plain = chatml_tokenizer()
-    reader = ReplyReader(plain, MAX_NEW_TOKENS)
+    reader = AnswerReader(plain, stop_token_ids(plain), MAX_NEW_TOKENS)
     content = plain.encode("Hello", add_special_tokens=False)
     assert tokens_of(reader, chat(content="Hello")) == ((*content, plain.eos_token_id), "stop")
     assert tokens_of(reader, chat("length", content="Hello")) == (tuple(content), "length")
-    with pytest.raises(BadReply, match="the answer has reasoning, which the target's format has not"):
+    with pytest.raises(BadAnswer, match="the answer has reasoning, which the target's format has not"):
         tokens_of(reader, chat(content="Hello", reasoning="Hm"))
-    with pytest.raises(BadReply, match="a text spells the control tokens"):
+    with pytest.raises(BadAnswer, match="a text spells the control tokens"):
         tokens_of(reader, chat(content=f"Hello {plain.eos_token}"))
 
 
@@ -153,6 +164,7 @@ BAD = {
     "no final": (chat(content=None, reasoning="Hm"), "the answer has reasoning alone"),
     "a number": (chat(content=4), "content is 4; wanted text"),
     "a control token": (chat(content="a <|end|> b"), "spells the control tokens"),
+    "two analyses": (chat(content="4", reasoning="a", reasoning_content="b"), "reasoning_content and reasoning, which"),
     "two calls": (chat(content="", tool_calls=[{}, {}]), "the answer has 2 tool_calls"),
     "a cut call": (chat("length", tool_calls=[{}]), "cut off in a tool call"),
 }
@@ -160,16 +172,16 @@ BAD = {
 
 @pytest.mark.parametrize(("reply", "message"), BAD.values(), ids=BAD.keys())
 def test_a_reply_without_an_answer_says_what_it_lacks(reader, reply, message):
-    with pytest.raises(BadReply, match=message):
+    with pytest.raises(BadAnswer, match=message):
         tokens_of(reader, reply)
 
 
 @pytest.mark.parametrize("token_ids", ["x", [1, "2"], [512], [-1]])
 def test_told_tokens_must_be_the_targets(reader, token_ids):
-    with pytest.raises(BadReply, match=r"token_ids is .* wanted ids from 0 to 511"):
+    with pytest.raises(BadAnswer, match=r"token_ids is .* wanted ids from 0 to 511"):
         tokens_of(reader, {"choices": [{"token_ids": token_ids, "finish_reason": "stop"}]}, EndpointApi.completions)
 
 
 def test_a_completion_without_tokens_tells_what_to_use():
-    with pytest.raises(BadReply, match="has no token_ids; this endpoint needs teacher_cache.openai.api=chat"):
+    with pytest.raises(BadAnswer, match="has no token_ids; this endpoint needs teacher_cache.openai.api=chat"):
         reply_fields({"choices": [{"text": "x", "finish_reason": "stop"}]}, EndpointApi.completions)

@@ -22,6 +22,7 @@ from pipeline.config.fields import TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig
 from pipeline.engine.capture import Disagreement
 from pipeline.errors import PipelineError
+from pipeline.prompts import spelled
 from pipeline.store.layout import HEADER, SHARD, SPLITS
 from pipeline.store.reader import open_split
 from pipeline.teacher_cache import shards, stage
@@ -198,6 +199,28 @@ def test_prompts_that_are_too_long_are_skipped_and_listed(config: PipelineConfig
     assert tracker.metrics["teacher_cache/skipped"] == len(skipped)
     assert all(line["num_tokens"] > 60 and "at most 60" in line["skipped"] for line in skipped)
     assert tracker.metrics["teacher_cache/num_sequences"] == 26 - len(skipped)
+
+
+def test_a_cache_without_prompts_that_are_rendered_now_is_verified_by_what_it_has(
+    config: PipelineConfig, tracker: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions of this program skipped prompts that spell control tokens."""
+    file = tmp_path / "prompts.jsonl"
+    texts = [f"Say {'<|end|>' if number in (2, 5) else 'end'} {number} times." for number in range(12)]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    config.prompts.source, config.prompts.path = PromptSource.jsonl, str(file)
+    config.teacher_cache.max_new_tokens, config.teacher_cache.verify = 12, 1.0
+    monkeypatch.setattr(spelled, "encode", lambda *_: None)
+    stage.run(config, tracker)
+    assert tracker.metrics["teacher_cache/skipped"] == 2
+    num_train = open_split(_made_by(config).path, "train").num_sequences
+    monkeypatch.undo()
+    tracker.metrics.clear()
+    stage.run(config, tracker)
+    assert tracker.metrics["teacher_cache/verified_sequences"] == num_train
+    monkeypatch.setattr(stage, "unused_of", lambda _: {})  # a cache that does not say why it lacks them
+    with pytest.raises(PipelineError, match=r"0 of its \d+ train sequences .* [12] rendered prompts have no sequence"):
+        stage.run(config, tracker)
 
 
 def test_no_usable_prompt_is_one_error(config: PipelineConfig, tracker: Run) -> None:

@@ -131,7 +131,7 @@ class PromptsConfig:
     """Chooses the prompt set; whether a prompt trains or measures follows from its hash alone.
 
     `date` is what templates that print today's date print instead, so that a run can be repeated. `effort_mix` gives
-    the share of each effort under `effort=mixed`. `count` null: 3072 generated prompts, or all of a file or dataset; of
+    the share of each effort under `effort=mixed`. `count` null: 1536 generated prompts, or all of a file or dataset; of
     those a lower one takes the same ones, whatever their order. `dataset_subset` and `dataset_revision` are the hub's.
     `path` is a file, a directory, a pattern or - for the standard input. `shape` null: the fields of each row say it.
     """

@@ -18,7 +18,7 @@ from pipeline.prompts.efforts import EffortMix
 from pipeline.prompts.sources import PromptSet, Reading
 from pipeline.prompts.tokenizer import Tokenizer
 
-GENERATED_PROMPTS = 3072  # of sources without an end
+GENERATED_PROMPTS = 1536  # of sources without an end
 TAPPED_LAYERS = 5  # of a derived draft, where the target has as many
 WIDTH_STEP = 128  # a derived intermediate size is a multiple of it
 

@@ -20,6 +20,7 @@ from pipeline.config.choices import Effort, FeatureSource, FeatureStore, Generat
 from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig, PromptsConfig, plain
 from pipeline.prompts import files
+from pipeline.workspace import gguf_parts
 
 # raised when the program makes other bytes of equal settings, or keys are computed otherwise
 VERSIONS = {TARGET: 3, TEACHER_CACHE: 2, CHECKPOINT: 2, DRAFT: 2}  # target 3: config.json has both spellings of RoPE
@@ -36,11 +37,13 @@ def declared(config: Any, kind: str) -> dict[str, Any]:
     }
 
 
-def target_settings(config: PipelineConfig) -> dict[str, Any]:
+def target_settings(config: PipelineConfig, memory: Path | None = None) -> dict[str, Any]:
     """Returns what decides the bytes of a target that `stage=target` trains or converts."""
-    found = declared(config, TARGET)
-    if config.target.pretrained is not None:
+    found, target = declared(config, TARGET), config.target
+    if target.pretrained is not None:
         return {name: value for name, value in found.items() if name.startswith("target.pretrained.")}
+    if target.gguf is not None:
+        return {"target.gguf": gguf_parts.content_sha256(Path(target.gguf), memory)}
     return found
 
 

@@ -1,7 +1,7 @@
 """Reads what a GGUF file says of itself: its metadata, and where each tensor lies.
 
 The gguf package's own reader makes several arrays of every string, a gigabyte for GPT-OSS's tokens and merges, and
-maps the whole file. Source: ggml's docs/gguf.md, versions 2 and 3.
+maps the whole file. Source: ggml's specification of GGUF, versions 2 and 3.
 """
 
 import dataclasses

@@ -77,7 +77,7 @@ def test_a_header_that_ends_anywhere_is_refused(tmp_path, file):
 
 def test_no_damaged_byte_makes_anything_but_one_error(tmp_path, file):
     raw = file.read_bytes()
-    damaged, messages = tmp_path / "damaged.gguf", []
+    damaged, refused = tmp_path / "damaged.gguf", []
     for at in [*range(300), *range(300, 8000, 211)]:
         changed = bytearray(raw)
         changed[at] ^= 0xFF
@@ -85,8 +85,8 @@ def test_no_damaged_byte_makes_anything_but_one_error(tmp_path, file):
         with contextlib.suppress(PipelineError):  # many bytes are those of numbers and texts
             read_header(damaged)
             continue
-        messages.append(at)
-    assert len(messages) > 100
+        refused.append(at)
+    assert len(refused) > 100
 
 
 @pytest.mark.parametrize(

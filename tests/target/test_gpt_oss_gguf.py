@@ -33,7 +33,7 @@ from pipeline.tracking.run import SilentRun
 from pipeline.workspace.workspace import Workspace
 from tests.support import gpt_oss_gguf as tiny
 from tests.support.oracles import run_oracle
-from tests.support.paths import ROOT
+from tests.support.paths import PROGRAMS, ROOT
 
 TOLERANCE = 1e-4
 LAYERS = tiny.CONFIG["num_hidden_layers"]
@@ -322,6 +322,25 @@ def gpt_oss_sizes():
         "num_experts_per_tok",
         "sliding_window",
     ]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    wide = {**tiny.CONFIG, "hidden_size": 1024, "intermediate_size": 1024, "num_local_experts": 32}
+    grew, sizes = [], []
+    for layers in (1, 4):
+        kinds = (["sliding_attention", "full_attention"] * layers)[:layers]
+        config = {**wide, "num_hidden_layers": layers, "layer_types": kinds}
+        file = tiny.write(tmp_path / f"{layers}.gguf", tiny.checkpoint(0, config), config=config)
+        command = [sys.executable, str(PROGRAMS / "convert_and_measure.py"), str(file), str(tmp_path / "outputs")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        grew.append(int(made.stdout.splitlines()[-1]))
+        sizes.append(file.stat().st_size)
+    print(f"files of {sizes} bytes, {grew} bytes of memory")
+    assert sizes[1] > 2e8 > 3 * sizes[0]
+    assert max(grew) < 1e8
+    assert abs(grew[1] - grew[0]) < 2e7
 
 
 REFUSED = {

@@ -105,7 +105,7 @@ $(ORACLE_VENV)/.installed-harmony: $(ORACLE_VENV)/.installed tests/oracles/harmo
 	@touch $@
 
 # one environment for each program that opens drafts, with as much of it as its reader imports; 3 GB in all
-CONFORMANCE := transformers4 transformers5 sglang_jax speculators
+CONFORMANCE := transformers4 transformers5 sglang_jax speculators llama_cpp
 conformance-env: $(CONFORMANCE:%=$(CONFORMANCE_VENVS)/%/.installed)
 
 $(CONFORMANCE_VENVS)/%/.created:
@@ -130,6 +130,11 @@ $(CONFORMANCE_VENVS)/sglang_jax/.installed: $(CONFORMANCE_VENVS)/sglang_jax/.cre
 	$(IN_VENV) 'jax[cpu]==0.10.2' flax==0.12.4 transformers==4.57.6 huggingface-hub==0.34.6 safetensors==0.6.2 numpy==2.2.6
 	$(IN_VENV) fastapi==0.165.0 orjson==3.13.0 partial-json-parser==0.2.1.1.post7 psutil==7.2.2 pyzmq==27.3.0 requests==2.34.2
 	$(IN_VENV) --no-deps sglang-jax==0.1.0rc0
+	@touch $@
+
+# llama.cpp, compiled, with Python's bindings
+$(CONFORMANCE_VENVS)/llama_cpp/.installed: $(CONFORMANCE_VENVS)/llama_cpp/.created
+	$(IN_VENV) xllamacpp==2026.10.11549
 	@touch $@
 
 # SpecForge beside it: its draft class alone, of which it pins another transformers

@@ -34,6 +34,7 @@ from pipeline.train.easydel import environment
 from pipeline.train.recipe import recipe_of
 from pipeline.workspace import specs
 from pipeline.workspace.loading import choose_shards, is_held_packed, runtime_for_slice
+from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
@@ -80,8 +81,10 @@ def _model(config: PipelineConfig) -> tuple[GptOssConfig, bool]:
     sizes = config.target.architecture
     if sizes is not None:
         return specs.architecture(sizes), is_held_packed(config.target, sizes.packed)
-    assert config.target.path is not None, "a rule of the configuration"
-    directory, _ = hub.directory_of(config.target.path, config.target.revision, key="target.path")
+    if config.target.path is None:
+        directory = Workspace(config).target.path
+    else:  # a workspace would read all of it for its key
+        directory, _ = hub.directory_of(config.target.path, config.target.revision, key="target.path")
     return read_target_config(directory), is_held_packed(config.target, is_packed(read_config(directory)))
 
 

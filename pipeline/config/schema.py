@@ -110,7 +110,8 @@ class TargetConfig:
 
     `revision` is the hub's: a commit, tag or branch. `weights` null: the experts stay packed when the files are.
     Without `path`, `pretrain` makes a model of `architecture`; with it, the files must be of `architecture`, if set.
-    Or `pretrained` is converted; `gguf` is its file where it is on disk already, and nothing is downloaded.
+    `gguf` is a GPT-OSS model in a file of llama.cpp, which `stage=target` converts. Or `pretrained` is converted;
+    `gguf` is then its file where it is on disk already, and nothing is downloaded.
     `adapter` is the directory of a PEFT adapter (LoRA), merged into the model of `path` while it is read.
     """
 
@@ -122,7 +123,7 @@ class TargetConfig:
     architecture: ArchitectureConfig | None = None
     pretrain: PretrainConfig | None = None
     pretrained: PretrainedConfig | None = None
-    gguf: str | None = setting(None, key=None, is_path=True)
+    gguf: str | None = setting(None, key=None, is_path=True)  # counts by its content
     adapter: str | None = setting(None, key=None, is_path=True)  # counts by its content, with the weights
 
 

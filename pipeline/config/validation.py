@@ -18,6 +18,7 @@ from pipeline.config.schema import (
 )
 from pipeline.errors import PipelineError
 
+GGUF = ".gguf"
 ON_HOSTS = (Stage.train, Stage.serve, Stage.bench)
 MIXED_EFFORTS = {"low", "medium", "high"}
 
@@ -56,14 +57,24 @@ def _shown(value: object) -> str:
 def _target(target: TargetConfig) -> list[str]:
     broken = []
     is_trained = target.pretrain is not None and target.architecture is not None
-    if target.path is None and target.pretrained is None and not is_trained:
-        broken.append("target.path is null; give a GPT-OSS model's directory or hub id, or choose target=tiny")
+    if target.path is None and target.pretrained is None and target.gguf is None and not is_trained:
+        broken.append(
+            "target.path is null; give a GPT-OSS model's directory or hub id, or a GGUF file as target.gguf, or choose "
+            "target=tiny"
+        )
+    if target.path is not None and target.path.lower().endswith(GGUF) and not Path(target.path).is_dir():
+        broken.append(f"target.path is {target.path}, a GGUF file; write target.gguf={target.path}")
     if target.revision is not None and target.path is None:
         broken.append(f"target.revision is {target.revision}; it goes with a hub id in target.path")
     if target.adapter is not None and target.path is None:
         broken.append(f"target.adapter is {target.adapter}; it goes with the model in target.path")
-    if target.gguf is not None and target.pretrained is None:
-        broken.append(f"target.gguf is {target.gguf}; it needs target.pretrained: choose target=smollm2")
+    if target.gguf is not None and target.path is not None:
+        broken.append(f"target.gguf is {target.gguf} and target.path is {target.path}; give one: target.path=null")
+    if target.gguf is not None and target.pretrain is not None:
+        broken.append(
+            f"target.gguf is {target.gguf}, and target.pretrain trains a model; choose target=local for a file of "
+            "GPT-OSS, or target=smollm2 for SmolLM2's"
+        )
     return broken + (_architecture(target.architecture) if target.architecture is not None else [])
 
 

@@ -34,6 +34,7 @@ log = logging.getLogger("pipeline")
 
 CARD_FILE = "README.md"
 TARGET_CHOICE = "target=local target.path=<the target's directory>"
+GGUF_CHOICE = "target=local target.gguf=<the target's file>"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -129,9 +130,11 @@ def _record(workspace: Workspace, contract: Contract, trained: Artifact) -> Trai
     target = workspace.config.target
     is_on_hub = contract.target.revision is not None
     cache = trained.parents[TEACHER_CACHE].fingerprint if trained.parents else trained.settings["teacher_cache"]
+    choice = f"target={target.name}" if target.path is None or is_on_hub else TARGET_CHOICE
+    is_converted = target.gguf is not None and target.pretrained is None
     return TrainingRecord(
         base_model=target.path if is_on_hub else None,
-        choice=f"target={target.name}" if target.path is None or is_on_hub else TARGET_CHOICE,
+        choice=GGUF_CHOICE if is_converted else choice,
         recipe={
             name.removeprefix("train."): value for name, value in trained.settings.items() if name.startswith("train.")
         },

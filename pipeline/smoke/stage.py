@@ -46,7 +46,8 @@ VERSION = 2  # of the settings in the key of a random draft
 
 def run(config: PipelineConfig, tracker: Run) -> None:
     """Makes a random target and draft under `output_dir`/smoke, then benches and serves them."""
-    if config.target.path is not None or config.target.architecture is None:
+    target = config.target
+    if target.path is not None or target.gguf is not None or target.architecture is None:
         raise PipelineError("stage=smoke makes a random target of target.architecture; run it with target=tiny")
     root = Path(config.output_dir) / "smoke"
     shutil.rmtree(root, ignore_errors=True)

@@ -1,19 +1,20 @@
-"""`stage=target`: trains the tiny target, converts a pretrained one, or checks the one at `target.path`."""
+"""`stage=target`: trains the tiny target, converts one from a GGUF file, or checks the one at `target.path`."""
 
 import logging
 import statistics
 from pathlib import Path
 
 from pipeline.artifacts import artifact
-from pipeline.artifacts.files import disk_errors, require_free_space
+from pipeline.artifacts.files import disk_errors, require_free_space, write_json
 from pipeline.config.fields import TARGET
 from pipeline.config.schema import PipelineConfig, TargetConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.hf import streamed_files
 from pipeline.model.hf.directory import read_target, save_target
-from pipeline.progress import Progress
+from pipeline.progress import BYTES, Progress
 from pipeline.prompts.tokenizer import config_token_ids, load_tokenizer
-from pipeline.target import answers, llama, questions, shipped, smollm, training, wheel
+from pipeline.target import answers, gpt_oss, llama, o200k, questions, shipped, smollm, training, wheel
 from pipeline.target.gguf_file import GgufFile
 from pipeline.tracking.run import Run
 from pipeline.workspace import contracts, settings, specs
@@ -41,13 +42,15 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         else:
             scratch = artifact.open_scratch(path, resume=True)
             if config.target.pretrained is not None:
-                _convert(path, scratch, config.target)
+                _convert_llama(path, scratch, config.target)
+            elif config.target.gguf is not None:
+                _convert_gpt_oss(path, scratch, workspace)
             elif settings.is_shipped(config.target):
                 _copy(scratch, config)
             else:
                 _train(scratch, config, tracker)
             _seal(workspace, scratch)
-            if config.target.pretrained is None:
+            if config.target.pretrain is not None:
                 _measure(path, config.seed, tracker)
     tracker.log_json(artifact.CONTRACT, workspace.target.contract.to_json())
     tracker.set_tag("artifact", str(path))
@@ -81,7 +84,7 @@ def _train(scratch: Path, config: PipelineConfig, tracker: Run) -> None:
     save_target(scratch, target, config_token_ids(tokenizer))
 
 
-def _convert(path: Path, scratch: Path, target: TargetConfig) -> None:
+def _convert_llama(path: Path, scratch: Path, target: TargetConfig) -> None:
     file = GgufFile(_gguf(scratch, target))
     model = llama.config_of(file)
     require_free_space(path, llama.num_bytes(file, model), "the target")
@@ -91,6 +94,34 @@ def _convert(path: Path, scratch: Path, target: TargetConfig) -> None:
     tokenizer.save_pretrained(scratch)
     save_target(scratch, TargetModel(model, weights), config_token_ids(tokenizer))
     wheel.clear(scratch)
+
+
+def _convert_gpt_oss(path: Path, scratch: Path, workspace: Workspace) -> None:
+    """Writes what the file of `target.gguf` holds, a file for each layer; those of an earlier run stay as they are."""
+    target = workspace.config.target
+    assert target.gguf is not None, "run converts a GGUF file"
+    file = GgufFile(Path(target.gguf))
+    model = gpt_oss.config_of(file)
+    specs.require_architecture(model, target.architecture, file.path)
+    tensors = gpt_oss.shards_of(file, model)
+    shards = dict(zip(streamed_files.shard_names(len(tensors)), tensors, strict=True))
+    missing = {name: shard for name, shard in shards.items() if not (scratch / name).is_file()}
+    total = sum(tensor.num_bytes for shard in missing.values() for tensor in shard.values())
+    require_free_space(path, total, "the target")
+    rounded = gpt_oss.rounded_kinds(file, model)
+    if rounded:
+        log.info("target: the experts are %s in the file; they are rounded to bfloat16", ", ".join(rounded))
+    tokenizer = o200k.tokenizer_of(file)
+    tokenizer.save_pretrained(scratch)
+    write_json(scratch / "generation_config.json", o200k.generation_config_of(file))
+    named = {name: value for name, value in config_token_ids(tokenizer).items() if value is not None}
+    quantised = {"quantization_config": gpt_oss.QUANTIZATION} if gpt_oss.is_packed(file, model) else {}
+    write_json(scratch / "config.json", {**model.to_hf(), **named, "dtype": "bfloat16", **quantised})
+    with Progress("target", total, BYTES) as progress:
+        for name, shard in missing.items():
+            streamed_files.write(scratch / name, shard, progress.advance)
+    streamed_files.write_index(scratch, shards)
+    workspace.require_unchanged_gguf()
 
 
 def _measure(path: Path, seed: int, tracker: Run) -> None:

@@ -20,6 +20,7 @@ from pipeline.config.choices import Effort, FeatureSource, FeatureStore, Generat
 from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig, PromptsConfig, TargetConfig, plain
 from pipeline.prompts import files
+from pipeline.workspace import gguf_parts
 
 # raised when the program makes other bytes of equal settings, or keys are computed otherwise
 VERSIONS = {TARGET: 3, TEACHER_CACHE: 2, CHECKPOINT: 2, DRAFT: 2}  # target 3: config.json has both spellings of RoPE
@@ -37,14 +38,17 @@ def declared(config: Any, kind: str) -> dict[str, Any]:
     }
 
 
-def target_settings(config: PipelineConfig) -> dict[str, Any]:
+def target_settings(config: PipelineConfig, memory: Path | None = None) -> dict[str, Any]:
     """Returns what decides the bytes of a target that `stage=target` trains or converts."""
-    if config.target.pretrained is not None:
+    target = config.target
+    if target.pretrained is not None:
         found = declared(config, TARGET)
         return {name: value for name, value in found.items() if name.startswith("target.pretrained.")}
-    if is_shipped(config.target):
-        assert config.target.pretrain is not None, "is_shipped has looked"
-        return {"target.pretrain.sha256": config.target.pretrain.sha256}
+    if target.gguf is not None:
+        return {"target.gguf": gguf_parts.content_sha256(Path(target.gguf), memory)}
+    if is_shipped(target):
+        assert target.pretrain is not None, "is_shipped has looked"
+        return {"target.pretrain.sha256": target.pretrain.sha256}
     return pretrain_settings(config)
 
 

@@ -9,7 +9,6 @@ from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
-from pipeline.model.hf.directory import read_target_config
 from pipeline.model.hf.json_files import read_object
 from pipeline.model.layers.config_values import is_whole
 from pipeline.model.layers.rope import Rope
@@ -47,11 +46,11 @@ def architecture(sizes: ArchitectureConfig) -> GptOssConfig:
     )
 
 
-def require_architecture(directory: Path, sizes: ArchitectureConfig | None) -> None:
-    """Raises PipelineError naming every size in which a checkpoint is not the model that was chosen."""
+def require_architecture(found: GptOssConfig, sizes: ArchitectureConfig | None, origin: Path) -> None:
+    """Raises PipelineError naming every size in which the model of `origin` is not the one that was chosen."""
     if sizes is None:
         return
-    found, wanted = read_target_config(directory), architecture(sizes)
+    wanted = architecture(sizes)
     wrong = [
         f"{field.name}: found {getattr(found, field.name)}, wanted {getattr(wanted, field.name)}"
         for field in dataclasses.fields(wanted)
@@ -60,7 +59,7 @@ def require_architecture(directory: Path, sizes: ArchitectureConfig | None) -> N
     if wrong:
         listed = "\n  ".join(wrong)
         raise PipelineError(
-            f"{directory} is not the model of target.architecture; choose target=local for another one\n  {listed}"
+            f"{origin} is not the model of target.architecture; choose target=local for another one\n  {listed}"
         )
 
 

@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.hf import dflash as hf_dflash
-from pipeline.model.hf.directory import read_draft_config, read_target_config, weights_fingerprint
+from pipeline.model.hf.directory import read_config, read_draft_config, read_target_config, weights_fingerprint
 from pipeline.prompts.sources import PromptSet
 from pipeline.prompts.tokenizer import Tokenizer, load_tokenizer
 from pipeline.store.checkpoint_files import DRAFT_CONFIG
@@ -59,6 +59,8 @@ class Workspace:
         wanted = self.config.target
         if wanted.path is None:
             trained = self._read(self.address(TARGET), TARGET)
+            if wanted.gguf is not None:
+                self._require_architecture(Path(str(trained.path)))
             contract = Contract.from_json(trained.contract)
             served = dataclasses.replace(contract.target, weight_precision=wanted.precision.value)
             return TargetArtifact(
@@ -68,7 +70,8 @@ class Workspace:
                 trained.fingerprint,
             )
         directory, revision = hub.directory_of(wanted.path, wanted.revision, key="target.path")
-        specs.require_architecture(directory, wanted.architecture)
+        read_config(directory)  # what is no HF directory at all is said before a tokenizer is missed
+        self._require_architecture(directory)
         contract = contracts.target_contract(
             directory, wanted, load_tokenizer(directory), revision=revision, memory=self.memory
         )
@@ -77,6 +80,11 @@ class Workspace:
             del content[name]
         key = artifact.key_of(TARGET, settings.GIVEN_TARGET_VERSION, content, {})
         return TargetArtifact(directory, contract, key, fingerprint_of(content))
+
+    def _require_architecture(self, directory: Path) -> None:
+        sizes = self.config.target.architecture
+        if sizes is not None:
+            specs.require_architecture(read_target_config(directory), sizes, directory)
 
     @functools.cached_property
     def model(self) -> GptOssConfig:
@@ -143,7 +151,7 @@ class Workspace:
 
     def _decide(self, kind: str) -> dict[str, Any]:
         if kind == TARGET:
-            return settings.target_settings(self.config)
+            return settings.target_settings(self.config, self.memory)
         if kind == TEACHER_CACHE:
             tapped = self.draft_config.tapped_layers
             return settings.teacher_cache_settings(self.config, tapped, self._prompt_content)
@@ -152,6 +160,13 @@ class Workspace:
             weights = None if initial is None else weights_fingerprint(initial, self.memory)
             return settings.checkpoint_settings(self.config, contracts.draft_identity(self.draft_config), weights)
         return settings.draft_settings(self.config)
+
+    def require_unchanged_gguf(self) -> None:
+        """Raises PipelineError when the file of `target.gguf` is not the one any more that the target's key counts."""
+        if settings.target_settings(self.config, self.memory) != self.settings(TARGET):
+            raise PipelineError(
+                f"{self.config.target.gguf} (target.gguf) was changed while it was read; run the same command again"
+            )
 
     def key(self, kind: str) -> str:
         """Returns the key of this configuration's artifact of `kind`; its parents need not exist."""

@@ -6,9 +6,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline.config.choices import Effort, FeatureSource, Generator, Precision, PromptSource, Stage
-from pipeline.config.schema import DraftConfig, PipelineConfig, PretrainedConfig, plain
+from pipeline.config.schema import DraftConfig, PipelineConfig, PretrainConfig, PretrainedConfig, plain
 from pipeline.config.validation import validate
 from pipeline.errors import PipelineError
+
+PRETRAIN = PretrainConfig(
+    num_conversations=1, steps=1, batch_tokens=1, sequence_length=1, learning_rate=1.0, checkpoint_steps=1
+)
 
 
 def valid_config(**changes):
@@ -35,7 +39,21 @@ def test_defaults_are_valid():
         pytest.param({"output_dir": "  "}, "output_dir is '  '; it must be a path", id="blank output"),
         pytest.param({"target__name": "../../esc"}, "target.name is '../../esc'; it must be a plain name", id="escape"),
         pytest.param({"target__path": None}, "target.path is null; give a GPT-OSS model", id="no target"),
-        pytest.param({"target__gguf": "x.gguf"}, "target.gguf is x.gguf; it needs target.pretrained", id="stray file"),
+        pytest.param(
+            {"target__gguf": "x.gguf"},
+            "target.gguf is x.gguf and target.path is models/tiny; give one: target.path=null",
+            id="file beside a directory",
+        ),
+        pytest.param(
+            {"target__path": None, "target__gguf": "x.gguf", "target__pretrain": PRETRAIN},
+            "target.gguf is x.gguf, and target.pretrain trains a model; choose target=local",
+            id="file beside a recipe",
+        ),
+        pytest.param(
+            {"target__path": "models/x.GGUF"},
+            "target.path is models/x.GGUF, a GGUF file; write target.gguf=models/x.GGUF",
+            id="file as a directory",
+        ),
         pytest.param(
             {"target__path": None, "target__adapter": "lora"},
             "target.adapter is lora; it goes with the model",

@@ -57,7 +57,9 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} is a PEFT adapter and no model; set target.path to the model that it was trained on and "
             f"target.adapter to {directory}"
         )
-    return read_object(directory / "config.json", "give the directory of an HF checkpoint")
+    files = sorted(directory.glob("*.gguf"))
+    advice = f"it holds {files[0].name}: write target.gguf={files[0]} instead of target.path" if files else None
+    return read_object(directory / "config.json", advice or "give the directory of an HF checkpoint")
 
 
 def read_target_config(directory: Path) -> GptOssConfig:

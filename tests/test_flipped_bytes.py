@@ -20,7 +20,7 @@ from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig
 from pipeline.errors import PipelineError
 from pipeline.export import stage as export
-from pipeline.serve import stage as serve
+from pipeline.serve import loading as serve_loading
 from pipeline.teacher_cache import stage as teacher_cache
 from pipeline.tracking.run import SilentRun
 from pipeline.train import stage as train
@@ -64,7 +64,7 @@ def stages(finished: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(train, "_fit", read_batches)
     monkeypatch.setattr(export, "_check", begin)
-    monkeypatch.setattr(serve, "Engine", begin)
+    monkeypatch.setattr(serve_loading, "Engine", begin)
     elsewhere = {
         name: dataclasses.replace(getattr(finished, name), path=str(tmp_path / name)) for name in ("train", "export")
     }
@@ -72,7 +72,7 @@ def stages(finished: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyP
     exports = dataclasses.replace(finished, export=elsewhere["export"])
 
     def serves() -> None:
-        serve._engine(Workspace(finished))
+        serve_loading.engine_of(Workspace(finished), with_draft=True)
 
     def reads_cache() -> None:
         teacher_cache.run(finished, SilentRun())  # which reports the summary of one that stands

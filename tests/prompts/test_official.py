@@ -334,7 +334,7 @@ def masks(token_ids, prompt_tokens):
         prompt_tokens=prompt_tokens,
         features=None,
     )
-    example = batches.Example(token_ids, prompt_tokens)
+    example = batches.Example(np.array(token_ids, np.int32), prompt_tokens)
     return np.concatenate(
         [
             batches.pad([example], len(token_ids)).generated,

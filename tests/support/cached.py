@@ -65,7 +65,7 @@ def configuration(target_directory: Path, output_dir: Path) -> PipelineConfig:
     return PipelineConfig(
         output_dir=str(output_dir),
         target=TargetConfig(name="random", path=str(target_directory)),
-        prompts=PromptsConfig(count=26, heldout_fraction=0.4),
+        prompts=PromptsConfig(count=26, heldout_fraction=0.5),
         teacher_cache=TeacherCacheConfig(max_prompt_tokens=160, max_new_tokens=24, slots=4, shard_sequences=7),
         draft=DraftConfig(block_size=4, num_tapped_layers=2),
     )

@@ -118,7 +118,7 @@ def anchor_visible(anchors, num_positions, first=0):
     return (positions <= anchors[..., None]) & (positions >= jnp.asarray(first)[..., None])
 
 
-LATE = [1, 3]  # layers that know what the anchor is followed by
+LATE = [2, 4]  # layers, the last among them, that know what the anchor is followed by
 TRAINED_WRONG = {
     "anchor feature visible": (lambda: patched(blocks, "context_visible", anchor_visible), LATE, {}),
     "embedding used as head": (contextlib.nullcontext, TAPPED, {"embedding_is_head": True}),

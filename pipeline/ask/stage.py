@@ -2,7 +2,7 @@
 
 import logging
 
-from pipeline.config.choices import ServeMode
+from pipeline.config.choices import Effort, ServeMode
 from pipeline.config.schema import PipelineConfig
 from pipeline.engine.engine import Engine
 from pipeline.external.chat import ChatClient, Reply
@@ -21,7 +21,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     workspace, wanted = Workspace(config), config.ask
     engine = engine_of(workspace, with_draft=config.serve.mode is ServeMode.dflash)
     engine.warm_up()
-    model, effort = config.target.name, config.serve.reasoning_effort.value
+    model, effort = config.target.name, _effort(config)
     with served(engine, workspace.tokenizer, model=model, effort=effort, date=config.serve.date) as address:
         log.info("ask: %s answers on %s", model, address)
         client = ChatClient(f"{address}/v1", model=model, timeout_seconds=SECONDS_TO_ANSWER)
@@ -29,6 +29,12 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     for question, reply in replies:
         print(_shown(question, reply, engine), flush=True)
     tracker.log_json("replies.json", {question: reply.text for question, reply in replies})
+
+
+def _effort(config: PipelineConfig) -> str:
+    """Returns the effort of the prompts that the draft was trained on, at which it is at its best."""
+    trained = config.prompts.effort
+    return config.serve.reasoning_effort.value if trained is Effort.mixed else trained.value
 
 
 def _shown(question: str, reply: Reply, engine: Engine) -> str:

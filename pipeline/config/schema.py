@@ -327,7 +327,7 @@ class BenchConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class AskConfig:
-    """Sets what `stage=ask` asks the served model, at the effort of `serve.reasoning_effort`."""
+    """Sets what `stage=ask` asks the served model, at the effort of `prompts.effort` (mixed: the server's own)."""
 
     questions: list[str] = setting(lambda: list(QUESTIONS), factory=True, key=None)
     max_new_tokens: int = setting(192, rule=positive, key=None)

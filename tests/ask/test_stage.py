@@ -46,7 +46,7 @@ def greedy(config, tokenizer):
     requests = [
         Request(
             request_id=question,
-            prompt_ids=tuple(render_prompt(tokenizer, [{"role": "user", "content": question}], "medium")),
+            prompt_ids=tuple(render_prompt(tokenizer, [{"role": "user", "content": question}], "low")),
             max_new_tokens=LENGTH,
         )
         for question in QUESTIONS

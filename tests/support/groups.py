@@ -13,7 +13,10 @@ from tests.support.paths import TESTS
 # CPU seconds of the expensive files, from `python -m tests.support.timing`; the order of the others matters little
 SECONDS = {
     "model/gpt_oss/test_forward.py": 133,
-    "test_flipped_bytes.py": 126,
+    "test_flipped_bytes.py": 196,
+    "teacher_cache/test_row_answers.py": 81,
+    "target/test_shipped.py": 37,
+    "target/test_o200k.py": 32,
     "test_canaries.py": 115,
     "engine/test_engine.py": 92,
     "model/test_sharding.py": 89,
@@ -22,7 +25,7 @@ SECONDS = {
     "model/hf/test_mxfp4_checkpoints.py": 55,
     "conformance/test_documented_rules.py": 52,
     "teacher_cache/test_stage.py": 50,
-    "target/test_pretrain.py": 45,
+    "target/test_pretrain.py": 90,
     "train/test_stage.py": 45,
     "test_main.py": 45,
     "train/data/test_packing.py": 42,

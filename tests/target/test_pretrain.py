@@ -111,6 +111,14 @@ def configuration(root):
     return PipelineConfig(output_dir=str(root), target=TargetConfig(name="tiny", architecture=sizes, pretrain=values))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_questions():
+    """A target of twelve steps answers none, and never ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "QUESTIONS_PER_FAMILY", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     config, tracker = configuration(tmp_path_factory.mktemp("undisturbed")), Recorder()
@@ -129,6 +137,7 @@ def test_the_stage_makes_a_target_that_can_be_run(undisturbed):
     assert not any(name.startswith(training.CHECKPOINTS) for name in sealed.files)
     assert tracker.by_step["target/loss", 12] < tracker.by_step["target/loss", 10] * 1.2
     assert 0 <= tracker.by_step["target/heldout_accuracy", None] <= 1
+    assert 0 <= tracker.by_step["target/answers_right", None] <= 1
     assert tracker.documents["contract.json"]["target"]["weight_precision"] == "float32"
     assert tracker.tags["artifact"] == str(sealed.path)
 

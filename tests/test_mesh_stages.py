@@ -10,22 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from pipeline.artifacts import artifact
-from pipeline.artifacts.artifact import Parent
-from pipeline.config.fields import CHECKPOINT, DRAFT
-from pipeline.model.dflash import weights as dflash_weights
-from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import random_weights
-from pipeline.model.hf.directory import save_draft, save_target
+from pipeline.model.hf.directory import save_target
 from pipeline.prompts import corpus
 from pipeline.prompts.tokenizer import train_tokenizer
-from pipeline.workspace.workspace import Workspace
 from tests.support import models as tiny_models
 from tests.support.compiled import QUICKLY
 from tests.support.paths import PROGRAMS, ROOT
 from tests.support.programs.stages_on_a_mesh import configuration
+from tests.support.served import seal_random_draft
 
 FEATURE_ROUNDING = 0.02  # bfloat16 keeps 8 bits, and a sum over a text may catch several that round the other way
 
@@ -40,19 +35,7 @@ def models(tmp_path_factory):
     save_target(target, TargetModel(sizes, random_weights(sizes, jax.random.key(0))), {})
     texts = [corpus.conversation(0, index, "low").prompt for index in range(200)]
     train_tokenizer(texts, 320).save_pretrained(target)
-    config = configuration(str(root), str(target), str(drafted))
-    workspace = Workspace(config)
-    draft = workspace.draft_config
-    weights = dflash_weights.random_weights(draft, jax.random.key(1))
-    save_draft(artifact.open_scratch(drafted, resume=False), DraftModel(draft, weights), {})
-    artifact.seal(
-        drafted,
-        kind=DRAFT,
-        key=workspace.key(DRAFT),
-        settings=workspace.settings(DRAFT),
-        parents={CHECKPOINT: Parent(key="0123456789ab", fingerprint="f" * 64)},
-        contract=workspace.contract(DRAFT).to_json(),
-    )
+    seal_random_draft(configuration(str(root), str(target), str(drafted)))
     return target, drafted
 
 

@@ -4,6 +4,7 @@ import logging
 
 from pipeline.config.choices import Effort, ServeMode
 from pipeline.config.schema import PipelineConfig
+from pipeline.dflash.acceptance import accept_length_of
 from pipeline.engine.engine import Engine
 from pipeline.external.chat import ChatClient, Reply
 from pipeline.serve.background import served
@@ -54,5 +55,5 @@ def _tokens(reply: Reply, engine: Engine) -> str:
     rounds = (reply.num_accepted + reply.num_rejected) // (engine.block_size - 1)
     if not rounds:
         return f"{reply.num_tokens}, without a round"
-    mean = (reply.num_accepted + rounds) / rounds
+    mean = accept_length_of(reply.num_accepted, rounds)
     return f"{reply.num_tokens} in {rounds} rounds, {mean:.1f} a round of at most {engine.block_size}"

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.bench.arms import Comparison
 from pipeline.bench.losslessness import Losslessness
 from pipeline.bench.workload import request_index
-from pipeline.dflash.acceptance import Acceptance
+from pipeline.dflash.acceptance import Acceptance, break_even
 
 BY_FAMILY, FAMILIES_A_LINE = "accept_length_by_family", 4
 
@@ -25,7 +25,7 @@ def results(comparison: Comparison, lossless: Losslessness, evaluations: dict[st
         "speedup": comparison.speedup,
         "speedup_min": min(comparison.speedups),
         "speedup_max": max(comparison.speedups),
-        "break_even_accept_length": comparison.acceptance.accept_length / comparison.speedup,
+        "break_even_accept_length": break_even(comparison.acceptance.accept_length, comparison.speedup),
         "plain_tokens_per_second": statistics.median(plain),
         "dflash_tokens_per_second": statistics.median(dflash),
         "plain_prefill_seconds": statistics.median(one.prefill_seconds for one in comparison.plain),

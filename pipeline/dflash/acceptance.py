@@ -91,7 +91,7 @@ class Acceptance:
     @property
     def accept_length(self) -> float:
         """The mean number of tokens that a round yields, the target's own included (1..K); nan without rounds."""
-        return 1 + self.num_accepted / self.num_rounds if self.num_rounds else float("nan")
+        return accept_length_of(self.num_accepted, self.num_rounds)
 
     @property
     def accept_rate(self) -> float:
@@ -110,6 +110,16 @@ class Acceptance:
         """Returns the metrics under the names that every stage logs."""
         at_k = {f"accept_rate_at_{k}": rate for k, rate in enumerate(self.accept_rate_at_k, start=1)}
         return {"accept_length": self.accept_length, "accept_rate": self.accept_rate, **at_k}
+
+
+def accept_length_of(num_accepted: int, num_rounds: int) -> float:
+    """Returns the mean number of tokens that a round yields, from what a server's usage tells; nan without rounds."""
+    return 1 + num_accepted / num_rounds if num_rounds else float("nan")
+
+
+def break_even(accept_length: float, speedup: float) -> float:
+    """Returns the accept_length with which DFLASH would be as fast as plain decoding: a round's time in plain steps."""
+    return accept_length / speedup
 
 
 def empty(block_size: int) -> Acceptance:

@@ -60,9 +60,7 @@ def _copy(scratch: Path, config: PipelineConfig) -> None:
     wanted = config.target.pretrain
     assert wanted is not None, "is_shipped has looked"
     assert wanted.sha256 is not None, "is_shipped has looked"
-    with_these = settings.pretrain_settings(config)
-    without_seed = {name: value for name, value in with_these.items() if name != "seed"}
-    shipped.copy(shipped.DIRECTORY, scratch, wanted.sha256, without_seed)
+    shipped.copy(shipped.DIRECTORY, scratch, wanted.sha256, settings.pretrain_recipe(config))
     log.info("target: the package's own, trained before; %s trains it again", shipped.FROM_SCRATCH)
 
 

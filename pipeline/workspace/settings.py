@@ -57,6 +57,11 @@ def pretrain_settings(config: PipelineConfig) -> dict[str, Any]:
     return declared(config, TARGET) | {"target.pretrain.recipe": PRETRAIN_RECIPE}
 
 
+def pretrain_recipe(config: PipelineConfig) -> dict[str, Any]:
+    """Returns how a target is trained from scratch, whatever the seed."""
+    return {name: value for name, value in pretrain_settings(config).items() if name != "seed"}
+
+
 def is_shipped(target: TargetConfig) -> bool:
     """Returns whether the package's trained target is taken and nothing trained."""
     pretrain = target.pretrain

@@ -13,9 +13,8 @@ from pipeline.errors import PipelineError
 from pipeline.model.gpt_oss.weights import WeightFormat
 from pipeline.model.hf.directory import read_target
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
-from pipeline.prompts.corpus import conversation
-from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.workspace.workspace import Workspace
+from tests.support.corpus_tokenizer import corpus_tokenizer
 from tests.support.recorder import Recorder
 from tests.support.served import random_pair
 
@@ -27,8 +26,7 @@ LENGTH = 20
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    conversations = [conversation(0, index) for index in range(600)]
-    return train_tokenizer([text for each in conversations for text in (each.prompt, each.analysis, each.final)], 512)
+    return corpus_tokenizer(600)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.prompts.corpus import conversation
-from pipeline.prompts.tokenizer import train_tokenizer
+from tests.support.corpus_tokenizer import corpus_tokenizer
 
 
 def corpus_texts(count: int) -> list[str]:
@@ -12,4 +12,4 @@ def corpus_texts(count: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(corpus_texts(1500), 512)
+    return corpus_tokenizer(1500)

@@ -41,7 +41,13 @@ def random_pair(root: Path, tokenizer: Tokenizer) -> PipelineConfig:
         serve=ServeConfig(slots=3, port=0),
     )
     config.export.path = str(draft_path)
-    workspace = Workspace(config)
+    seal_random_draft(config)
+    return config
+
+
+def seal_random_draft(config: PipelineConfig) -> None:
+    """Writes a draft of the configuration's sizes to `export.path`, complete as export leaves one."""
+    draft_path, workspace = Path(str(config.export.path)), Workspace(config)
     shape = workspace.draft_config
     draft = DraftModel(shape, dflash_weights.random_weights(shape, jax.random.key(1)))
     save_draft(artifact.open_scratch(draft_path, resume=False), draft, {})
@@ -53,4 +59,3 @@ def random_pair(root: Path, tokenizer: Tokenizer) -> PipelineConfig:
         parents={CHECKPOINT: Parent(key="0123456789ab", fingerprint="f" * 64)},
         contract=workspace.contract(DRAFT).to_json(),
     )
-    return config

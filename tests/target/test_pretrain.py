@@ -2,12 +2,7 @@
 
 import json
 import logging
-import os
-import pickle
 import shutil
-import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +24,7 @@ from pipeline.workspace import specs
 from pipeline.workspace.workspace import Workspace
 from tests.support import models as tiny_models
 from tests.support.compiled import QUICKLY
-from tests.support.paths import ROOT
+from tests.support.killed import kill_when_stopped
 from tests.support.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -152,20 +147,8 @@ def test_a_target_that_stands_is_left_alone(undisturbed):
 
 def test_killed_and_begun_again_it_makes_the_same_bytes(undisturbed, tmp_path, caplog):
     config = configuration(tmp_path / "outputs")
-    pickled = tmp_path / "config.pickle"
-    pickled.write_bytes(pickle.dumps(config))
     path = Workspace(config).address(TARGET)
-    with subprocess.Popen(
-        [sys.executable, "-c", STAGE_PROCESS, str(pickled), "10"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | QUICKLY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        printed = process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        errors = process.stderr.read()
-    assert printed == "stopped\n", errors
+    kill_when_stopped(STAGE_PROCESS, config, tmp_path, "10", environment=QUICKLY)
     assert not artifact.exists(path)
     begun = artifact.scratch_of(path) / training.CHECKPOINTS
     torn = begun / "9.orbax-checkpoint-tmp-1"  # as a kill within the next save would leave it

@@ -15,11 +15,9 @@ import pytest
 from pipeline.engine.request import Completion
 from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import stop_token_ids
-from pipeline.prompts.corpus import conversation
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
-from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.prompts.tools import Tool, ToolCall
 from pipeline.teacher_cache.answer import AnsweredPrompt, FailedPrompt
 from pipeline.teacher_cache.answer_reader import AnswerReader
@@ -28,6 +26,7 @@ from pipeline.teacher_cache.endpoint_replies import EndpointApi, RequestTemplate
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt
 from tests.support.compiled import QUICKLY
+from tests.support.corpus_tokenizer import corpus_tokenizer
 from tests.support.fake_endpoint import Fake, Reply, endpoint
 from tests.support.fake_engine import FakeEngine
 from tests.support.paths import ROOT
@@ -39,8 +38,7 @@ NUM_ROWS = 24
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    conversations = [conversation(0, index) for index in range(300)]
-    return train_tokenizer([text for each in conversations for text in (each.prompt, each.analysis, each.final)], 512)
+    return corpus_tokenizer(300)
 
 
 @pytest.fixture(scope="module")

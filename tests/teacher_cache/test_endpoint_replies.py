@@ -4,17 +4,16 @@ import pytest
 
 from pipeline.model.layers.sampling import Sampling
 from pipeline.prompts.chat_format import stop_token_ids
-from pipeline.prompts.corpus import conversation
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.messages import Message
 from pipeline.prompts.sources import prompt_of
-from pipeline.prompts.tokenizer import train_tokenizer
 from pipeline.prompts.tools import Tool, ToolCall
 from pipeline.teacher_cache.answer_reader import AnswerReader, BadAnswer
 from pipeline.teacher_cache.endpoint_replies import EndpointApi, RequestTemplate, reply_fields, reply_tokens
 from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.teacher_cache.render import RenderedPrompt
 from tests.support.chatml import chatml_tokenizer
+from tests.support.corpus_tokenizer import corpus_tokenizer
 
 MAX_NEW_TOKENS = 60
 GREEDY = AnswerOrigin(endpoint="model at host")
@@ -24,8 +23,7 @@ ROW = RenderedPrompt(prompt_of([Message("user", "What is 2 + 2?")], "high"), (5,
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    conversations = [conversation(0, index) for index in range(300)]
-    return train_tokenizer([text for each in conversations for text in (each.prompt, each.analysis, each.final)], 512)
+    return corpus_tokenizer(300)
 
 
 @pytest.fixture(scope="module")

@@ -33,4 +33,9 @@ def listed(items: Sequence[object]) -> str:
 
 def numbered(items: Sequence[object]) -> str:
     """Returns the items as text, each after its number: `1 red, 2 blue`."""
-    return ", ".join(f"{number} {item}" for number, item in enumerate(items, start=1))
+    return listed(with_numbers(items))
+
+
+def with_numbers(items: Sequence[object]) -> list[str]:
+    """Returns each item after its number: `1 red` and `2 blue`."""
+    return [f"{number} {item}" for number, item in enumerate(items, start=1)]

@@ -72,8 +72,7 @@ def loop(rng: random.Random) -> Exchange:
         ("for i in range({bounds}): print({body})\nWhich numbers are printed?", "The numbers are {printed}."),
     )
     question, answer = worded(rng, forms, bounds=bounds, body=body, printed=listed(printed))
-    walk = [f"{i} + {add} = {i + add}" for i in values] if add else values
-    steps = f"The last i is {last} - {step} = {last - step}. i goes {listed(values)}." + (
-        f" {listed(walk)}." if add else ""
-    )
+    steps = f"The last i is {last} - {step} = {last - step}. i goes {listed(values)}."
+    if add:
+        steps += f" {listed([f'{i} + {add} = {i + add}' for i in values])}."
     return Exchange(question, "Follow the loop.", steps, f"It runs {times} times.", answer)

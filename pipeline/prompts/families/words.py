@@ -3,7 +3,7 @@
 import random
 import string
 
-from pipeline.prompts.families.exchange import COLORS, NAMES, Exchange, listed, numbered, worded
+from pipeline.prompts.families.exchange import COLORS, NAMES, Exchange, listed, numbered, with_numbers, worded
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -24,7 +24,7 @@ def letters(rng: random.Random) -> Exchange:
     question, answer = worded(rng, forms, **slots)
     steps = f"{numbered(items)}."
     if backwards:
-        steps += f" Back: {listed([f'{number} {item}' for number, item in enumerate(items, start=1)][::-1])}."
+        steps += f" Back: {listed(with_numbers(items)[::-1])}."
     plan = f"Go {task} one letter at a time."
     return Exchange(question, plan, steps, f"So we get {' '.join(result)}.", answer)
 

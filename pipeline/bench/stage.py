@@ -1,6 +1,7 @@
 """`stage=bench`: measures acceptance, speed and losslessness of an exported draft, on held-out prompts."""
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -17,10 +18,15 @@ from pipeline.bench import arms, losslessness, report, workload
 from pipeline.bench.losslessness import Losslessness
 from pipeline.config.fields import DRAFT
 from pipeline.config.schema import PipelineConfig, plain
+from pipeline.engine import step_profile
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
+from pipeline.engine.step_profile import StepProfile
 from pipeline.errors import PipelineError
+from pipeline.model.dflash.model import DraftModel
+from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.parallel.runtime import Runtime
 from pipeline.prompts.sources import Prompt
 from pipeline.store.checkpoint_files import EVALUATION
 from pipeline.tracking.run import Run
@@ -47,8 +53,11 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
         num_slots=config.bench.slots,
         max_length=max(len(request.prompt_ids) + request.max_new_tokens for request in requests),
         prefill_chunk=config.engine.prefill_chunk,
+        page_size=config.engine.page_size,
+        samples=config.bench.temperature > 0,
         stop_token_ids=workspace.stop_token_ids,
     )
+    profiles = _profiles(config, engine, target, draft, runtime)
     comparison = arms.compare_arms(
         Engine(target, None, engine, runtime),
         Engine(target, draft, engine, runtime),
@@ -62,6 +71,9 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     measured = report.results(comparison, lossless, _evaluations(config, exported))
     measured |= report.by_family(comparison, families)
     print(report.results_table(measured, draft.config.block_size), flush=True)
+    if profiles:
+        print(report.profile_table(profiles), flush=True)
+        tracker.log_metrics(report.profile_metrics(profiles))
 
     contract = dataclasses.replace(
         Contract.from_json(exported.contract),
@@ -86,6 +98,22 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     return measured
 
 
+def _profiles(
+    config: PipelineConfig, sizes: EngineConfig, target: TargetModel, draft: DraftModel, runtime: Runtime
+) -> dict[int, tuple[StepProfile, StepProfile]]:
+    """Returns what single steps cost, plain and DFLASH, for the numbers of slots that are asked for."""
+    found = {}
+    for slots in config.bench.profile_slots:
+        each = dataclasses.replace(
+            sizes, num_slots=slots, max_length=config.engine.max_length, stop_token_ids=(), cache_tokens=None
+        )
+        found[slots] = (
+            step_profile.profile(functools.partial(Engine, target, None, each, runtime)),
+            step_profile.profile(functools.partial(Engine, target, draft, each, runtime)),
+        )
+    return found
+
+
 def _requests(workspace: Workspace, prompts: Sequence[Prompt]) -> list[Request]:
     wanted = workspace.config.bench
     requests = workload.requests_of(
@@ -94,14 +122,16 @@ def _requests(workspace: Workspace, prompts: Sequence[Prompt]) -> list[Request]:
         max_new_tokens=wanted.max_new_tokens,
         prompt_tokens=wanted.prompt_tokens,
     )
+    if wanted.temperature:
+        requests = workload.sampled(requests, wanted.temperature, workspace.config.seed)
     if len(requests) < wanted.num_prompts:
         log.info("bench: the prompt set holds out %d prompts; all are used", len(requests))
     return requests
 
 
 def _evaluations(config: PipelineConfig, exported: Artifact) -> dict[str, Any]:
-    """Returns what training and export measured on held-out texts; nothing where prompts are stretched."""
-    if config.bench.prompt_tokens is not None or EVALUATION not in exported.files:
+    """Returns what training and export measured on held-out texts; nothing where prompts or answers are others."""
+    if config.bench.prompt_tokens is not None or config.bench.temperature or EVALUATION not in exported.files:
         return {}
     return json.loads((exported.path / EVALUATION).read_text())
 

@@ -1,9 +1,12 @@
 """Makes the requests of a benchmark: held-out prompts as they are, or stretched to a fixed length."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from pipeline.engine.request import Request
+from pipeline.engine.sampling_params import SamplingParams
 from pipeline.errors import PipelineError
+from pipeline.model.layers.sampling import sampling_key
 from pipeline.prompts.chat_format import prompt_token_ids
 from pipeline.prompts.sources import Prompt
 from pipeline.prompts.split import split_by_hash
@@ -37,6 +40,16 @@ def requests_of(
     return [
         Request(request_id=f"{REQUEST_ID}{index}", prompt_ids=tuple(ids), max_new_tokens=max_new_tokens)
         for index, ids in enumerate(chosen)
+    ]
+
+
+def sampled(requests: Sequence[Request], temperature: float, seed: int) -> list[Request]:
+    """Returns the requests with a temperature and a key each, which both arms draw with."""
+    return [
+        dataclasses.replace(
+            one, sampling=SamplingParams(temperature=temperature, key=sampling_key(seed, one.request_id))
+        )
+        for one in requests
     ]
 
 

@@ -11,18 +11,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.engine import capture, compiled_steps
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.layout import rows_of_shard
-from pipeline.engine.state import EngineState, PrefillChunk, empty_state
+from pipeline.engine.layout import PageLayout, rows_of_shard
+from pipeline.engine.state import EngineState, PrefillChunk, empty_state, layout_of
 from pipeline.model import placement
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat
+from pipeline.model.layers.kv_pages import PageTables
+from pipeline.model.layers.token_rules import greedy_rules
 from pipeline.model.parallel.runtime import Runtime
 
-PREFILL, DECODE = "prefill", "decode"
-NUM_STOPS = 3  # return, call and endoftext
+PREFILL, DECODE, DEFERRING, CONTEXT = "prefill", "decode", "decode beside a draft", "context"
 DTYPE = "bfloat16"
 
 
@@ -39,19 +40,28 @@ class ServingSizes:
 def lower_serving_steps(
     sizes: ServingSizes, draft: DFlashConfig, block_sizes: list[int]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yields each step's name and the function that lowers it: prefill, plain decode, a round for each block size."""
-    mesh = _mesh(sizes)
-    target, stops = _target(sizes), _array(mesh, (NUM_STOPS,), jnp.int32, placement.REPLICATED)
-    chunk, whole = _chunk(sizes), _draft(sizes, draft)
-    yield PREFILL, lambda: _compiled(sizes, whole).prefill.lower(target, whole, _state(sizes, whole), chunk, stops)
-    yield DECODE, lambda: _compiled(sizes, None).plain_step.lower(target, _state(sizes, None), stops)
+    """Yields each step's name and the function that lowers it.
+
+    They are prefill, plain decode without a draft and beside one, what gives the draft the features of the latter, and
+    a round for each block size.
+    """
+    target = _target(sizes)
+    chunk, whole, tables = _chunk(sizes), _draft(sizes, draft), _tables(sizes, sizes.engine.num_slots)
+    yield PREFILL, lambda: _compiled(sizes, whole).prefill.lower(target, whole, _state(sizes, whole), chunk)
+    yield DECODE, lambda: _compiled(sizes, None).plain_step.lower(target, _state(sizes, None), tables)
+    yield DEFERRING, lambda: _compiled(sizes, whole).deferring_step.lower(target, whole, _state(sizes, whole), tables)
+    yield CONTEXT, lambda: _compiled(sizes, whole).extend_context.lower(whole, _state(sizes, whole), tables)
     for size in block_sizes:
         drafted = _draft(sizes, dataclasses.replace(draft, block_size=size))
-        yield f"dflash {size}", functools.partial(_lower_round, sizes, target, drafted, stops)
+        yield f"dflash {size}", functools.partial(_lower_round, sizes, target, drafted)
 
 
-def _lower_round(sizes: ServingSizes, target: TargetModel, draft: DraftModel, stops: jax.ShapeDtypeStruct) -> Any:
-    return _compiled(sizes, draft).dflash_round.lower(target, draft, _state(sizes, draft), stops)
+def _lower_round(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:
+    return (
+        _compiled(sizes, draft)
+        .dflash_round(draft.config.block_size)
+        .lower(target, draft, _state(sizes, draft), _tables(sizes, sizes.engine.num_slots))
+    )
 
 
 def lower_feature_pass(sizes: ServingSizes, draft: DFlashConfig, *, num_rows: int, num_positions: int) -> Any:
@@ -61,6 +71,11 @@ def lower_feature_pass(sizes: ServingSizes, draft: DFlashConfig, *, num_rows: in
     return program.lower(target, _array(_mesh(sizes), (num_rows, num_positions), jnp.int32, placement.ROWS))
 
 
+def page_layout_of(sizes: ServingSizes, draft: DraftModel | None) -> PageLayout:
+    """Returns the pages of each shard of an engine of these sizes."""
+    return layout_of(_target(sizes), draft, sizes.engine, sizes.runtime.execution.shards.data)
+
+
 def _mesh(sizes: ServingSizes) -> Mesh:
     assert sizes.runtime.mesh is not None, "a slice is a mesh"
     return sizes.runtime.mesh
@@ -68,11 +83,14 @@ def _mesh(sizes: ServingSizes) -> Mesh:
 
 def _compiled(sizes: ServingSizes, draft: DraftModel | None) -> Any:
     """Returns `CompiledSteps`, as Any: their type does not show that they are jitted and can be lowered."""
-    return compiled_steps.compile_mesh(_target(sizes), draft, _empty(sizes, draft), sizes.runtime)
+    return compiled_steps.compile_mesh(
+        _target(sizes), draft, _empty(sizes, draft), sizes.runtime, samples=sizes.engine.samples
+    )
 
 
 def _empty(sizes: ServingSizes, draft: DraftModel | None) -> EngineState:
-    return jax.eval_shape(lambda: empty_state(_target(sizes), draft, sizes.engine))
+    shards = sizes.runtime.execution.shards.data
+    return jax.eval_shape(lambda: empty_state(_target(sizes), draft, sizes.engine, shards))
 
 
 def _target(sizes: ServingSizes) -> TargetModel:
@@ -92,15 +110,22 @@ def _state(sizes: ServingSizes, draft: DraftModel | None) -> EngineState:
 
 def _chunk(sizes: ServingSizes) -> PrefillChunk:
     num_shards = sizes.runtime.execution.shards.data
-    rows = num_shards * rows_of_shard(sizes.engine.num_slots // num_shards)
+    rows = num_shards * rows_of_shard(sizes.engine.num_slots // num_shards, sizes.engine)
     shapes = {"token_ids": (rows, sizes.engine.prefill_chunk)}
     kinds = {"is_last": jnp.bool_}
-    fields = [field.name for field in dataclasses.fields(PrefillChunk) if field.name != "keys"]  # serving is greedy
+    fields = [field.name for field in dataclasses.fields(PrefillChunk) if field.name not in ("rules", "tables")]
     arrays: dict[str, Any] = {
         name: _array(_mesh(sizes), shapes.get(name, (rows,)), kinds.get(name, jnp.int32), placement.ROWS)
         for name in fields
     }
-    return PrefillChunk(**arrays)
+    shapes_of_rules = jax.eval_shape(lambda: greedy_rules(rows))
+    rules = jax.tree.map(lambda leaf: _array(_mesh(sizes), leaf.shape, leaf.dtype, placement.ROWS), shapes_of_rules)
+    return PrefillChunk(**arrays, tables=_tables(sizes, rows), rules=rules)
+
+
+def _tables(sizes: ServingSizes, num_rows: int) -> PageTables:
+    table: Any = _array(_mesh(sizes), (num_rows, page_layout_of(sizes, None).pages_of_row), jnp.int32, placement.ROWS)
+    return PageTables(table, table)
 
 
 def _sharded(shapes: Any, shardings: Any) -> Any:

@@ -46,12 +46,15 @@ class ProgramReport:
         return self.argument_bytes + self.temporary_bytes
 
 
-def gathered_caches(program: Program, cache_lengths: Collection[int], head_dim: int) -> list[str]:
-    """Returns a problem for every exchange of an array as long as a cache: no device may send keys or values."""
+def gathered_caches(program: Program, num_pages: Collection[int], width: int) -> list[str]:
+    """Returns a problem for every exchange of an array of so many pages: no device may send keys or values.
+
+    `width` is that of a key with its value.
+    """
     return [
         f"a key/value cache is exchanged: {one.kind} of {one.shape.kind}{list(one.shape.sizes)}"
         for one in program.collectives()
-        if head_dim in one.shape.sizes and set(cache_lengths) & set(one.shape.sizes)
+        if width in one.shape.sizes and set(num_pages) & set(one.shape.sizes)
     ]
 
 

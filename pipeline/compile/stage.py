@@ -14,21 +14,20 @@ from pipeline import hub
 from pipeline.artifacts.files import disk_errors, write_json
 from pipeline.compile import programs, report, topology
 from pipeline.compile.hlo import parse
-from pipeline.compile.programs import DECODE, PREFILL, ServingSizes
+from pipeline.compile.programs import CONTEXT, DECODE, DEFERRING, PREFILL, ServingSizes
 from pipeline.compile.report import Costs, ProgramReport
 from pipeline.compile.topology import Slice
 from pipeline.config.choices import FeatureSource
 from pipeline.config.schema import CompileConfig, PipelineConfig, plain
 from pipeline.cost import memory_traffic
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.layout import num_positions
+from pipeline.engine.layout import BLOCK_SIZES
 from pipeline.errors import PipelineError
 from pipeline.model import placement
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
 from pipeline.model.gpt_oss.weights import WeightFormat
 from pipeline.model.hf.directory import read_config, read_target_config
-from pipeline.model.layers import attention
 from pipeline.tracking.run import Run
 from pipeline.train.easydel import environment
 from pipeline.train.recipe import recipe_of
@@ -99,6 +98,12 @@ def _serving(
         num_slots=-(-config.serve.slots // shards.data) * shards.data,
         max_length=config.engine.max_length,
         prefill_chunk=config.engine.prefill_chunk,
+        page_size=config.engine.page_size,
+        cache_tokens=config.engine.cache_tokens,
+        step_tokens=config.engine.step_tokens,
+        reuse_prefixes=config.engine.reuse_prefixes,
+        block_sizes=BLOCK_SIZES if config.engine.block_size is None else (config.engine.block_size,),
+        samples=True,
     )
     runtime = runtime_for_slice(shards, found.devices)
     return ServingSizes(model=model, weight_format=weight_format, engine=engine, runtime=runtime)
@@ -179,8 +184,9 @@ def _compiled(
         copied_bytes=report.copied_bytes(text),
         collectives=tuple(text.collectives()),
     )
-    lengths = _cache_lengths(sizes, config.block_sizes)
-    problems = report.does_not_fit(compiled, found.chip) + report.gathered_caches(text, lengths, sizes.model.head_dim)
+    layout = programs.page_layout_of(sizes, None)
+    pages = {layout.num_pages, layout.num_sliding_pages}
+    problems = report.does_not_fit(compiled, found.chip) + report.gathered_caches(text, pages, 2 * sizes.model.head_dim)
     if name not in (PREFILL, TRAIN, FEATURES):  # many tokens read all experts
         problems += report.experts_read_whole(text)
     return dataclasses.replace(compiled, problems=tuple(problems))
@@ -191,24 +197,15 @@ def _floor(name: str, flops: float, sizes: ServingSizes, draft: DFlashConfig, fo
     shards = sizes.runtime.execution.shards
     rows = sizes.engine.num_slots // shards.data
     tokens, drafted = 1, 0.0
-    if name in (TRAIN, FEATURES):
+    if name in (TRAIN, FEATURES, CONTEXT):
         return flops / found.chip.flops_per_second
     if name == PREFILL:
         tokens = sizes.engine.prefill_chunk
-    elif name != DECODE:
+    elif name not in (DECODE, DEFERRING):
         tokens = int(name.split()[1])
         drafted = memory_traffic.draft_bytes(draft, rows, context)
     read = memory_traffic.target_bytes(sizes.model, rows, tokens, context, packed=sizes.weight_format.packed) + drafted
     return max(read / shards.model / found.chip.bytes_per_second, flops / found.chip.flops_per_second)
-
-
-def _cache_lengths(sizes: ServingSizes, block_sizes: list[int]) -> set[int]:
-    """Returns the lengths of the caches of all programs, those of sliding layers too."""
-    lengths = set()
-    for block in (1, *block_sizes):
-        whole = num_positions(sizes.engine.max_length, sizes.engine.prefill_chunk, block)
-        lengths |= {attention.cache_positions(whole), sizes.model.sliding_window + block}
-    return lengths
 
 
 def _write(config: PipelineConfig, reports: list[ProgramReport], tracker: Run) -> None:

@@ -125,6 +125,9 @@ ascending = Rule(
 path_text = Rule("a path; . is the directory you are in", lambda value: bool(value.strip()))
 
 
+page_size = Rule("16, 32, 64 or 128", lambda value: value in (16, 32, 64, 128))
+
+
 def at_least(smallest: int, why: str) -> Rule:
     """Returns the rule that a number is `smallest` or more, with the reason."""
     return Rule(f"at least {smallest}: {why}", lambda value: value >= smallest)

@@ -39,6 +39,7 @@ from pipeline.config.fields import (
     even,
     group,
     not_negative,
+    page_size,
     path_text,
     plain_name,
     port,
@@ -290,11 +291,21 @@ class ExportConfig:
 class EngineSettings:
     """Sets the decoding engine, wherever one runs: serve, bench, export, peer, and the answers of a teacher cache.
 
-    `max_length` bounds prompt plus answer of a request where it is served; prompts run in chunks of `prefill_chunk`.
+    `max_length` bounds prompt plus answer of a request where it is served; prompts run in chunks of `prefill_chunk`, of
+    which a step runs `step_tokens` tokens beside the answers that are being written (null: 8 chunks). Keys and values
+    lie in pages of `page_size` tokens. A server has pages for `cache_tokens` tokens (null: for one request of
+    `max_length`, and for 1,024 tokens of every other slot), and with `reuse_prefixes` requests that begin alike share
+    them. A server drafts blocks of `block_size` tokens (null: 1, which is plain decoding, 4, 8, ... up to the draft's
+    own, whichever pays).
     """
 
     max_length: int = setting(384, rule=positive, key=None)
     prefill_chunk: int = setting(64, rule=positive, key=None)
+    step_tokens: int | None = setting(None, rule=positive, key=None)
+    page_size: int = setting(32, rule=page_size, key=None)
+    cache_tokens: int | None = setting(None, rule=positive, key=None)
+    reuse_prefixes: bool = setting(True, key=None)
+    block_size: int | None = setting(None, rule=at_least(2, "an anchor and a drafted token"), key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -314,14 +325,20 @@ class ServeConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class BenchConfig:
-    """Sets plain decoding against DFLASH on held-out prompts, stretched to `prompt_tokens` when that is set."""
+    """Sets plain decoding against DFLASH on held-out prompts, stretched to `prompt_tokens` when that is set.
+
+    With a `temperature` both arms sample, with equal seeds. `profile_slots` are numbers of slots to time single steps
+    at: what a round costs in plain steps, its parts, and the host's share.
+    """
 
     num_prompts: int = setting(128, rule=positive, key=None)
     max_new_tokens: int = setting(
         192, rule=at_least(2, "the first token is prefill's, and decoding is timed over the others"), key=None
     )
     prompt_tokens: int | None = setting(None, rule=positive, key=None)
+    temperature: float = setting(0.0, rule=not_negative, key=None)
     slots: int = setting(1, rule=positive, key=None)
+    profile_slots: list[int] = setting(list, factory=True, key=None)
     repeats: int = setting(4, rule=positive, key=None)
 
 

@@ -22,15 +22,15 @@ def count_accepted(drafted: Int[Array, "*batch drafted"], chosen: Int[Array, "*b
 
 
 def cut_at_stop(
-    tokens: Int[Array, "B K"], num_tokens: Int[Array, " B"], stop_ids: Int[Array, " stops"]
+    tokens: Int[Array, "B K"], num_tokens: Int[Array, " B"], stop_ids: Int[Array, "B stops"]
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
     """Shortens what rounds yield so that it ends at the first stop token.
 
-    `tokens` [B, K] are the rounds' tokens, of which the first `num_tokens` [B] count. Returns the shortened
-    counts [B] and whether a stop token was met [B].
+    `tokens` [B, K] are the rounds' tokens, of which the first `num_tokens` [B] count, and `stop_ids` [B, S] the rows'
+    stop tokens. Returns the shortened counts [B] and whether a stop token was met [B].
     """
     index = jnp.arange(tokens.shape[-1])
-    is_stop = (tokens[..., None] == stop_ids).any(-1) & (index < num_tokens[:, None])
+    is_stop = (tokens[..., None] == stop_ids[:, None]).any(-1) & (index < num_tokens[:, None])
     stopped = is_stop.any(-1)
     first = jnp.argmax(is_stop, axis=-1)
     return jnp.where(stopped, first + 1, num_tokens), stopped

@@ -1,36 +1,41 @@
-"""The decoding loop: batched, greedy or sampled, plain or with a draft; requests come and go between steps."""
+"""The decoding loop: batched, plain or with a draft; requests come and go between steps.
+
+A step is dispatched before the one before it is read, so that the devices never wait for the host: what decides whether
+a request goes on (stop tokens, budgets) is on the devices already. The host knows a request's tokens one step late, and
+takes pages for as many as the steps under way may commit.
+"""
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from pipeline import distributed
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine import compiled_steps
+from pipeline.engine.block_choice import BlockChoice, Estimate
 from pipeline.engine.config import EngineConfig
+from pipeline.engine.in_flight import Dispatched, EngineTimes, InFlight
 from pipeline.engine.layout import rows_of_shard
-from pipeline.engine.request import Completion, Request, StepUpdate
-from pipeline.engine.scheduler import Scheduler
-from pipeline.engine.state import PrefillChunk, StepOutput
+from pipeline.engine.page_pool import keys_of
+from pipeline.engine.request import Completion, Request, StepUpdate, TokenLogProb
+from pipeline.engine.row_pages import RowPages
+from pipeline.engine.sampling_params import history_of, set_row
+from pipeline.engine.scheduler import NoRoom, Running, Scheduler
+from pipeline.engine.state import DEFERRED_STEPS, PrefillChunk, StepOutput, layout_of
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.layers.kv_pages import NOWHERE, PageTables
+from pipeline.model.layers.token_rules import LogProbs, greedy_rules
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineTimes:
-    """Holds the tokens and seconds of an engine's two phases. The first token of an answer counts to prefill."""
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
+MANY_ROWS = 4  # of a prefill step, of which a single prompt is not to pay for all: it gets a program of its own
 
 
 class Engine:
@@ -41,6 +46,8 @@ class Engine:
     must drive its engine alike. Raises PipelineError when target, draft, configuration and mesh do not go together.
     """
 
+    steps_ahead = 1  # steps that may be under way when one has been dispatched and before an older one is read
+
     def __init__(
         self,
         target: TargetModel,
@@ -49,23 +56,34 @@ class Engine:
         runtime: Runtime = SINGLE_DEVICE,
     ) -> None:
         num_shards = runtime.execution.shards.data
-        _require_fitting(target, draft, config, num_shards)
+        _require_fitting(target, config, num_shards)
         self.config = config
         self._target, self._draft = target, draft
-        self._stops = frozenset(config.stop_token_ids)
-        self._stop_ids = np.asarray(sorted(self._stops), dtype=np.int32)
         self._slots_of_shard = config.num_slots // num_shards
-        self._rows_of_shard = rows_of_shard(self._slots_of_shard)
+        self._rows_of_shard = rows_of_shard(self._slots_of_shard, config)
         self._num_shards = num_shards
+        self._runtime = runtime
+        self._greedy = jax.tree.map(np.asarray, greedy_rules(1))
         self._scheduler = Scheduler(config.num_slots)
+        self._layout = layout_of(target, draft, config, num_shards)
+        self._pages = [
+            RowPages(self._layout, self._slots_of_shard, reuse=config.reuse_prefixes) for _ in range(num_shards)
+        ]
         self.block_size = None if draft is None else draft.config.block_size
+        self._choice = BlockChoice(_block_sizes(draft, config))
+        self._num_deferred = 0
         self.acceptance = acceptance.empty(self.block_size or 1)
+        self.smaller_blocks: dict[int, Acceptance] = {}
         self.times = EngineTimes()
-        self._state = compiled_steps.allocate_state(target, draft, config, runtime.mesh)
+        self.num_preempted = 0
+        self._num_steps = 0
+        self._in_flight = InFlight()
+        self._updates: list[StepUpdate] = []
+        self._state = compiled_steps.allocate_state(target, draft, config, runtime)
         if runtime.mesh is None:
-            self._steps = compiled_steps.compile_single(runtime.execution, config.sampling)
+            self._steps = compiled_steps.compile_single(runtime.execution, samples=config.samples)
         else:
-            self._steps = compiled_steps.compile_mesh(target, draft, self._state, runtime, config.sampling)
+            self._steps = compiled_steps.compile_mesh(target, draft, self._state, runtime, samples=config.samples)
 
     @property
     def has_work(self) -> bool:
@@ -82,11 +100,21 @@ class Engine:
         """The number of requests with a slot."""
         return len(self._scheduler.running)
 
+    @property
+    def num_free_pages(self) -> int:
+        """The number of pages that no request uses, of layers that see everything."""
+        return sum(pages.num_available for pages in self._pages)
+
+    @property
+    def block_estimates(self) -> dict[int, Estimate]:
+        """What a round of each block size is expected to yield and to take; empty where nothing is chosen."""
+        return self._choice.estimates() if len(self._choice.sizes) > 1 else {}
+
     def check(self, request: Request) -> None:
         """Raises PipelineError when a request cannot be run.
 
-        It may be empty or too long, hold tokens that the target does not know, lack a sampling key or have one that
-        greedy decoding cannot use, or have the id of another request.
+        It may be empty or too long, hold or name tokens that the target does not know, want more tokens at least than
+        at most, or have the id of another request.
         """
         prompt, new = len(request.prompt_ids), request.max_new_tokens
         if prompt == 0 or new < 1:
@@ -100,9 +128,16 @@ class Engine:
         unknown = [token for token in request.prompt_ids if not 0 <= token < vocab_size]
         if unknown:
             raise PipelineError(f"prompt has token ids {unknown[:5]}; the target knows 0..{vocab_size - 1}")
-        if (request.sampling_key is None) != (self.config.sampling is None):
-            found, wanted = ("no key", "samples") if request.sampling_key is None else ("a key", "decodes greedily")
-            raise PipelineError(f"request {request.request_id!r} has {found}; the engine {wanted}")
+        named = [token for token in request.sampling.named_tokens if not 0 <= token < vocab_size]
+        if named:
+            raise PipelineError(f"logit_bias or stop_token_ids has {named[:5]}; the target knows 0..{vocab_size - 1}")
+        if request.sampling.min_tokens > new:
+            raise PipelineError(f"min_tokens is {request.sampling.min_tokens} and max_new_tokens {new}")
+        if not self.config.samples and not request.sampling.is_plainly_greedy:
+            raise PipelineError(
+                f"request {request.request_id!r} asks for more than the most likely tokens; the engine "
+                "was made without `samples`"
+            )
         if self._scheduler.knows(request.request_id):
             raise PipelineError(f"request id {request.request_id!r} is already in use")
 
@@ -115,56 +150,65 @@ class Engine:
         for request in requests:
             self.check(request)
         for request in requests:
-            self._scheduler.add(request)
+            self._scheduler.add(request, self._keys_of(request.prompt_ids))
 
     def cancel(self, request_id: str) -> None:
         """Forgets a request, waiting or running; an unknown id is no error, for the request may just have finished."""
         slot = self._scheduler.drop(request_id)
         if slot is not None:
-            state = self._state
-            self._state = dataclasses.replace(state, active=state.active.at[slot].set(False))
+            self._stop_slot(slot)
+        if not self.has_work:
+            self._in_flight.clear()
 
     def step(self) -> list[StepUpdate]:
-        """Prefills the requests that have just got a slot, then runs one round; returns what every request got."""
-        updates = []
-        waiting = admitted = self._scheduler.admit()
-        started = time.perf_counter()
-        while waiting:
-            group, waiting = self._next_group(waiting)
-            updates += self.prefill_first_tokens(group)
-        prefilled = time.perf_counter()
-        rounds = self.decode_round() if self._scheduler.running else []
-        times = self.times
-        self.times = EngineTimes(
-            prefill_tokens=times.prefill_tokens + sum(len(request.prompt_ids) for _, request in admitted),
-            prefill_seconds=times.prefill_seconds + prefilled - started,
-            decode_tokens=times.decode_tokens + sum(len(update.token_ids) for update in rounds),
-            decode_seconds=times.decode_seconds + time.perf_counter() - prefilled,
-        )
-        return updates + rounds
+        """Admits requests, dispatches a chunk of prompts and a round, and returns what the steps before them gave."""
+        if not self.has_work:
+            return []
+        self._num_steps += 1
+        self._scheduler.admit(self._slot_for)
+        dispatched = self._prefill()
+        dispatched |= self._decode()
+        self._read(self.steps_ahead if dispatched else 0)
+        if not self.has_work:
+            self._in_flight.clear()  # a round for requests that had just ended
+        updates, self._updates = self._updates, []
+        return updates
 
     def warm_up(self) -> None:
-        """Compiles every step, with one request that leaves no trace in the counters."""
-        before = self.acceptance, self.times
-        key = None if self.config.sampling is None else (0, 0)
-        list(self.generate([Request(request_id="warm-up", prompt_ids=(0,), max_new_tokens=2, sampling_key=key)]))
-        self.decode_round()  # if the first token stops the generation, no round has run yet
-        self.acceptance, self.times = before
+        """Compiles every step, with requests that leave no trace in the counters."""
+        before = self.acceptance, self.smaller_blocks, self.times
+        for count in sorted({1, min(2, self.config.num_slots)}):
+            list(
+                self.generate(
+                    Request(request_id=f"warm-up {index}", prompt_ids=(0,), max_new_tokens=2) for index in range(count)
+                )
+            )
+        self._choice = BlockChoice(self._choice.sizes)
+        for size in self._choice.sizes:
+            jax.block_until_ready(self._dispatch_round({}, size))  # compiles, where no round has run yet
+            for _ in range(3):
+                started = time.perf_counter()
+                jax.block_until_ready(self._dispatch_round({}, size))
+                self._choice.took(size, time.perf_counter() - started)
+        self.acceptance, self.smaller_blocks, self.times = before
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Runs requests through the slots and yields each one's completion when it finishes."""
         source = iter(requests)
         tokens: dict[str, list[int]] = {}
         accepted: dict[str, list[int]] = {}
+        log_probs: dict[str, list[TokenLogProb]] = {}
         while True:
             free = self.config.num_slots - self.num_running - self.num_waiting
             for request in itertools.islice(source, max(free, 0)):
                 self.add(request)
                 tokens[request.request_id], accepted[request.request_id] = [], []
+                log_probs[request.request_id] = []
             if not self.has_work:
                 return
             for update in self.step():
                 tokens[update.request_id] += update.token_ids
+                log_probs[update.request_id] += update.log_probs
                 if update.num_accepted is not None:
                     accepted[update.request_id].append(update.num_accepted)
                 if update.finish_reason is not None:
@@ -173,112 +217,295 @@ class Engine:
                         token_ids=tuple(tokens.pop(update.request_id)),
                         finish_reason=update.finish_reason,
                         accepted_per_round=tuple(accepted.pop(update.request_id)),
+                        log_probs=tuple(log_probs.pop(update.request_id)),
                     )
 
-    def prefill_first_tokens(self, group: Mapping[int, tuple[int, Request]]) -> list[StepUpdate]:
-        """Prefills the prompts of a group (slot and request by row of the step); returns their first tokens.
+    def _first_id(self, one: Running) -> int:
+        """Returns the token from which a request decodes when its prompt is computed, or -1 for the target's own.
 
-        A hook: an engine that forces tokens replaces the first ones.
+        A hook: an engine along known answers has another one.
         """
-        updates = []
-        longest = max(len(request.prompt_ids) for _, request in group.values())
-        for start in range(0, longest, self.config.prefill_chunk):
-            chunk = self._chunk_of(group, start)
-            self._state, output = self._steps.prefill(self._target, self._draft, self._state, chunk, self._stop_ids)
-            if chunk.is_last.any():
-                updates += self._collect(output, {row: slot for row, (slot, _) in group.items()}, is_round=False)
-        return updates
+        return one.tokens[-1] if one.num_generated else -1
 
-    def decode_round(self) -> list[StepUpdate]:
-        """Runs one DFLASH round, or one plain step, over all slots; returns what every running request got.
+    def _dispatch_round(self, by_slot: dict[int, Running], size: int) -> StepOutput:
+        """Dispatches one DFLASH round with blocks of a size, or one plain step, over all slots.
 
-        A hook: an engine that forces tokens runs another step.
+        A hook: an engine along known answers runs another step.
         """
+        tables = self._tables()
         if self._draft is None:
-            self._state, output = self._steps.plain_step(self._target, self._state, self._stop_ids)
-        else:
-            self._state, output = self._steps.dflash_round(self._target, self._draft, self._state, self._stop_ids)
-        return self._collect_round(output)
+            self._state, output = self._steps.plain_step(self._target, self._state, tables)
+            return output
+        if self._num_deferred == DEFERRED_STEPS or (size > 1 and self._num_deferred):
+            self._state = self._steps.extend_context(self._draft, self._state, tables)
+            self._num_deferred = 0
+        step = self._steps.dflash_round(size) if size > 1 else self._steps.deferring_step
+        self._num_deferred += size == 1
+        self._state, output = step(self._target, self._draft, self._state, tables)
+        return output
 
-    def _next_group(
-        self, admitted: Sequence[tuple[int, Request]]
-    ) -> tuple[dict[int, tuple[int, Request]], list[tuple[int, Request]]]:
-        """Returns the requests that are prefilled together, by their row in the step, and those that are left over.
+    def _keys_of(self, tokens: Sequence[int]) -> list[bytes]:
+        return keys_of(tokens, self.config.page_size) if self.config.reuse_prefixes else []
 
-        Each shard has rows for its own slots.
+    def _slot_for(self, one: Running, free: Sequence[int]) -> int | None:
+        """Chooses a free slot for a request and opens its row: where most of its pages are, or most are free.
+
+        Returns None while another request computes pages that this one can share, and raises NoRoom.
         """
-        group: dict[int, tuple[int, Request]] = {}
-        left = []
-        for slot, request in admitted:
-            first = slot // self._slots_of_shard * self._rows_of_shard
-            free = next((row for row in range(first, first + self._rows_of_shard) if row not in group), None)
-            if free is None:
-                left.append((slot, request))
-            else:
-                group[free] = (slot, request)
-        return group, left
+        count = one.num_to_prefill
+        found = []
+        for shard in sorted({slot // self._slots_of_shard for slot in free}):
+            pages = self._pages[shard]
+            reusable = pages.num_reusable(one.keys, count)
+            if pages.is_coming(one.keys[: (count - 1) // self.config.page_size], reusable):
+                return None
+            if pages.can_open(reusable, one.keys, count):
+                found.append((reusable, pages.num_available, -shard))
+        if not found:
+            raise NoRoom
+        reusable, _, shard = max(found)
+        slot = next(slot for slot in reversed(free) if slot // self._slots_of_shard == -shard)
+        reused = self._pages[-shard].open(slot % self._slots_of_shard, reusable, one.keys, count)
+        one.num_prefilled = reused
+        if one.request.sampling.is_penalised:
+            self._set_history(one, slot)
+        self.times = dataclasses.replace(self.times, reused_tokens=self.times.reused_tokens + reused)
+        return slot
 
-    def _chunk_of(self, group: Mapping[int, tuple[int, Request]], start: int) -> PrefillChunk:
-        rows, columns = self._num_shards * self._rows_of_shard, self.config.prefill_chunk
+    def _set_history(self, one: Running, slot: int) -> None:
+        """Gives the device what a request is penalised for: its prompt, and an answer that was preempted."""
+        vocab_size = self._target.config.vocab_size
+        rows = np.full(self._num_shards, self._slots_of_shard, np.int32)  # past the last slot: dropped
+        generated = np.zeros((self._num_shards, vocab_size), np.int32)
+        in_prompt = np.zeros((self._num_shards, vocab_size), bool)
+        shard = slot // self._slots_of_shard
+        rows[shard] = slot % self._slots_of_shard
+        known = one.tokens[: one.num_to_prefill]  # the token behind them counts when it becomes the anchor
+        generated[shard], in_prompt[shard] = history_of(known, len(one.request.prompt_ids), vocab_size)
+        self._state = self._steps.set_history(self._state, rows, generated, in_prompt)
+
+    def _prefill(self) -> bool:
+        """Dispatches one chunk of prompts, as many as a step has rows for; returns whether there was one."""
+        rows: dict[int, Running] = {}
+        free = [iter(range(self._rows_of_shard)) for _ in range(self._num_shards)]
+        chosen = []
+        for one in self._scheduler.to_prefill():
+            shard = one.slot // self._slots_of_shard
+            row = next(free[shard], None)
+            if row is not None:
+                chosen.append((shard, row, one))
+        if not chosen:
+            return False
+        is_single = self._rows_of_shard >= MANY_ROWS and all(row == 0 for _, row, _ in chosen)
+        height = 1 if is_single else self._rows_of_shard
+        rows = {shard * height + row: one for shard, row, one in chosen}
+        chunk = self._chunk_of(rows, height)
+        self._state, output = self._steps.prefill(self._target, self._draft, self._state, chunk)
+        count = 0
+        for row, one in rows.items():
+            num_tokens = int(chunk.num_tokens[row])
+            count += num_tokens
+            one.num_prefilled += num_tokens
+            one.last_prefill = self._num_steps
+            one.is_decoding = bool(chunk.is_last[row])
+            self._pages_of(one).commit(self._row_of(one), one.tokens, one.num_prefilled)
+        self._in_flight.add(Dispatched(output, rows, None, count))
+        return True
+
+    def _decode(self) -> bool:
+        """Dispatches a round when any request decodes; returns whether one does.
+
+        Each gets pages for all that may be committed by then; if there are too few, what is under way is read first,
+        and then the request that arrived last has to wait.
+        """
+        size = None
+        while True:
+            by_slot = {slot: one for slot, one in self._scheduler.running.items() if one.is_decoding}
+            if all(one.is_surely_done for one in by_slot.values()):
+                return False
+            size = size or self._choice.choose()
+            if all(self._grow(one, size) for one in by_slot.values()):
+                break
+            if self._in_flight:
+                self._read(0)
+            else:
+                self._preempt()
+        output = self._dispatch_round(by_slot, size)
+        for one in by_slot.values():
+            one.rounds_ahead += 1
+            one.tokens_ahead += size
+        self._in_flight.add(Dispatched(output, by_slot, size))
+        return True
+
+    def _grow(self, one: Running, size: int) -> bool:
+        """Takes pages for what the next round may commit; returns False when there are too few."""
+        prompt = len(one.request.prompt_ids)
+        most = max(prompt, len(one.tokens) - 1) + one.tokens_ahead + size
+        return self._pages_of(one).grow(self._row_of(one), min(most, prompt + one.request.max_new_tokens))
+
+    def _preempt(self) -> None:
+        """Takes the slot of the request that arrived last; what is under way must have been read."""
+        one = self._scheduler.youngest()
+        self._scheduler.preempt(one, self._keys_of(one.tokens))
+        self._stop_slot(one.slot)
+        self.num_preempted += 1
+
+    def _stop_slot(self, slot: int) -> None:
+        """Lets a slot's request run no further, and gives back its pages.
+
+        Steps that are under way still write to them, but only behind what is committed, and before any later step.
+        """
+        self._state = dataclasses.replace(self._state, active=self._state.active.at[slot].set(False))
+        self._pages[slot // self._slots_of_shard].close(slot % self._slots_of_shard)
+
+    def _read(self, num_left: int) -> None:
+        """Reads the oldest steps until `num_left` are under way."""
+        while len(self._in_flight) > num_left:
+            step, output, seconds = self._in_flight.take()
+            size = step.block_size
+            accepted = []
+            num_tokens = 0
+            for row, one in step.by_row.items():
+                if self._scheduler.running.get(one.slot) is not one:
+                    continue  # cancelled, or finished in a round before this one
+                if size is not None:
+                    one.rounds_ahead -= 1
+                    one.tokens_ahead -= size
+                count = int(output.num_tokens[row])
+                if count == 0 or (size is None and one.num_generated):  # a prompt that goes on, or a preempted answer
+                    continue
+                num_tokens += count
+                accepted.append(count - 1)
+                self._update(one, output, row, size)
+            self._count(step, num_tokens, accepted, seconds)
+
+    def _update(self, one: Running, output: StepOutput, row_of_output: int, size: int | None) -> None:
+        """Adds a row's tokens to what is known of a request, and ends it when they are its last ones."""
+        new = tuple(output.token_ids[row_of_output, : output.num_tokens[row_of_output]].tolist())
+        one.tokens += new
+        pages, row = self._pages_of(one), self._row_of(one)
+        pages.commit(row, one.tokens, len(one.tokens) - 1, num_pending=self._num_deferred)
+        reason = None
+        if output.finished[row_of_output]:
+            reason = "stop" if new[-1] in self._stops_of(one) else "length"
+            self._scheduler.release(one.slot)
+            pages.close(row)
+        is_drafted = size is not None and size > 1
+        self._updates.append(
+            StepUpdate(
+                request_id=one.request.request_id,
+                token_ids=new,
+                finish_reason=reason,
+                num_accepted=len(new) - 1 if is_drafted else None,
+                num_drafted=size - 1 if size is not None and is_drafted else None,
+                log_probs=_log_probs(one.request, new, output.log_probs, row_of_output),
+            )
+        )
+
+    def _count(self, step: Dispatched, num_tokens: int, accepted: list[int], seconds: float) -> None:
+        times, size = self.times, step.block_size
+        if size is None:
+            self.times = dataclasses.replace(
+                times,
+                prefill_tokens=times.prefill_tokens + step.num_tokens,
+                prefill_seconds=times.prefill_seconds + seconds,
+            )
+            return
+        self.times = dataclasses.replace(
+            times,
+            decode_tokens=times.decode_tokens + num_tokens,
+            decode_seconds=times.decode_seconds + seconds,
+        )
+        if not accepted:
+            return
+        self._choice.took(size, seconds)
+        self._choice.accepted(size, accepted)
+        if size == self.block_size:
+            self.acceptance += Acceptance.of(accepted, size)
+        elif size > 1:
+            before = self.smaller_blocks.get(size, acceptance.empty(size))
+            self.smaller_blocks = {**self.smaller_blocks, size: before + Acceptance.of(accepted, size)}
+
+    def _chunk_of(self, by_row: dict[int, Running], height: int) -> PrefillChunk:
+        """Returns the next tokens of the requests in these rows; each shard has `height` rows, for its own slots."""
+        rows, columns = self._num_shards * height, self.config.prefill_chunk
         full: Callable[..., Any] = np.full  # a jitted step takes NumPy's arrays as it takes JAX's
+        tables = np.full((2, rows, self._layout.pages_of_row), NOWHERE, np.int32)
         chunk = PrefillChunk(
             rows=full(rows, self._slots_of_shard, np.int32),  # past the last slot: dropped
             token_ids=full((rows, columns), 0, np.int32),
-            start=full(rows, start, np.int32),
+            start=full(rows, 0, np.int32),
             num_tokens=full(rows, 1, np.int32),
             budget=full(rows, 0, np.int32),
             is_last=full(rows, False, bool),
-            keys=None if self.config.sampling is None else full((rows, 2), 0, np.uint32),
+            first_ids=full(rows, -1, np.int32),
+            tables=PageTables(*tables),
+            rules=jax.tree.map(lambda one: np.repeat(one, rows, axis=0), self._greedy),
         )
-        for row, (slot, request) in group.items():
-            part = request.prompt_ids[start : start + columns]
-            if part:
-                chunk.rows[row] = slot % self._slots_of_shard
-                chunk.token_ids[row, : len(part)] = part
-                chunk.num_tokens[row] = len(part)
-                chunk.budget[row] = request.max_new_tokens
-                chunk.is_last[row] = start + columns >= len(request.prompt_ids)
-                if chunk.keys is not None:
-                    chunk.keys[row] = request.sampling_key
+        for row, one in by_row.items():
+            start, slot = one.num_prefilled, self._row_of(one)
+            part = one.tokens[start : min(start + columns, one.num_to_prefill)]
+            grown = self._pages_of(one).grow(slot, start + len(part))
+            assert grown, "a prompt's pages are taken when it gets its slot"
+            chunk.rows[row] = slot
+            chunk.token_ids[row, : len(part)] = part
+            chunk.start[row] = start
+            chunk.num_tokens[row] = len(part)
+            chunk.budget[row] = one.request.max_new_tokens - max(one.num_generated - 1, 0)
+            chunk.is_last[row] = start + len(part) == one.num_to_prefill
+            chunk.first_ids[row] = self._first_id(one)
+            tables[:, row] = self._pages_of(one).row_tables(slot)
+            set_row(chunk.rules, row, one.request.sampling, self._stops_of(one), len(one.request.prompt_ids))
         return chunk
 
-    def _collect_round(self, output: StepOutput) -> list[StepUpdate]:
-        return self._collect(output, {slot: slot for slot in self._scheduler.running}, is_round=self._draft is not None)
+    def _tables(self) -> PageTables:
+        tables = [pages.tables() for pages in self._pages]
+        return PageTables(*(tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)))
 
-    def _collect(self, output: StepOutput, slot_of_row: Mapping[int, int], *, is_round: bool) -> list[StepUpdate]:
-        """Takes a step's output to the host: the one transfer of a step."""
-        tokens, counts, finished = jax.device_get((output.token_ids, output.num_tokens, output.finished))
-        updates = []
-        for row, slot in slot_of_row.items():
-            count = int(counts[row])
-            if count == 0:
-                continue
-            request = self._scheduler.running[slot]
-            new = tuple(int(token) for token in tokens[row, :count])
-            reason = None
-            if finished[row]:
-                reason = "stop" if new[-1] in self._stops else "length"
-                self._scheduler.release(slot)
-            num_accepted = count - 1 if is_round else None
-            updates.append(
-                StepUpdate(
-                    request_id=request.request_id, token_ids=new, finish_reason=reason, num_accepted=num_accepted
-                )
-            )
-        rounds = [update.num_accepted for update in updates if update.num_accepted is not None]
-        if rounds and self.block_size is not None:
-            self.acceptance += Acceptance.of(rounds, self.block_size)
-        return updates
+    def _stops_of(self, one: Running) -> tuple[int, ...]:
+        wanted = one.request.sampling.stop_token_ids
+        return self.config.stop_token_ids if wanted is None else wanted
+
+    def _pages_of(self, one: Running) -> RowPages:
+        return self._pages[one.slot // self._slots_of_shard]
+
+    def _row_of(self, one: Running) -> int:
+        return one.slot % self._slots_of_shard
 
 
-def _require_fitting(target: TargetModel, draft: DraftModel | None, config: EngineConfig, num_shards: int) -> None:
-    if config.sampling is not None and draft is not None:
-        raise PipelineError(
-            f"the engine was given a draft and a temperature of {config.sampling.temperature}; with a draft decoding "
-            "is greedy: leave either out"
-        )
+def _require_fitting(target: TargetModel, config: EngineConfig, num_shards: int) -> None:
     positions = target.config.max_position_embeddings
     if config.max_length > positions:
         raise PipelineError(f"max_length is {config.max_length}; the target has {positions} positions")
     if config.num_slots % num_shards:
         raise PipelineError(f"the engine has {config.num_slots} slots for mesh.data={num_shards}; make it a multiple")
+
+
+def _block_sizes(draft: DraftModel | None, config: EngineConfig) -> tuple[int, ...]:
+    """Returns the block sizes to choose from; raises PipelineError for a single one that the draft does not have.
+
+    Several hosts must run the same steps, and each measures other times: they have the draft's own size alone.
+    """
+    largest = 1 if draft is None else draft.config.block_size
+    wanted = config.block_sizes
+    if draft is None or not wanted or (len(wanted) > 1 and distributed.is_multihost()):
+        return (largest,)
+    if len(wanted) == 1:
+        if not 2 <= wanted[0] <= largest:
+            raise PipelineError(f"block_size is {wanted[0]}; the draft has blocks of 2 to {largest}")
+        return wanted
+    return (*(size for size in sorted(wanted) if size < largest), largest)
+
+
+def _log_probs(request: Request, tokens: Sequence[int], found: LogProbs | None, row: int) -> tuple[TokenLogProb, ...]:
+    count = request.sampling.logprobs
+    if count is None or found is None:
+        return ()
+    return tuple(
+        TokenLogProb(
+            token,
+            float(found.chosen[row, index]),
+            tuple(zip(found.top_ids[row, index, :count].tolist(), found.top[row, index, :count].tolist(), strict=True)),
+        )
+        for index, token in enumerate(tokens)
+    )

@@ -1,13 +1,14 @@
 """The engine along answers that are known in advance, where greedy decoding could write others."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
-from pipeline.engine.request import ForcedRequest, Request, StepUpdate
+from pipeline.engine.request import ForcedRequest
+from pipeline.engine.scheduler import Running
+from pipeline.engine.state import StepOutput
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
@@ -22,39 +23,30 @@ class ForcedDecodingEngine(Engine):
     A generation ends with the last forced token: the stop tokens of `config` have no effect.
     """
 
+    steps_ahead = 0  # where a round begins in the answer follows from what the one before it accepted
+
     def __init__(
         self, target: TargetModel, draft: DraftModel, config: EngineConfig, runtime: Runtime = SINGLE_DEVICE
     ) -> None:
-        super().__init__(target, draft, dataclasses.replace(config, stop_token_ids=()), runtime)
-        self._num_forced: dict[str, int] = {}
+        super().__init__(target, draft, dataclasses.replace(config, stop_token_ids=(), block_sizes=()), runtime)
 
-    def prefill_first_tokens(self, group: Mapping[int, tuple[int, Request]]) -> list[StepUpdate]:
-        """Prefills as `Engine` does, and replaces the first tokens by those of the answers."""
-        updates = super().prefill_first_tokens(group)
-        slots = [slot for slot, _ in group.values()]
-        first = {request.request_id: _forced(request)[0] for _, request in group.values()}
-        anchor = self._state.anchor.at[np.array(slots)].set(np.array(list(first.values()), np.int32))
-        self._state = dataclasses.replace(self._state, anchor=anchor)
-        self._num_forced |= dict.fromkeys(first, 1)
-        return [dataclasses.replace(update, token_ids=(first[update.request_id],)) for update in updates]
+    def _first_id(self, one: Running) -> int:
+        """Returns the answer's first token, or the last one that is known of a preempted answer."""
+        return _forced(one)[max(one.num_generated - 1, 0)]
 
-    def decode_round(self) -> list[StepUpdate]:
-        """Runs one DFLASH round in which the next tokens of the answers stand for what the target would choose."""
-        assert self.block_size is not None, "an engine of forced requests has a draft"
-        forced_ids = np.full((self.config.num_slots, self.block_size), NO_TOKEN, np.int32)
-        for slot, request in self._scheduler.running.items():
-            start = self._num_forced[request.request_id]
-            part = _forced(request)[start : start + self.block_size]
+    def _dispatch_round(self, by_slot: dict[int, Running], size: int) -> StepOutput:
+        """Dispatches one DFLASH round in which the answers' next tokens stand for what the target would choose."""
+        forced_ids = np.full((self.config.num_slots, size), NO_TOKEN, np.int32)
+        for slot, one in by_slot.items():
+            start = max(one.num_generated, 1)  # the first token is not read yet when its round is dispatched
+            part = _forced(one)[start : start + size]
             forced_ids[slot, : len(part)] = part
         self._state, output = self._steps.forced_round(
-            self._target, self._draft, self._state, self._stop_ids, forced_ids
+            self._target, self._draft, self._state, self._tables(), forced_ids
         )
-        updates = self._collect_round(output)
-        for update in updates:
-            self._num_forced[update.request_id] += len(update.token_ids)
-        return updates
+        return output
 
 
-def _forced(request: Request) -> tuple[int, ...]:
-    assert isinstance(request, ForcedRequest), request
-    return request.forced_ids
+def _forced(one: Running) -> tuple[int, ...]:
+    assert isinstance(one.request, ForcedRequest), one.request
+    return one.request.forced_ids

@@ -8,6 +8,7 @@ from pipeline import distributed
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request, StepUpdate
+from pipeline.engine.sampling_params import SamplingParams
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
@@ -77,10 +78,17 @@ def follow_primary(engine: Engine) -> None:
 
 
 def _request(value: dict[str, Any]) -> Request:
-    key = value["sampling_key"]
+    sampling: dict[str, Any] = {
+        name: _tuples(one) if isinstance(one, list) else one for name, one in value["sampling"].items()
+    }
     return Request(
         request_id=value["request_id"],
         prompt_ids=tuple(value["prompt_ids"]),
         max_new_tokens=value["max_new_tokens"],
-        sampling_key=None if key is None else tuple(key),
+        sampling=SamplingParams(**sampling),
     )
+
+
+def _tuples(values: list[Any]) -> tuple[Any, ...]:
+    """Returns a list that went through JSON as the tuple, perhaps of tuples, that it was."""
+    return tuple(tuple(one) if isinstance(one, list) else one for one in values)

@@ -2,18 +2,26 @@
 
 import dataclasses
 
+from pipeline.engine.sampling_params import GREEDY, SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogProb:
+    """Holds the log probability of a token before any rule, and the most likely tokens there with theirs."""
+
+    token_id: int
+    log_prob: float
+    top: tuple[tuple[int, float], ...]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """Holds a prompt to continue by at most `max_new_tokens` tokens.
-
-    `sampling_key` (`sampling.sampling_key`) is set where tokens are sampled, and only there.
-    """
+    """Holds a prompt to continue by at most `max_new_tokens` tokens, chosen as `sampling` says."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
-    sampling_key: tuple[int, int] | None = None
+    sampling: SamplingParams = GREEDY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,20 +36,28 @@ class StepUpdate:
     """Holds what one step gave one request.
 
     `finish_reason` is "stop" or "length", or None while the request goes on. `num_accepted`
-    counts the drafted tokens that a DFLASH round accepted; None for prefill and plain steps.
+    counts the drafted tokens that a DFLASH round accepted, of `num_drafted`; None for prefill and plain steps.
+    `log_probs` has one for each token where the request asked for them.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
     num_accepted: int | None
+    num_drafted: int | None = None
+    log_probs: tuple[TokenLogProb, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """Holds a request's whole answer; `accepted_per_round` has one number for each DFLASH round."""
+    """Holds a request's whole answer.
+
+    `accepted_per_round` has one number for each DFLASH round, and `log_probs` one for each token where they were asked
+    for.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: str
     accepted_per_round: tuple[int, ...]
+    log_probs: tuple[TokenLogProb, ...] = ()

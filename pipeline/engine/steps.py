@@ -1,13 +1,17 @@
 """The engine's steps: prefill, plain decode and the DFLASH round, over a state of fixed shape.
 
 Every array has one row per slot, whatever requests come and go, so nothing compiles twice. A slot without a running
-request computes along and its results are ignored. Each function is written for one shard of a mesh
-(`compiled_steps.py` runs it on all), whose slots it has. The loop is docs/dflash.md#inference-loop.
+request computes along and its results are ignored. Without `samples`, every token is the most likely one. Each function
+is written for one shard of a mesh (`compiled_steps.py` runs it on all), whose slots it has. The loop is
+docs/dflash.md#inference-loop.
 """
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from pipeline.dflash import acceptance, blocks
 from pipeline.engine.state import EngineState, PrefillChunk, StepOutput
@@ -15,10 +19,9 @@ from pipeline.model.dflash import forward as dflash
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.model import TargetModel
-from pipeline.model.gpt_oss.weights import GptOssWeights
-from pipeline.model.layers import sampling as sampling_layer
-from pipeline.model.layers.kv_cache import KVCache
-from pipeline.model.layers.sampling import Sampling
+from pipeline.model.layers import kv_pages, token_rules
+from pipeline.model.layers.kv_pages import PageTables
+from pipeline.model.layers.token_rules import TokenHistory
 from pipeline.model.parallel.execution import Execution
 from pipeline.model.parallel.shards import Shards
 
@@ -28,16 +31,15 @@ def prefill(
     draft: DraftModel | None,
     state: EngineState,
     chunk: PrefillChunk,
-    stop_ids: Int[Array, " stops"],
     *,
     execution: Execution,
-    sampling: Sampling | None = None,
+    samples: bool = True,
 ) -> tuple[EngineState, StepOutput]:
-    """Runs one chunk of R prompts into their slots; prompts that end in it get their first token.
+    """Runs one chunk of R prompts into their slots' pages; prompts that end in it get their first token.
 
     Returns the new state and the tokens [R, 1].
     """
-    rows, start, shards = chunk.rows, chunk.start, execution.shards
+    rows, start, shards, counts = chunk.rows, chunk.start, execution.shards, chunk.num_tokens
     tapped = () if draft is None else draft.config.tapped_layers
     out = gpt_oss.forward(
         target,
@@ -45,8 +47,8 @@ def prefill(
         start,
         state.cache,
         tapped,
-        rows=rows,
-        num_tokens=chunk.num_tokens,
+        tables=chunk.tables,
+        num_tokens=counts,
         execution=execution,
     )
     draft_cache = state.draft_cache
@@ -55,52 +57,120 @@ def prefill(
         assert draft_cache is not None
         positions = blocks.block_positions(start, chunk.token_ids.shape[1])
         new = dflash.context(draft, out.features, positions, shards)
-        draft_cache = dflash.extend(draft_cache, new, start, rows)
-    last = jnp.take_along_axis(out.hidden, (chunk.num_tokens - 1)[:, None, None], axis=1)[:, 0]
-    first = _next_tokens(target.weights, last, start + chunk.num_tokens, chunk.keys, sampling, shards)
-    finished = chunk.is_last & ((first[:, None] == stop_ids).any(-1) | (chunk.budget <= 1))
+        draft_cache = dflash.extend(draft_cache, new, chunk.tables.whole, start, counts, execution=execution)
+    last = jnp.take_along_axis(out.hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
+    logits = gpt_oss.logits(target.weights, last)[:, None]
+    if samples:
+        assert state.history is not None
+        of_rows = token_rules.rows_of(state.history, rows)
+        chosen = token_rules.choose(logits, chunk.rules, of_rows, chunk.token_ids[:, :1], start + counts - 1, shards)
+    else:
+        chosen = shards.argmax(logits)
+    first = jnp.where(chunk.first_ids < 0, chosen[:, 0], chunk.first_ids)
+    finished = chunk.is_last & ((first[:, None] == chunk.rules.stop_ids).any(-1) | (chunk.budget <= 1))
+    log_probs = token_rules.log_probs(logits, first[:, None], chunk.rules, shards) if samples else None
+    num_chosen = chunk.is_last.astype(jnp.int32)
+    history = state.history
+    if history is not None:
+        history = token_rules.with_tokens(history, chunk.rules, first[:, None], num_chosen, shards, rows)
     state = EngineState(
         cache=out.cache,
         draft_cache=draft_cache,
         anchor=state.anchor.at[rows].set(first, mode="drop"),
-        length=state.length.at[rows].set(start + chunk.num_tokens, mode="drop"),
+        length=state.length.at[rows].set(start + counts, mode="drop"),
         remaining=state.remaining.at[rows].set(chunk.budget - 1, mode="drop"),
         active=state.active.at[rows].set(chunk.is_last & ~finished, mode="drop"),
-        keys=None if state.keys is None else state.keys.at[rows].set(chunk.keys, mode="drop"),
+        rules=jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), state.rules, chunk.rules),
+        history=history,
+        features=state.features,
+        num_features=None if state.num_features is None else state.num_features.at[rows].set(0, mode="drop"),
     )
-    return state, _replicate(StepOutput(first[:, None], chunk.is_last.astype(jnp.int32), finished), shards)
+    return state, _replicate(StepOutput(first[:, None], num_chosen, finished, log_probs), shards)
 
 
 def plain_step(
     target: TargetModel,
     state: EngineState,
-    stop_ids: Int[Array, " stops"],
+    tables: PageTables,
     *,
     execution: Execution,
-    sampling: Sampling | None = None,
+    samples: bool = True,
 ) -> tuple[EngineState, StepOutput]:
-    """Decodes one token for each active one of B slots: the most likely one, or one drawn as `sampling` says.
-
-    Returns the new state and the tokens [B, 1].
-    """
-    shards = execution.shards
-    out = gpt_oss.forward(target, state.anchor[:, None], state.length, state.cache, execution=execution)
+    """Decodes one token for each active one of B slots. Returns the new state and the tokens [B, 1]."""
+    shards, start = execution.shards, _start(state)
+    tables = kv_pages.active_only(tables, state.active)
+    out = gpt_oss.forward(target, state.anchor[:, None], start, state.cache, tables=tables, execution=execution)
     assert out.cache is not None
-    tokens = _next_tokens(target.weights, out.hidden, state.length + 1, state.keys, sampling, shards)
-    num_tokens = jnp.ones_like(state.length)
-    return _commit(state, tokens, num_tokens, stop_ids, (out.cache, state.draft_cache), shards)
+    state = dataclasses.replace(state, cache=out.cache)
+    choice = _choice(target, state, out.hidden, state.anchor[:, None], shards, samples=samples)
+    return _commit(state, choice, None, shards)
+
+
+def deferring_step(
+    target: TargetModel,
+    draft: DraftModel,
+    state: EngineState,
+    tables: PageTables,
+    *,
+    execution: Execution,
+    samples: bool = True,
+) -> tuple[EngineState, StepOutput]:
+    """Decodes as `plain_step` does and sets the features aside: `extend_context` gives those of several steps at once.
+
+    There must be room for them. Returns the new state and the tokens [B, 1].
+    """
+    assert state.features is not None
+    assert state.num_features is not None
+    shards, start = execution.shards, _start(state)
+    tables = kv_pages.active_only(tables, state.active)
+    out = gpt_oss.forward(
+        target,
+        state.anchor[:, None],
+        start,
+        state.cache,
+        draft.config.tapped_layers,
+        tables=tables,
+        execution=execution,
+    )
+    assert out.cache is not None
+    slots = jnp.arange(len(start))
+    features = state.features.at[slots, state.num_features].set(
+        out.features[:, 0].astype(state.features.dtype), mode="drop"
+    )
+    num_features = state.num_features + state.active.astype(jnp.int32)
+    state = dataclasses.replace(state, cache=out.cache, features=features, num_features=num_features)
+    choice = _choice(target, state, out.hidden, state.anchor[:, None], shards, samples=samples)
+    return _commit(state, choice, None, shards)
+
+
+def extend_context(draft: DraftModel, state: EngineState, tables: PageTables, *, execution: Execution) -> EngineState:
+    """Puts the features that `deferring_step` set aside into the draft's cache, for every active slot."""
+    assert state.features is not None
+    assert state.num_features is not None
+    assert state.draft_cache is not None
+    count = jnp.where(state.active, state.num_features, 0)
+    start = jnp.where(state.active, state.length - count, 0)
+    positions = blocks.block_positions(start, state.features.shape[1])
+    new = dflash.context(draft, state.features, positions, execution.shards)
+    table = kv_pages.active_only(tables, state.active).whole
+    draft_cache = dflash.extend(state.draft_cache, new, table, start, count, execution=execution)
+    return dataclasses.replace(state, draft_cache=draft_cache, num_features=jnp.zeros_like(count))
 
 
 def dflash_round(
     target: TargetModel,
     draft: DraftModel,
     state: EngineState,
-    stop_ids: Int[Array, " stops"],
+    tables: PageTables,
     forced_ids: Int[Array, "B K"] | None = None,
     *,
     execution: Execution,
+    samples: bool = True,
+    block_size: int | None = None,
 ) -> tuple[EngineState, StepOutput]:
     """Drafts a block for each of B slots, verifies it with the target and commits the longest agreeing prefix.
+
+    A block has `block_size` positions, None for as many as the draft was trained with.
 
     Both caches are written for the whole block and `length` advances by what was accepted, which drops the rest: their
     positions are written again before anything sees them. `forced_ids` are the tokens that follow each anchor in a
@@ -108,76 +178,104 @@ def dflash_round(
     [B, K], of which 1..K of each row count.
     """
     assert state.draft_cache is not None
+    if block_size is not None:
+        draft = dataclasses.replace(draft, config=dataclasses.replace(draft.config, block_size=block_size))
     config, shards = draft.config, execution.shards
-    positions = blocks.block_positions(state.length, config.block_size)
-    drafted = draft_block(target, draft, state.anchor, state.length, state.draft_cache, execution)
+    tables, start = kv_pages.active_only(tables, state.active), _start(state)
+    drafted = draft_block(target, draft, state, tables.whole, execution)
     block = jnp.concatenate([state.anchor[:, None], drafted], axis=1)
-    out = gpt_oss.forward(target, block, state.length, state.cache, config.tapped_layers, execution=execution)
+    out = gpt_oss.forward(target, block, start, state.cache, config.tapped_layers, tables=tables, execution=execution)
     assert out.cache is not None
-    chosen = gpt_oss.next_tokens(target.weights, out.hidden, shards) if forced_ids is None else forced_ids
-    num_accepted = acceptance.count_accepted(drafted, chosen[:, :-1])
-    new = dflash.context(draft, out.features, positions, shards)
-    draft_cache = dflash.extend(state.draft_cache, new, state.length)
-    return _commit(state, chosen, num_accepted + 1, stop_ids, (out.cache, draft_cache), shards)
+    new = dflash.context(draft, out.features, blocks.block_positions(start, config.block_size), shards)
+    draft_cache = dflash.extend(state.draft_cache, new, tables.whole, start, execution=execution)
+    state = dataclasses.replace(state, cache=out.cache, draft_cache=draft_cache)
+    choice = _choice(target, state, out.hidden, block, shards, samples=samples)
+    if forced_ids is not None:
+        choice = choice._replace(tokens=forced_ids)
+    return _commit(state, choice, acceptance.count_accepted(drafted, choice.tokens[:, :-1]) + 1, shards)
 
 
 def draft_block(
     target: TargetModel,
     draft: DraftModel,
-    anchor: Int[Array, " B"],
-    length: Int[Array, " B"],
-    draft_cache: KVCache,
+    state: EngineState,
+    table: Int[Array, "B M"],
     execution: Execution,
 ) -> Int[Array, "B drafted"]:
-    """Returns the draft's tokens [B, K-1] behind each anchor, from the context committed before it."""
-    config = draft.config
-    ids = blocks.block_token_ids(anchor, config.mask_token_id, config.block_size)
+    """Returns the draft's most likely tokens [B, K-1] behind each anchor, from the context in its pages before it."""
+    assert state.draft_cache is not None
+    config, start = draft.config, _start(state)
+    ids = blocks.block_token_ids(state.anchor, config.mask_token_id, config.block_size)
     embeddings = gpt_oss.embed(target.weights, ids, execution.shards)
-    hidden = dflash.denoise(draft, embeddings, length, draft_cache, execution)
+    hidden = dflash.denoise(draft, embeddings, start, state.draft_cache, table, execution)
     return gpt_oss.next_tokens(target.weights, hidden[:, 1:], execution.shards)
 
 
-def _next_tokens(
-    weights: GptOssWeights,
-    hidden: Float[Array, "*rows D"],
-    positions: Int[Array, " B"],
-    keys: UInt32[Array, "B two"] | None,
-    sampling: Sampling | None,
+class _Choice(NamedTuple):
+    """Holds the tokens that the target chooses behind each of T, and its logits where requests may want them."""
+
+    tokens: Int[Array, "B T"]
+    logits: Float[Array, "B T local"] | None
+
+
+def _start(state: EngineState) -> Int[Array, " B"]:
+    """Returns the positions of the anchors; 0 where no request runs, so that nothing is read for it."""
+    return jnp.where(state.active, state.length, 0)
+
+
+def _choice(
+    target: TargetModel,
+    state: EngineState,
+    hidden: Float[Array, "B T D"],
+    block: Int[Array, "B T"],
     shards: Shards,
-) -> Int[Array, "*rows"]:
-    """Returns one token for each row, the most likely one or a drawn one."""
-    if sampling is None:
-        return gpt_oss.next_tokens(weights, hidden, shards)
-    assert keys is not None
-    logits = gpt_oss.logits(weights, hidden).reshape(len(hidden), -1)
-    return sampling_layer.sample(logits, keys, positions, sampling, shards).reshape(hidden.shape[:-1])
+    *,
+    samples: bool,
+) -> _Choice:
+    logits = gpt_oss.logits(target.weights, hidden)
+    if not samples:
+        return _Choice(shards.argmax(logits), None)
+    assert state.history is not None
+    return _Choice(token_rules.choose(logits, state.rules, state.history, block, _start(state), shards), logits)
 
 
 def _commit(
-    state: EngineState,
-    tokens: Int[Array, "B K"],
-    num_tokens: Int[Array, " B"],
-    stop_ids: Int[Array, " stops"],
-    caches: tuple[KVCache, KVCache | None],
-    shards: Shards,
+    state: EngineState, choice: _Choice, num_tokens: Int[Array, " B"] | None, shards: Shards
 ) -> tuple[EngineState, StepOutput]:
-    """Commits the first `num_tokens` of each active row, cut at a stop token or at the row's budget."""
-    allowed = jnp.minimum(num_tokens, state.remaining)
-    counted, stopped = acceptance.cut_at_stop(tokens, allowed, stop_ids)
+    """Commits the first `num_tokens` (None: 1) of each active row, cut at a stop token or at the row's budget."""
+    tokens, rules = choice.tokens, state.rules
+    allowed = jnp.minimum(1 if num_tokens is None else num_tokens, state.remaining)
+    counted, stopped = acceptance.cut_at_stop(tokens, allowed, rules.stop_ids)
     counted = jnp.where(state.active, counted, 0)
     remaining = state.remaining - counted
     finished = state.active & (stopped | (remaining <= 0))
     last = jnp.take_along_axis(tokens, jnp.maximum(counted - 1, 0)[:, None], axis=1)[:, 0]
-    new = EngineState(
-        cache=caches[0],
-        draft_cache=caches[1],
+    history, log_probs = state.history, None
+    if history is not None:
+        history = token_rules.with_tokens(history, rules, tokens, counted, shards)
+    if choice.logits is not None:
+        log_probs = token_rules.log_probs(choice.logits, tokens, rules, shards)
+    new = dataclasses.replace(
+        state,
         anchor=jnp.where(state.active, last, state.anchor),
         length=state.length + counted,
         remaining=remaining,
         active=state.active & ~finished,
-        keys=state.keys,
+        history=history,
     )
-    return new, _replicate(StepOutput(tokens, counted, finished), shards)
+    return new, _replicate(StepOutput(tokens, counted, finished, log_probs), shards)
+
+
+def set_history(
+    state: EngineState, rows: Int[Array, " R"], generated: Int[Array, "R local"], in_prompt: Bool[Array, "R local"]
+) -> EngineState:
+    """Sets what slots have written so far, before their anchor, and which tokens their prompts have."""
+    assert state.history is not None
+    history = TokenHistory(
+        state.history.generated.at[rows].set(generated, mode="drop"),
+        state.history.in_prompt.at[rows].set(in_prompt, mode="drop"),
+    )
+    return dataclasses.replace(state, history=history)
 
 
 def _replicate(output: StepOutput, shards: Shards) -> StepOutput:

@@ -87,7 +87,8 @@ def run_engine_check(
         raise PipelineError(
             "no held-out answer has two tokens, so that there are no rounds to compare; give other prompts"
         )
-    config = dataclasses.replace(config, max_length=max(len(text.token_ids) for text in texts))
+    longest = max(len(text.token_ids) for text in texts)
+    config = dataclasses.replace(config, max_length=longest, cache_tokens=None, block_sizes=(), samples=False)
     engine = Engine(target, draft, config, runtime)
     decoded = _decoded(engine, [_request(index, text) for index, text in enumerate(texts)])
     others = [index for index, text in enumerate(texts) if decoded[index].token_ids != text.answer_ids]
@@ -126,7 +127,7 @@ def _request(index: int, text: HeldoutText) -> Request:
 
 
 def _forced(index: int, text: HeldoutText) -> ForcedRequest:
-    return ForcedRequest(**dataclasses.asdict(_request(index, text)), forced_ids=text.answer_ids)
+    return ForcedRequest(**vars(_request(index, text)), forced_ids=text.answer_ids)
 
 
 def _decoded(engine: Engine, requests: Sequence[Request]) -> dict[int, Completion]:

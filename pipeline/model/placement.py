@@ -26,7 +26,7 @@ from pipeline.model.parallel.shards import DATA, EXPERT, MODEL, TENSOR, Shards
 
 Tree = TypeVar("Tree")
 Partition = Any  # a PartitionSpec, which stands where a tree of weights has an array
-CACHE: Partition = PartitionSpec(DATA, None, MODEL, None)  # [R, S, G, H]
+CACHE: Partition = PartitionSpec(DATA, MODEL, None, None)  # pages [P, G, S, 2H]
 ROWS: Partition = PartitionSpec(DATA)
 REPLICATED: Partition = PartitionSpec()
 

@@ -38,6 +38,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
         num_slots=1,
         max_length=max(len(one.prompt_ids) for one in requests) + wanted.max_new_tokens,
         prefill_chunk=config.engine.prefill_chunk,
+        page_size=config.engine.page_size,
     )
     found = decoding.compare_decoding(
         Engine(target, None, engine, runtime),

@@ -20,11 +20,13 @@ from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.experts import mixture
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat
-from pipeline.model.layers.kv_cache import KVCache
+from pipeline.model.layers import kv_pages
+from pipeline.model.layers.kv_pages import PagedCache, PageTables
 from pipeline.model.parallel.execution import Execution
 from pipeline.model.parallel.runtime import Runtime
 
 COPY_BYTES = 2**28  # read, and as many written
+PAGE_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,30 +180,33 @@ def _runner(
     config, execution = target.config, runtime.execution
 
     def step(
-        target: TargetModel, cache: KVCache, ids: Int[Array, "B T"], start: Int[Array, " B"]
-    ) -> tuple[Int[Array, " B"], KVCache | None]:
-        out = gpt_oss.forward(target, ids, start, cache, execution=execution)
+        target: TargetModel, cache: PagedCache, ids: Int[Array, "B T"], start: Int[Array, " B"], tables: PageTables
+    ) -> tuple[Int[Array, " B"], PagedCache | None]:
+        out = gpt_oss.forward(target, ids, start, cache, tables=tables, execution=execution)
         return gpt_oss.next_tokens(target.weights, out.hidden[:, -1], execution.shards), out.cache
 
     rows, cached = placement.ROWS, placement.CACHE
-    program = placement.jit_sharded(step, runtime.mesh, (specs, cached, rows, rows), (rows, cached), donated=(1,))
+    program = placement.jit_sharded(step, runtime.mesh, (specs, cached, rows, rows, rows), (rows, cached), donated=(1,))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (one.num_rows, one.tokens_per_row), np.int32)
     start = np.full(one.num_rows, one.context, np.int32)
-    cache = _cache(config, one, weight_format.dtype, runtime)
+    num_shards = execution.shards.data
+    length = one.context + one.tokens_per_row
+    of_shard = kv_pages.consecutive_tables(one.num_rows // num_shards, length, PAGE_SIZE)
+    tables = jax.tree.map(lambda table: np.tile(table, (num_shards, 1)), of_shard)  # pages are numbered by shard
+    num_pages = tables.whole.size + num_shards - 1  # each shard has a spare one
+    cache = _cache(config, num_pages, weight_format.dtype, runtime)
 
     def run() -> Array:
         nonlocal cache
-        tokens, cache = program(target, cache, ids, start)
+        tokens, cache = program(target, cache, ids, start, tables)
         return tokens
 
     return run
 
 
-def _cache(config: GptOssConfig, one: RooflinePass, dtype: str, runtime: Runtime) -> KVCache:
-    length = one.context + one.tokens_per_row
-
-    def make() -> KVCache:
-        return gpt_oss.empty_cache(config, one.num_rows, length, dtype, rollback=one.tokens_per_row)
+def _cache(config: GptOssConfig, num_pages: int, dtype: str, runtime: Runtime) -> PagedCache:
+    def make() -> PagedCache:
+        return gpt_oss.empty_cache(config, num_pages, num_pages, PAGE_SIZE, dtype)
 
     if runtime.mesh is None:
         return jax.jit(make)()

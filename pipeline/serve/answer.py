@@ -5,20 +5,19 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine.request import StepUpdate
 from pipeline.serve.text_stream import StopStrings, TextChannel, TextReader, ToolChannel
 
 
 class Answer:
-    """Reads a request's updates. `block_size` None: the plain arm, which has no rounds.
+    """Reads a request's updates, of which those of rounds count drafted tokens where there is a draft.
 
     Stop strings are looked for in `stop_channel` alone; the token that completes one is the answer's last,
     and the rest of its round is dropped.
     """
 
     def __init__(
-        self, reader: TextReader, *, stop: Sequence[str], stop_channel: str, prompt_tokens: int, block_size: int | None
+        self, reader: TextReader, *, stop: Sequence[str], stop_channel: str, prompt_tokens: int, has_draft: bool
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.token_ids: list[int] = []
@@ -27,8 +26,9 @@ class Answer:
         self._reader = reader
         self._stop = StopStrings(stop) if stop else None
         self._stop_channel = stop_channel
-        self._block_size = block_size
-        self._num_accepted: list[int] = []  # of each round
+        self.has_draft = has_draft
+        self.num_accepted = 0
+        self.num_drafted = 0
 
     @property
     def calls(self) -> list[ToolChannel]:
@@ -48,7 +48,8 @@ class Answer:
                 self.finish_reason = "stop"
                 break
         if update.num_accepted is not None:
-            self._num_accepted.append(min(update.num_accepted, len(self.token_ids) - before - 1))
+            self.num_accepted += min(update.num_accepted, len(self.token_ids) - before - 1)
+            self.num_drafted += update.num_drafted or 0
         if self.finish_reason is None and update.finish_reason is not None:
             self.finish_reason = update.finish_reason
             pieces += self._visible(self._reader.finish(cut_off=update.finish_reason == "length"))
@@ -60,10 +61,6 @@ class Answer:
         for channel, text in pieces:
             self.texts[channel] = self.texts.get(channel, "") + text
         return pieces
-
-    def acceptance(self) -> Acceptance | None:
-        """Returns the acceptance of this answer's rounds; None on the plain arm."""
-        return None if self._block_size is None else Acceptance.of(self._num_accepted, self._block_size)
 
     def _visible(self, pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:
         for channel, text in pieces:
@@ -85,10 +82,9 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
     }
-    counted = [acceptance for acceptance in (answer.acceptance() for answer in answers) if acceptance is not None]
-    if counted:
-        accepted = sum(acceptance.num_accepted for acceptance in counted)
-        drafted = sum(acceptance.num_rounds * (acceptance.block_size - 1) for acceptance in counted)
+    if any(answer.has_draft for answer in answers):
+        accepted = sum(answer.num_accepted for answer in answers)
+        drafted = sum(answer.num_drafted for answer in answers)
         found["completion_tokens_details"] = {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": drafted - accepted,

@@ -1,7 +1,8 @@
-"""Serves OpenAI's HTTP endpoints with an engine's thread. Decoding is greedy: the default temperature is 0."""
+"""Serves OpenAI's HTTP endpoints with an engine's thread. The default temperature is 0."""
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import secrets
 import time
@@ -22,8 +23,9 @@ from pipeline.prompts.tools import tools_problem
 from pipeline.serve import metrics, schema
 from pipeline.serve.answer import Answer, usage
 from pipeline.serve.engine_thread import EngineThread, RequestStream, Unavailable
+from pipeline.serve.errors import ApiError
 from pipeline.serve.responses import ChatResponses, CompletionResponses, Responses
-from pipeline.serve.schema import ApiError
+from pipeline.serve.sampling_fields import key_of
 from pipeline.serve.text_stream import FINAL, TEXT, PlainReader, TextChannel, chat_reader
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
@@ -127,7 +129,7 @@ class Api:
 
     async def completions(self, http: HttpRequest) -> Response:
         """Answers POST /v1/completions: text or tokens are continued as they are."""
-        body = schema.read_completion(await _body(http), self.model)
+        body = schema.read_completion(await _body(http), self.model, self.engine.config.stop_token_ids)
         prompts = [
             prompt if isinstance(prompt, tuple) else tuple(self._tokenizer.encode(prompt, add_special_tokens=False))
             for prompt in body.prompts
@@ -137,7 +139,7 @@ class Api:
 
     async def chat(self, http: HttpRequest) -> Response:
         """Answers POST /v1/chat/completions: messages in the target's chat format; its channels come apart."""
-        body = schema.read_chat(await _body(http), self.model)
+        body = schema.read_chat(await _body(http), self.model, self.engine.config.stop_token_ids)
         self._refuse_unknown(body)
         try:
             effort = body.effort or self._effort
@@ -197,6 +199,7 @@ class Api:
                 request_id=f"{responses.reply_id}-{index}",
                 prompt_ids=prompt,
                 max_new_tokens=self._room(prompt, body.max_tokens, responses.prompt_param),
+                sampling=dataclasses.replace(body.sampling, key=key_of(body.seed, index)),
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -213,7 +216,7 @@ class Api:
                 stop=body.stop,
                 stop_channel=FINAL if chat else TEXT,
                 prompt_tokens=len(prompt),
-                block_size=self.engine.block_size,
+                has_draft=self.engine.block_size is not None,
             )
             for prompt in prompts
         ]

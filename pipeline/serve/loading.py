@@ -1,5 +1,6 @@
 """Loads what is served: the target, its draft, and the engine that runs them."""
 
+import dataclasses
 from pathlib import Path
 
 from pipeline import distributed
@@ -10,14 +11,16 @@ from pipeline.workspace.loading import load_draft, load_target, runtime_for
 from pipeline.workspace.workspace import DRAFT, Workspace
 
 
-def engine_of(workspace: Workspace, *, with_draft: bool) -> Engine:
+def engine_of(workspace: Workspace, *, with_draft: bool, adapts: bool = True) -> Engine:
     """Returns the engine that serves this configuration's target, with its draft or alone, not warmed up.
 
-    Of several hosts the primary gets one that the others follow. Raises PipelineError when `engine.max_length` is above
-    the target's positions.
+    Unless it `adapts`, every block has the draft's own size. Of several hosts the primary gets one that the others
+    follow. Raises PipelineError when `engine.max_length` is above the target's positions.
     """
     config, target = workspace.config, workspace.target
     engine = workspace.serving_engine
+    if not adapts:
+        engine = dataclasses.replace(engine, block_sizes=())
     limit = workspace.model.max_position_embeddings
     if engine.max_length > limit:  # before the weights are read
         raise PipelineError(

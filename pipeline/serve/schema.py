@@ -4,32 +4,23 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.engine.sampling_params import SamplingParams
 from pipeline.prompts.messages import EFFORTS, THINKING, effort_problem
+from pipeline.serve import sampling_fields
+from pipeline.serve.errors import ApiError, shown
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_STOP_STRINGS = 16
 
-# Options that greedy decoding does not serve: the values that ask for nothing, and what to do.
-_GREEDY = "decoding is greedy: use {} or leave it out"
+# Options that are not served: the values that ask for nothing, and what to do.
 _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "temperature": ((0,), _GREEDY.format(0)),
-    "top_p": ((1,), _GREEDY.format(1)),
-    "top_k": ((-1, 0, 1), _GREEDY.format(1)),
-    "min_p": ((0,), _GREEDY.format(0)),
-    "n": ((1,), _GREEDY.format(1)),
-    "best_of": ((1,), _GREEDY.format(1)),
-    "presence_penalty": ((0,), "penalties are not supported: use 0 or leave it out"),
-    "frequency_penalty": ((0,), "penalties are not supported: use 0 or leave it out"),
-    "repetition_penalty": ((1,), "penalties are not supported: use 1 or leave it out"),
-    "length_penalty": ((1,), "penalties are not supported: use 1 or leave it out"),
-    "logit_bias": (({},), "logit bias is not supported: leave it out"),
+    "n": ((1,), "a prompt has one answer: use 1, or send the request again"),
+    "best_of": ((1,), "a prompt has one answer: use 1 or leave it out"),
+    "length_penalty": ((1,), "beams are not searched: use 1 or leave it out"),
     "logprobs": ((False,), "log probabilities are not supported: leave it out"),
     "top_logprobs": ((0,), "log probabilities are not supported: leave it out"),
     "prompt_logprobs": ((), "log probabilities are not supported: leave it out"),
-    "use_beam_search": ((False,), _GREEDY.format("false")),
-    "ignore_eos": ((False,), "generations end at the model's stop tokens: use false or leave it out"),
-    "min_tokens": ((0,), "a least length is not supported: use 0 or leave it out"),
-    "stop_token_ids": (([],), "further stop tokens are not supported: use stop, with strings"),
+    "use_beam_search": ((False,), "beams are not searched: use false or leave it out"),
 }
 _UNSERVED_COMPLETION = {
     "echo": ((False,), "the prompt is not echoed: use false or leave it out"),
@@ -44,8 +35,8 @@ _UNSERVED_CHAT = {
     "prediction": ((), "predicted outputs come from the draft alone: leave it out"),
     "web_search_options": ((), "web search is not supported: leave it out"),
 }
-_HARMLESS = ("seed", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-_COMMON = ("model", "stream", "stream_options", "max_tokens", "stop", *_HARMLESS)
+_HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_COMMON = ("model", "stream", "stream_options", "max_tokens", "stop", *sampling_fields.FIELDS, *_HARMLESS)
 _COMPLETION = ("prompt", "return_token_ids", *_COMMON)
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _CHAT = ("messages", "max_completion_tokens", "reasoning_effort", "return_token_ids", *_TOOLS, *_COMMON)
@@ -55,28 +46,16 @@ _FIELDS = {  # of a message beside its role and content
 }
 
 
-class ApiError(Exception):
-    """Says why a request is not served: an HTTP status and the fields of OpenAI's error object."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        status: int = 400,
-        kind: str = "invalid_request_error",
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Holds what both endpoints take. `max_tokens` None: as many as the context has room for."""
+    """Holds what both endpoints take.
+
+    `max_tokens` None: as many as the context has room for; `seed` None: any; `sampling` has no key yet.
+    """
 
     max_tokens: int | None
+    sampling: SamplingParams
+    seed: int | None
     stop: tuple[str, ...]
     stream: bool
     stream_usage: bool
@@ -100,10 +79,10 @@ class ChatBody(Options):
     return_token_ids: bool
 
 
-def read_completion(body: Any, model: str) -> CompletionBody:
-    """Returns the body of a request to /v1/completions for the served `model`; raises ApiError."""
+def read_completion(body: Any, model: str, stops: tuple[int, ...] = ()) -> CompletionBody:
+    """Returns the body of a request to /v1/completions for the served `model` with its stop tokens; raises ApiError."""
     values = _requested(body, model, _COMPLETION, {**_UNSERVED, **_UNSERVED_COMPLETION})
-    options = _options(values)
+    options = _options(values, stops)
     if options["max_tokens"] is None:
         options["max_tokens"] = DEFAULT_COMPLETION_TOKENS
     return CompletionBody(
@@ -111,15 +90,15 @@ def read_completion(body: Any, model: str) -> CompletionBody:
     )
 
 
-def read_chat(body: Any, model: str) -> ChatBody:
-    """Returns the body of a request to /v1/chat/completions for the served `model`; raises ApiError."""
+def read_chat(body: Any, model: str, stops: tuple[int, ...] = ()) -> ChatBody:
+    """Returns the body of a request to /v1/chat/completions, as `read_completion` does; raises ApiError."""
     values = _requested(body, model, _CHAT, {**_UNSERVED, **_UNSERVED_CHAT})
     effort = values.get("reasoning_effort")
     if effort is not None and effort_problem(effort) is not None:
         raise ApiError(
-            f"reasoning_effort is {_shown(effort)}; supported: {', '.join(EFFORTS)}", param="reasoning_effort"
+            f"reasoning_effort is {shown(effort)}; supported: {', '.join(EFFORTS)}", param="reasoning_effort"
         )
-    options = _options(values)
+    options = _options(values, stops)
     limits = {key: _count(values, key) for key in ("max_tokens", "max_completion_tokens") if key in values}
     if len(set(limits.values())) > 1:
         both = " and ".join(f"{key} is {value}" for key, value in limits.items())
@@ -137,14 +116,14 @@ def _requested(
 ) -> dict[str, Any]:
     """Returns the keys that ask for something, null ones left out. Raises ApiError for what is not served."""
     if not isinstance(body, dict):
-        raise ApiError(f"the body is {_shown(body)}; wanted a JSON object")
+        raise ApiError(f"the body is {shown(body)}; wanted a JSON object")
     values = {key: value for key, value in body.items() if value is not None}
     name = values.get("model")
     if not isinstance(name, str):
-        raise ApiError(f"model is {_shown(name)}; wanted a name; {model!r} is served", param="model")
+        raise ApiError(f"model is {shown(name)}; wanted a name; {model!r} is served", param="model")
     if name != model:
         raise ApiError(
-            f"the model {_shown(name)} is not served here; served: {model!r}",
+            f"the model {shown(name)} is not served here; served: {model!r}",
             param="model",
             code="model_not_found",
             status=404,
@@ -153,21 +132,21 @@ def _requested(
         if key in unserved:
             neutral, advice = unserved[key]
             if not any(_same(value, harmless) for harmless in neutral):
-                raise ApiError(f"{key} is {_shown(value)}; {advice}", param=key, code="unsupported_value")
+                raise ApiError(f"{key} is {shown(value)}; {advice}", param=key, code="unsupported_value")
         elif key not in known:
             raise ApiError(
-                f"the parameter {_shown(key)} is not known; supported: {', '.join(known)}",
+                f"the parameter {shown(key)} is not known; supported: {', '.join(known)}",
                 param=key.encode(errors="replace").decode(),  # half of a surrogate pair cannot be sent back
                 code="unknown_parameter",
             )
     return values
 
 
-def _options(values: Mapping[str, Any]) -> dict[str, Any]:
+def _options(values: Mapping[str, Any], stops: tuple[int, ...]) -> dict[str, Any]:
     stream, stream_options = _flag(values, "stream"), values.get("stream_options", {})
     if not isinstance(stream_options, dict) or stream_options.keys() - {"include_usage"}:
         raise ApiError(
-            f"stream_options is {_shown(stream_options)}; supported: an object with include_usage",
+            f"stream_options is {shown(stream_options)}; supported: an object with include_usage",
             param="stream_options",
         )
     if stream_options and not stream:
@@ -177,6 +156,8 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
         "stop": _stop(values.get("stop", [])),
         "stream": stream,
         "stream_usage": _flag(stream_options, "include_usage"),
+        "sampling": sampling_fields.read_sampling(values, stops),
+        "seed": values.get("seed"),
     }
 
 
@@ -185,7 +166,7 @@ def _flag(values: Mapping[str, Any], key: str) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise ApiError(f"{key} is {_shown(value)}; wanted true or false", param=key)
+        raise ApiError(f"{key} is {shown(value)}; wanted true or false", param=key)
     return value
 
 
@@ -194,14 +175,14 @@ def _count(values: Mapping[str, Any], key: str) -> int | None:
     if value is None:
         return None
     if not _is_integer(value) or value < 1:
-        raise ApiError(f"{key} is {_shown(value)}; wanted a whole number of at least 1", param=key)
+        raise ApiError(f"{key} is {shown(value)}; wanted a whole number of at least 1", param=key)
     return value
 
 
 def _stop(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise ApiError(f"stop is {_shown(value)}; wanted a non-empty string or a list of them", param="stop")
+        raise ApiError(f"stop is {shown(value)}; wanted a non-empty string or a list of them", param="stop")
     if len(texts) > MAX_STOP_STRINGS:
         raise ApiError(f"stop has {len(texts)} strings; at most {MAX_STOP_STRINGS} are supported", param="stop")
     return tuple(_text(text, "stop") for text in texts)
@@ -212,7 +193,7 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
         value = [value]
     if not isinstance(value, list) or not value:
         raise ApiError(
-            f"prompt is {_shown(value)}; wanted a string, a list of token ids, or a non-empty list of either",
+            f"prompt is {shown(value)}; wanted a string, a list of token ids, or a non-empty list of either",
             param="prompt",
         )
     prompts: list[str | tuple[int, ...]] = []
@@ -223,7 +204,7 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
             prompts.append(tuple(prompt))
         else:
             raise ApiError(
-                f"prompt[{index}] is {_shown(prompt)}; wanted a string or a list of token ids", param="prompt"
+                f"prompt[{index}] is {shown(prompt)}; wanted a string or a list of token ids", param="prompt"
             )
         if not prompt:
             raise ApiError(f"prompt {index} is empty; wanted at least one token", param="prompt")
@@ -235,10 +216,10 @@ def _tools(values: Mapping[str, Any]) -> list[Any]:
     _flag(values, "parallel_tool_calls")  # an answer has one call in any case, for a call ends it
     tools, choice = values.get("tools", []), values.get("tool_choice", "auto")
     if not isinstance(tools, list):
-        raise ApiError(f"tools is {_shown(tools)}; wanted a list of functions", param="tools")
+        raise ApiError(f"tools is {shown(tools)}; wanted a list of functions", param="tools")
     if choice not in ("none", "auto"):
         raise ApiError(
-            f"tool_choice is {_shown(choice)}; calls cannot be forced: use auto or none, or leave it out",
+            f"tool_choice is {shown(choice)}; calls cannot be forced: use auto or none, or leave it out",
             param="tool_choice",
             code="unsupported_value",
         )
@@ -248,7 +229,7 @@ def _tools(values: Mapping[str, Any]) -> list[Any]:
 def _messages(value: Any) -> list[dict[str, Any]]:
     """Returns messages with plain text contents; whether they make a prompt is checked when they are rendered."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ApiError(f"messages is {_shown(value)}; wanted a list of role and content objects", param="messages")
+        raise ApiError(f"messages is {shown(value)}; wanted a list of role and content objects", param="messages")
     return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
@@ -257,12 +238,12 @@ def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
     known = ("role", "content", *(_FIELDS.get(role, ()) if isinstance(role, str) else ()))
     for key, value in message.items():
         if key not in known and value not in (None, []):
-            raise ApiError(f"{name} has {_shown(key)} {_shown(value)}; supported: {', '.join(known)}", param="messages")
+            raise ApiError(f"{name} has {shown(key)} {shown(value)}; supported: {', '.join(known)}", param="messages")
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-                raise ApiError(f"{name} has a content part {_shown(part)}; supported: text parts", param="messages")
+                raise ApiError(f"{name} has a content part {shown(part)}; supported: text parts", param="messages")
         content = "".join(_text(part["text"], "messages") for part in content)
     if isinstance(content, str):
         content = _text(content, "messages")
@@ -272,7 +253,7 @@ def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _text(value: Any, param: str) -> str:
     if not isinstance(value, str):
-        raise ApiError(f"{param} has {_shown(value)} for a text; wanted a string", param=param)
+        raise ApiError(f"{param} has {shown(value)} for a text; wanted a string", param=param)
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
@@ -286,8 +267,3 @@ def _is_integer(value: Any) -> bool:
 
 def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and value == other
-
-
-def _shown(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Completion, Request
+from pipeline.engine.sampling_params import GREEDY, SamplingParams
 from pipeline.errors import PipelineError
 from pipeline.model.gpt_oss.model import TargetModel
+from pipeline.model.layers.sampling import Sampling
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 from pipeline.prompts.sources import Prompt
 from pipeline.teacher_cache.origin import ENGINE, AnswerOrigin
@@ -65,7 +67,12 @@ def answer_prompts(
     keys: Sequence[tuple[int, int] | None]
     keys = origin.keys([row.prompt.prompt_id for row in rows]) or [None] * len(rows)
     requests = [
-        Request(request_id=str(index), prompt_ids=row.token_ids, max_new_tokens=max_new_tokens, sampling_key=key)
+        Request(
+            request_id=str(index),
+            prompt_ids=row.token_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=_params(origin.sampling, key),
+        )
         for index, (row, key) in enumerate(zip(rows, keys, strict=True))
     ]
     problems = {request.request_id: _problem(engine, request) for request in requests}
@@ -79,6 +86,12 @@ def answer_prompts(
         FailedPrompt(row.prompt, problem) if problem else _answered(row, completions[name])
         for (name, problem), row in zip(problems.items(), rows, strict=True)
     ]
+
+
+def _params(sampling: Sampling | None, key: tuple[int, int] | None) -> SamplingParams:
+    if sampling is None or key is None:
+        return GREEDY
+    return SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, key=key)
 
 
 def _problem(engine: Engine, request: Request) -> str | None:

@@ -7,7 +7,8 @@ from pipeline.bench import arms
 from pipeline.bench.arms import DFLASH, PLAIN, ArmPass, Comparison
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.engine.engine import Engine, EngineTimes
+from pipeline.engine.engine import Engine
+from pipeline.engine.in_flight import EngineTimes
 from pipeline.engine.request import Completion, Request
 
 REQUESTS = [Request(request_id=name, prompt_ids=(1, 2, 3), max_new_tokens=5) for name in "abc"]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.export.write import write_draft
 from pipeline.model.dflash import forward as dflash
 from pipeline.model.hf.directory import read_draft
+from pipeline.model.layers import kv_pages
 from pipeline.model.layers.rope import Rope
 from tests.support import training as tiny_training
 from tests.support.environments import told_by
@@ -59,9 +60,11 @@ def ours(directory: Path, inputs: Path) -> np.ndarray:
     draft = read_draft(directory, jnp.float32)
     given = np.load(inputs)
     context = dflash.context(draft, jnp.asarray(given["features"])[None], jnp.arange(NUM_POSITIONS)[None])
-    cache = dflash.extend(dflash.empty_cache(draft.config, 1, 32, jnp.float32), context, jnp.zeros(1, jnp.int32))
+    table = kv_pages.consecutive_tables(1, 32, 16).whole
+    cache = dflash.empty_cache(draft.config, table.size, 16, jnp.float32)
+    cache = dflash.extend(cache, context, table, jnp.zeros(1, jnp.int32))
     start = jnp.full(1, NUM_POSITIONS)
-    return np.asarray(dflash.denoise(draft, jnp.asarray(given["noise_embedding"])[None], start, cache)[0])
+    return np.asarray(dflash.denoise(draft, jnp.asarray(given["noise_embedding"])[None], start, cache, table)[0])
 
 
 def furthest(directory: Path, inputs: Path, outputs: Path) -> float:

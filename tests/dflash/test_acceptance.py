@@ -45,16 +45,16 @@ STOPS = {
 
 @pytest.mark.parametrize(("tokens", "count", "wanted", "stopped"), STOPS.values(), ids=STOPS.keys())
 def test_a_round_ends_at_its_first_stop_token(tokens, count, wanted, stopped):
-    found = acceptance.cut_at_stop(jnp.array([tokens]), jnp.array([count]), jnp.array([8, 9]))
+    found = acceptance.cut_at_stop(jnp.array([tokens]), jnp.array([count]), jnp.array([[8, 9]]))
     assert (int(found[0][0]), bool(found[1][0])) == (wanted, stopped)
 
 
 def test_rows_are_cut_each_by_itself_and_without_stop_tokens_not_at_all():
     tokens, counts = jnp.array([case[0] for case in STOPS.values()]), jnp.array([case[1] for case in STOPS.values()])
-    found, stopped = acceptance.cut_at_stop(tokens, counts, jnp.array([8, 9]))
+    found, stopped = acceptance.cut_at_stop(tokens, counts, jnp.tile(jnp.array([8, 9]), (len(tokens), 1)))
     assert found.tolist() == [case[2] for case in STOPS.values()]
     assert stopped.tolist() == [case[3] for case in STOPS.values()]
-    found, stopped = acceptance.cut_at_stop(tokens, counts, jnp.zeros(0, jnp.int32))
+    found, stopped = acceptance.cut_at_stop(tokens, counts, jnp.zeros((len(tokens), 0), jnp.int32))
     assert found.tolist() == counts.tolist()
     assert not stopped.any()
 

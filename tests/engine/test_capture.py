@@ -113,7 +113,7 @@ def drawn_texts(target_directory: Path) -> tuple[TargetModel, list[AnsweredPromp
     answers = answer_prompts(
         target,
         rows,
-        EngineConfig(num_slots=3, max_length=120, prefill_chunk=70, stop_token_ids=(299,), sampling=DRAWN.sampling),
+        EngineConfig(num_slots=3, max_length=120, prefill_chunk=70, stop_token_ids=(299,), samples=True),
         max_new_tokens=50,
         on_finished=lambda _: None,
         origin=DRAWN,

@@ -51,7 +51,7 @@ def checked(trained, target, texts):
 
 def require_rounds_of(check):
     """The engine counted training's rounds. All is float32, but training reads its features in bfloat16: on some
-    processors a proposal that is nearly a tie then goes the other way, and two hundred rounds become one more or less."""
+    processors a proposal that is nearly a tie then goes the other way, and of two hundred rounds one comes or goes."""
     assert abs(check.engine.num_rounds - check.trained.num_rounds) <= 2
     assert abs(check.engine.num_accepted - check.trained.num_accepted) <= 2
 

@@ -14,6 +14,7 @@ from pipeline.export.write import write_draft
 from pipeline.model.dflash import forward as dflash
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.hf.directory import read_draft
+from pipeline.model.layers import kv_pages
 from pipeline.model.layers.rope import Rope
 from tests.support import training as tiny_training
 from tests.support.oracles import run_oracle
@@ -79,14 +80,15 @@ def test_many_blocks_in_one_call_are_single_blocks_over_a_cache(config):
     draft = tiny_training.draft_of(1, config)
     features, embeddings = inputs_of(config)
     together = blocks_of(draft, features, embeddings)
-    cache = dflash.empty_cache(config, NUM_SEQUENCES, 64, jnp.float32)
+    table = kv_pages.consecutive_tables(NUM_SEQUENCES, 64, 16).whole
+    cache = dflash.empty_cache(config, table.size, 16, jnp.float32)
     start = 0
     for index, size in enumerate(CHUNKS):
         positions = jnp.broadcast_to(jnp.arange(start, start + size), (NUM_SEQUENCES, size))
         new = dflash.context(draft, jnp.asarray(features[:, start : start + size]), positions)
-        cache = dflash.extend(cache, new, jnp.full(NUM_SEQUENCES, start))
+        cache = dflash.extend(cache, new, table, jnp.full(NUM_SEQUENCES, start))
         start += size
-        alone = dflash.denoise(draft, jnp.asarray(embeddings), jnp.full(NUM_SEQUENCES, start), cache)
+        alone = dflash.denoise(draft, jnp.asarray(embeddings), jnp.full(NUM_SEQUENCES, start), cache, table)
         np.testing.assert_allclose(together[index], alone, atol=2e-5)
 
 

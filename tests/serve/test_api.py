@@ -448,7 +448,7 @@ def test_metrics_show_the_engines_acceptance(client, address, engine):
     assert httpx.get(f"{address}/metrics").status_code == 200  # before any round, too
     client.completions.create(model=MODEL, prompt=[7, 7], max_tokens=8)
     with pytest.raises(openai.BadRequestError):
-        client.completions.create(model=MODEL, prompt=[7, 7], temperature=1)
+        client.completions.create(model=MODEL, prompt=[7, 7], temperature=-1)
     found = {name: metric(address, f"serve_{name}") for name in ("accept_length", "accept_rate", "rounds_total")}
     seen = engine.acceptance
     assert found == {

@@ -68,6 +68,21 @@ def test_a_draft_is_served_with_plain_greedys_tokens_until_a_signal(config, toke
             texts = client.completions.create(
                 prompt=[prompt, [5, 6, 7]], **options, extra_body={"return_token_ids": True}
             )
+            sampled = [
+                client.completions.create(
+                    model="random",
+                    prompt=[prompt, prompt],
+                    max_tokens=12,
+                    temperature=1.5,
+                    seed=seed,
+                    extra_body={"return_token_ids": True, "top_k": 50, "ignore_eos": True},
+                )
+                for seed in (1, 1, 2)
+            ]
+        first, again, other = ([choice.token_ids for choice in one.choices] for one in sampled)
+        assert first == again != other
+        assert first[0] != first[1]  # one request's prompts are drawn independently
+        assert {len(ids) for ids in first + other} == {12}
         return chat, texts, httpx.get(f"{address}/metrics").text
 
     notes, (chat, texts, metrics), output = run_with_visitor(config, capsys, visit)
@@ -89,8 +104,8 @@ def test_a_draft_is_served_with_plain_greedys_tokens_until_a_signal(config, toke
     rounds = float(re.search(r"^serve_rounds_total (\S+)$", metrics, re.MULTILINE)[1])
     assert rounds > 0
     assert notes.metrics["accept_length"] >= 1
-    assert notes.metrics["serve/requests"] == 3
-    assert notes.metrics["serve/generated_tokens"] == 2 * len(wanted["0"]) + len(wanted["1"])
+    assert notes.metrics["serve/requests"] == 9
+    assert notes.metrics["serve/generated_tokens"] == 2 * len(wanted["0"]) + len(wanted["1"]) + 6 * 12
 
 
 def test_more_positions_than_the_target_has_are_refused(config):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
+from pipeline.engine.block_choice import Estimate
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
+from pipeline.engine.in_flight import EngineTimes
 from pipeline.engine.request import Request, StepUpdate
 from pipeline.errors import PipelineError
 
@@ -39,6 +41,7 @@ class FakeEngine(Engine):
             num_slots=slots, max_length=max_length, prefill_chunk=16, stop_token_ids=tuple(stop_ids)
         )
         self.acceptance = acceptance.empty(block_size or 1)
+        self.times, self.num_preempted, self.smaller_blocks = EngineTimes(), 0, {}
         self.waiting: list[Request] = []
         self.running: dict[str, Running] = {}
         self.cancelled: list[str] = []
@@ -57,6 +60,14 @@ class FakeEngine(Engine):
     @property
     def num_running(self) -> int:
         return len(self.running)
+
+    @property
+    def num_free_pages(self) -> int:
+        return 40 - self.num_running
+
+    @property
+    def block_estimates(self) -> dict[int, Estimate]:
+        return {}
 
     def warm_up(self) -> None:
         pass
@@ -102,4 +113,10 @@ class FakeEngine(Engine):
         if is_round:
             self.acceptance += Acceptance.of([len(new) - 1], self.block_size)
         num_accepted = len(new) - 1 if is_round else None
-        return StepUpdate(request_id=request_id, token_ids=new, finish_reason=reason, num_accepted=num_accepted)
+        return StepUpdate(
+            request_id=request_id,
+            token_ids=new,
+            finish_reason=reason,
+            num_accepted=num_accepted,
+            num_drafted=self.block_size - 1 if is_round and self.block_size is not None else None,
+        )

@@ -13,10 +13,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.dflash.context import DraftContext, LayerContext
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.dflash.weights import DFlashLayerWeights, GatherWeights, no_gather
-from pipeline.model.layers import attention, kv_cache
-from pipeline.model.layers.kv_cache import KVCache, LayerCache
+from pipeline.model.layers import attention, kv_pages
+from pipeline.model.layers.kv_pages import PagedCache
 from pipeline.model.layers.linear import linear, linear_over_shards, rms_norm
 from pipeline.model.layers.rope import angles, rotate
 from pipeline.model.parallel.execution import DEFAULT_EXECUTION, Execution
@@ -29,7 +30,7 @@ def context(
     positions: Int[Array, "B T"],
     shards: Shards = UNSHARDED,
     gather: GatherWeights = no_gather,
-) -> KVCache:
+) -> DraftContext:
     """Returns keys and values [B, T, G, H] of every layer for the features of T tokens at their absolute positions.
 
     `gather` is as in `denoise_blocks`.
@@ -44,24 +45,25 @@ def context(
     )
     cos_sin = angles(config.rope, config.head_dim, positions)
     layers = [gather(layer) for layer in weights.layers]
-    return KVCache(tuple(LayerCache(*_keys_values(fused, layer, config, cos_sin)) for layer in layers))
+    return DraftContext(tuple(LayerContext(*_keys_values(fused, layer, config, cos_sin)) for layer in layers))
 
 
 def denoise(
     draft: DraftModel,
     embeddings: Float[Array, "B K D"],
     start: Int[Array, " B"],
-    context: KVCache,
+    cache: PagedCache,
+    table: Int[Array, "B M"],
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Float[Array, "B K D"]:
     """Returns the final hidden states [B, K, D] of one block per row, whose anchor is at position `start`.
 
-    The block sees the context before it. `embeddings` are the target's for [anchor, mask, ...]; the target's head turns
-    the result into logits, and block position k predicts the token at `start` + k.
+    The block sees the context before it, in the pages of `table`. `embeddings` are the target's for [anchor, mask,
+    ...]; the target's head turns the result into logits, and block position k predicts the token at `start` + k.
     """
 
     def attend(index: int, queries: Array, keys: Array, values: Array) -> Array:
-        before = attention.over_cache(queries, context.layers[index], start, None, None)
+        before = attention.over_cache(queries, cache.layers[index], table, start, None, execution=execution)
         return attention.union([before, attention.over_own(queries, keys, values, causal=False)])
 
     positions = start[:, None] + jnp.arange(embeddings.shape[1])
@@ -72,7 +74,7 @@ def denoise_blocks(
     draft: DraftModel,
     embeddings: Float[Array, "B A K D"],
     positions: Int[Array, "B A K"],
-    context: KVCache,
+    context: DraftContext,
     visible: Bool[Array, "B A T"],
     *,
     remat: bool = False,
@@ -131,17 +133,25 @@ def _layers(
     return rms_norm(hidden, weights.norm, config.rms_norm_eps)
 
 
-def empty_cache(config: DFlashConfig, num_rows: int, num_positions: int, dtype: DTypeLike) -> KVCache:
-    """Returns a context cache for `num_rows` rows of `num_positions` positions."""
-    num_entries = [attention.cache_positions(num_positions)] * config.num_hidden_layers
-    return kv_cache.empty(num_entries, num_rows, config.num_key_value_heads, config.head_dim, dtype)
+def empty_cache(config: DFlashConfig, num_pages: int, page_size: int, dtype: DTypeLike) -> PagedCache:
+    """Returns an empty context cache of pages, which have the positions of the target's `PageTables.whole`."""
+    layer = functools.partial(kv_pages.empty, num_pages, config.num_key_value_heads, page_size, config.head_dim, dtype)
+    return PagedCache(tuple(layer() for _ in range(config.num_hidden_layers)))
 
 
-def extend(cache: KVCache, new: KVCache, start: Int[Array, " B"], rows: Int[Array, " B"] | None = None) -> KVCache:
-    """Appends the context of T tokens, the first at position `start` of each row; `rows` are as in `kv_cache.write`."""
-    return KVCache(
+def extend(
+    cache: PagedCache,
+    new: DraftContext,
+    table: Int[Array, "B M"],
+    start: Int[Array, " B"],
+    num_tokens: Int[Array, " B"] | None = None,
+    *,
+    execution: Execution = DEFAULT_EXECUTION,
+) -> PagedCache:
+    """Appends the context of T tokens of each row, the first at position `start`; arguments as in `kv_pages.write`."""
+    return PagedCache(
         tuple(
-            kv_cache.write(layer, part.keys, part.values, start, rows)
+            kv_pages.write(layer, part.keys, part.values, table, start, num_tokens, execution=execution)
             for layer, part in zip(cache.layers, new.layers, strict=True)
         )
     )

@@ -15,8 +15,8 @@ from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.experts import mixture
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import GptOssWeights, LayerWeights
-from pipeline.model.layers import attention, kv_cache
-from pipeline.model.layers.kv_cache import KVCache, LayerCache
+from pipeline.model.layers import attention, kv_pages
+from pipeline.model.layers.kv_pages import PagedCache, PagedLayer, PageTables
 from pipeline.model.layers.linear import linear, linear_over_shards, product, rms_norm
 from pipeline.model.layers.pytree import pytree_dataclass
 from pipeline.model.layers.rope import angles, rotate
@@ -30,43 +30,42 @@ class Output:
 
     hidden: Float[Array, "B T D"]
     features: Float[Array, "B T LD"]
-    cache: KVCache | None
+    cache: PagedCache | None
 
 
-def empty_cache(config: GptOssConfig, num_rows: int, num_positions: int, dtype: DTypeLike, *, rollback: int) -> KVCache:
-    """Returns a cache for `num_rows` rows of `num_positions` positions, of which the last `rollback` may be dropped.
-
-    Sliding layers hold their window and `rollback` positions, whatever `num_positions` is.
-    """
-    whole = attention.cache_positions(num_positions)
-    num_entries = [min(config.sliding_window + rollback, whole) if sliding else whole for sliding in config.sliding]
-    return kv_cache.empty(num_entries, num_rows, config.num_key_value_heads, config.head_dim, dtype)
+def empty_cache(
+    config: GptOssConfig, num_pages: int, num_sliding_pages: int, page_size: int, dtype: DTypeLike
+) -> PagedCache:
+    """Returns an empty cache: every layer has pages of its own, and sliding ones as many as `num_sliding_pages`."""
+    counts = [num_sliding_pages if sliding else num_pages for sliding in config.sliding]
+    heads, width = config.num_key_value_heads, config.head_dim
+    return PagedCache(tuple(kv_pages.empty(count, heads, page_size, width, dtype) for count in counts))
 
 
 def forward(
     target: TargetModel,
     token_ids: Int[Array, "B T"],
     start: Int[Array, " B"],
-    cache: KVCache | None,
+    cache: PagedCache | None,
     tapped_layers: Sequence[int] = (),
     *,
-    rows: Int[Array, " B"] | None = None,
+    tables: PageTables | None = None,
     num_tokens: Int[Array, " B"] | None = None,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Output:
     """Runs T tokens of each of B rows, the first one at position `start`, over what the cache holds before them.
 
-    Prefill, single steps, blocks to verify and full sequences are all this call. Without a cache `start` must be 0.
-    `rows` are the indices of the cache's rows, None for all in order; one past the last row is not written. Features
-    are the outputs of `tapped_layers` before the final norm (`hidden_states[i + 1]` in transformers), concatenated in
+    Prefill, single steps, blocks to verify and full sequences are all this call. Without a cache `start` must be 0;
+    with one, `tables` has the pages of the rows, also of the positions that the tokens are written to. Features are
+    the outputs of `tapped_layers` before the final norm (`hidden_states[i + 1]` in transformers), concatenated in
     that order. `num_tokens` are the tokens of each row that are not padding on the right, None for all.
     """
     config, weights = target.config, target.weights
     positions = start[:, None] + jnp.arange(token_ids.shape[1])
-    call = _Call(start, rows, num_tokens, angles(config.rope, config.head_dim, positions))
+    call = _Call(start, tables, num_tokens, angles(config.rope, config.head_dim, positions))
     hidden = embed(weights, token_ids, execution.shards)
     outputs: list[Array] = []
-    layers: list[LayerCache] = []
+    layers: list[PagedLayer] = []
     for index, layer in enumerate(weights.layers):
         window = config.sliding_window if config.sliding[index] else None
         cached = None if cache is None else cache.layers[index]
@@ -82,7 +81,7 @@ def forward(
     taps = [outputs[index] for index in tapped_layers]
     features = jnp.concatenate(taps, axis=-1) if taps else hidden[..., :0]
     normed = rms_norm(hidden, weights.norm, config.rms_norm_eps)
-    return Output(normed, features, None if cache is None else KVCache(tuple(layers)))
+    return Output(normed, features, None if cache is None else PagedCache(tuple(layers)))
 
 
 def embed(weights: GptOssWeights, token_ids: Int[Array, "*batch"], shards: Shards) -> Float[Array, "*batch D"]:
@@ -106,7 +105,7 @@ class _Call(NamedTuple):
     """Holds where the tokens of one call to `forward` are in the cache, and their rotary angles."""
 
     start: Int[Array, " B"]
-    rows: Int[Array, " B"] | None
+    tables: PageTables | None
     num_tokens: Int[Array, " B"] | None
     cos_sin: tuple[Array, Array]
 
@@ -117,10 +116,10 @@ def _attention(
     config: GptOssConfig,
     window: int | None,
     call: _Call,
-    cached: LayerCache | None,
+    cached: PagedLayer | None,
     execution: Execution,
-) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-    start, rows, num_tokens, cos_sin = call
+) -> tuple[Float[Array, "B T D"], PagedLayer | None]:
+    start, tables, num_tokens, cos_sin = call
     split = (*hidden.shape[:2], -1, config.head_dim)  # on a shard: its heads
     normed = rms_norm(hidden, layer.input_norm, config.rms_norm_eps)
     queries = rotate(linear(normed, layer.query, layer.query_bias).reshape(split), *cos_sin)
@@ -128,14 +127,10 @@ def _attention(
     values = linear(normed, layer.value, layer.value_bias).reshape(split)
     parts = [attention.over_own(queries, keys, values, window, execution=execution)]
     if cached is not None:
-        if window is None:
-            before = after = kv_cache.write(cached, keys, values, start, rows)
-        else:
-            before, after = cached, kv_cache.write_ring(cached, keys, values, start, rows, num_tokens)
-            if keys.shape[1] <= after.keys.shape[1] - window:
-                before = after  # what is overwritten has left the window
+        assert tables is not None, "a cache has tables"
+        table = tables.whole if window is None else tables.sliding
         # read after it is written, a cache is written in place: XLA would copy one that it must keep for reading
-        parts.append(attention.over_cache(queries, before, start, rows, window))
-        cached = after
+        cached = kv_pages.write(cached, keys, values, table, start, num_tokens, execution=execution)
+        parts.append(attention.over_cache(queries, cached, table, start, window, execution=execution))
     attended = attention.union(parts, layer.sinks).astype(hidden.dtype).reshape(*hidden.shape[:2], -1)
     return linear_over_shards(attended, layer.output, layer.output_bias, execution.shards), cached

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pipeline.model.layers import attention_kernels
-from pipeline.model.layers.kv_cache import LayerCache, entry_positions, take_rows
+from pipeline.model.layers import attention_kernels, kv_pages, page_kernels
+from pipeline.model.layers.kv_pages import PagedLayer
 from pipeline.model.layers.linear import einsum
 from pipeline.model.parallel.execution import DEFAULT_EXECUTION, PALLAS_BACKENDS, Execution, KernelBackend
 
 MASKED = -1e30  # finite: a row that sees nothing becomes garbage of weight zero, never nan
-CACHE_CHUNK = 1024  # positions of a long cache read at a time, as far as any row is filled
+CACHE_CHUNK = 256  # positions of a row's pages read at a time, as far as any row is filled
 MAX_SCORES = 2**27  # scores held at once
 
 
@@ -30,11 +30,6 @@ class Part(NamedTuple):
 
     values: Float[Array, "B T N H"]
     log_sum: Float[Array, "B T N"]
-
-
-def cache_positions(num_positions: int) -> int:
-    """Returns the entries of a cache row for `num_positions` positions: whole chunks when it is long."""
-    return num_positions if num_positions <= CACHE_CHUNK else -(-num_positions // CACHE_CHUNK) * CACHE_CHUNK
 
 
 def union(parts: Sequence[Part], sinks: Float[Array, " N"] | None = None) -> Float[Array, "B T N H"]:
@@ -56,38 +51,49 @@ def union(parts: Sequence[Part], sinks: Float[Array, " N"] | None = None) -> Flo
 
 def over_cache(
     queries: Float[Array, "B T N H"],
-    cache: LayerCache,
+    layer: PagedLayer,
+    table: Int[Array, "B M"],
     start: Int[Array, " B"],
-    rows: Int[Array, " B"] | None,
     window: int | None,
+    *,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> Part:
     """Returns the part of T tokens per row, the first at position `start`, over the cached positions before `start`.
 
-    With a `window`, position p sees p - window + 1 .. p. `rows` are as in `kv_cache.write`. A long cache is read in
-    chunks, and no further than the longest row is filled.
+    With a `window`, position p sees p - window + 1 .. p. Only pages that a row may see are read: those of the window,
+    or all up to the longest row's last one, a few at a time.
     """
-    num_entries = cache.keys.shape[1]
-    chunk = CACHE_CHUNK
-    while math.prod(queries.shape[:3]) * chunk > MAX_SCORES and chunk > 128:
-        chunk //= 2
-    if window is not None or num_entries <= chunk:
-        positions = entry_positions(start, num_entries)
-        visible = (positions >= 0)[:, None]
-        if window is not None:
-            visible &= positions[:, None] > _own_positions(queries, start)[..., None] - window
-        return _part(queries, take_rows(cache.keys, rows), take_rows(cache.values, rows), visible)
-    assert num_entries % chunk == 0, (num_entries, chunk)
+    if execution.backend in PALLAS_BACKENDS:
+        interpret = execution.backend is KernelBackend.pallas_interpreted
+        return Part(*page_kernels.attend(queries, layer.entries, table, start, window, interpret=interpret))
+    page_size = layer.entries.shape[2]
+    if window is not None:
+        count = min(kv_pages.pages_for(window - 1, page_size) + 1, table.shape[1])
+        first = jnp.clip((start - window + 1) // page_size, 0, table.shape[1] - count)
+        numbers = first[:, None] + jnp.arange(count)
+        keys, values = kv_pages.take(layer, jnp.take_along_axis(table, numbers, axis=1))
+        positions = (numbers[..., None] * page_size + jnp.arange(page_size)).reshape(len(start), -1)
+        near = positions[:, None] > _own_positions(queries, start)[..., None] - window
+        return _part(queries, keys, values, (positions < start[:, None])[:, None] & near)
+    chunk = _pages_at_once(queries, page_size, table.shape[1])
+    table = jnp.pad(table, [(0, 0), (0, -table.shape[1] % chunk)])
+    chunk_positions = chunk * page_size
 
     def add(index: Int[Array, ""], so_far: Part) -> Part:
-        keys, values = (
-            take_rows(jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1), rows)
-            for array in (cache.keys, cache.values)
-        )
-        visible = index * chunk + jnp.arange(chunk) < start[:, None, None]
+        keys, values = kv_pages.take(layer, jax.lax.dynamic_slice_in_dim(table, index * chunk, chunk, axis=1))
+        visible = index * chunk_positions + jnp.arange(chunk_positions) < start[:, None, None]
         return _joined(so_far, _part(queries, keys, values, visible))
 
     nothing = Part(jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:3], MASKED, jnp.float32))
-    return jax.lax.fori_loop(0, (start.max() + chunk - 1) // chunk, add, nothing)
+    return jax.lax.fori_loop(0, (start.max() + chunk_positions - 1) // chunk_positions, add, nothing)
+
+
+def _pages_at_once(queries: Float[Array, "B T N H"], page_size: int, num_pages: int) -> int:
+    """Returns how many pages of each row to read at once: not many more than are filled, nor too many scores."""
+    positions = CACHE_CHUNK
+    while math.prod(queries.shape[:3]) * positions > MAX_SCORES and positions > page_size:
+        positions //= 2
+    return min(max(1, positions // page_size), num_pages)
 
 
 def over_own(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pipeline.model.parallel.shards import Shards
 
-ORDER_BITS = 32  # of a float32, over which `nucleus` searches
+ORDER_BITS = 32  # of a float32, over which `nucleus` and `likeliest` search
 SIGN = np.uint32(2**31)  # the sign bit of a float32
 
 
@@ -28,29 +28,14 @@ def sampling_key(seed: int, name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])
 
 
-def sample(
-    logits: Float[Array, "B local"],
-    keys: UInt32[Array, "B two"],
-    positions: Int[Array, " B"],
-    sampling: Sampling,
-    shards: Shards,
-) -> Int[Array, " B"]:
-    """Returns a token [B] for each row's position, drawn with Gumbel noise: argmax(logits / temperature + noise).
-
-    `logits` are float32 [B, W], the vocabulary split over the shards of the model. The noise of a token depends on the
-    row's key, the position and the token's id alone, so that neither other rows nor the number of shards change it.
-    """
-    scaled = logits / sampling.temperature
-    noisy = scaled + noise(keys, positions, logits.shape[-1], shards)
-    return shards.argmax(jnp.where(nucleus(scaled, sampling.top_p, shards), noisy, -jnp.inf))
-
-
 def noise(
     keys: UInt32[Array, "B two"], positions: Int[Array, " B"], num_local: int, shards: Shards
 ) -> Float[Array, "B local"]:
     """Returns standard Gumbel noise [B, W] for every row and every token of this shard's part of the vocabulary.
 
-    It is made of 32 random bits each: `jax.random.gumbel` has 23, too few for the tail of 201,088 tokens.
+    The noise of a token depends on the row's key, the position and the token's id alone. argmax(logits / temperature +
+    noise) is a token drawn from the softmax. The noise is made of 32 random bits each: `jax.random.gumbel` has 23, too
+    few for the tail of 201,088 tokens.
     """
     token_ids = shards.over().offset(num_local) + jnp.arange(num_local, dtype=jnp.uint32)
 
@@ -63,16 +48,33 @@ def noise(
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))  # exact where it is large
 
 
-def nucleus(logits: Float[Array, "B local"], top_p: float, shards: Shards) -> Bool[Array, "B local"]:
+def nucleus(
+    logits: Float[Array, "B local"], top_p: float | Float[Array, " B"], shards: Shards
+) -> Bool[Array, "B local"]:
     """Returns which tokens [B, W] are among the fewest, the likeliest first, that hold `top_p` of the probability.
 
     A token is in the nucleus when the likelier tokens hold less than `top_p`; equally likely tokens are in or out
-    together. Bisection over the bits of a float32 finds the last one: sorting 201,088 logits costs many times as much.
+    together. With a `top_p` of 1 every token is.
     """
-    if top_p >= 1:
+    if isinstance(top_p, float) and top_p >= 1:
         return jnp.ones(logits.shape, bool)
     weights = jnp.exp(logits - shards.over().max(logits.max(axis=-1))[:, None])
-    wanted = top_p * shards.sum(weights.sum(axis=-1))
+    found = _likeliest(logits, weights, top_p * shards.sum(weights.sum(axis=-1)), shards)
+    return found if isinstance(top_p, float) else found | (top_p >= 1)[:, None]
+
+
+def likeliest(logits: Float[Array, "B local"], counts: Int[Array, " B"], shards: Shards) -> Bool[Array, "B local"]:
+    """Returns which tokens [B, W] are among the `counts` likeliest ones; equally likely ones are in or out together."""
+    return _likeliest(logits, jnp.ones(logits.shape, jnp.float32), counts.astype(jnp.float32), shards)
+
+
+def _likeliest(
+    logits: Float[Array, "B local"], weights: Float[Array, "B local"], wanted: Float[Array, " B"], shards: Shards
+) -> Bool[Array, "B local"]:
+    """Returns the fewest tokens, the likeliest first, whose weights add up to `wanted`.
+
+    Bisection over the bits of a float32 finds the last one: sorting 201,088 logits costs many times as much.
+    """
     order = _ordered(logits)
 
     def with_bit(index: Int[Array, ""], least: UInt32[Array, " B"]) -> UInt32[Array, " B"]:

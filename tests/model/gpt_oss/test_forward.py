@@ -12,6 +12,7 @@ from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.weights import WeightFormat
 from pipeline.model.hf.directory import read_target, save_target
+from pipeline.model.layers import kv_pages
 from tests.support import models as tiny_models
 from tests.support.oracles import run_oracle
 
@@ -60,6 +61,12 @@ def test_transformers_opens_what_we_write_and_computes_the_same(published, tmp_p
     assert (again["features"] == expected["features"]).all()
 
 
+def paged(target, num_rows):
+    """Empty pages for 64 positions of each row, and their tables."""
+    tables = kv_pages.consecutive_tables(num_rows, 64, 16)
+    return tables, gpt_oss.empty_cache(target.config, tables.whole.size, tables.whole.size, 16, jnp.float32)
+
+
 SPLITS = {
     "steps alone": [1] * 41,
     "prefill then steps": [30, *[1] * 11],
@@ -73,11 +80,11 @@ def test_any_split_of_a_sequence_gives_the_full_forwards_logits_and_features(pub
     directory, ids, expected = published
     target = read_target(directory, WeightFormat())
     taps = (0, target.config.num_hidden_layers - 2)
-    cache = gpt_oss.empty_cache(target.config, len(ids), 64, jnp.float32, rollback=8)
+    tables, cache = paged(target, len(ids))
     done, hidden, features = 0, [], []
     for length in chunks:
         start = jnp.full(len(ids), done, jnp.int32)
-        out = step(target, ids[:, done : done + length], start, cache, taps)
+        out = step(target, ids[:, done : done + length], start, cache, taps, tables=tables)
         cache, done = out.cache, done + length
         hidden.append(out.hidden)
         features.append(out.features)
@@ -91,7 +98,7 @@ def test_rows_roll_back_by_different_amounts_without_a_trace(published):
     directory, ids, expected = published
     target = read_target(directory, WeightFormat())
     random = np.random.default_rng(1)
-    cache = gpt_oss.empty_cache(target.config, len(ids), 64, jnp.float32, rollback=8)
+    tables, cache = paged(target, len(ids))
     start = np.zeros(len(ids), np.int32)
     seen = np.zeros(ids.shape, bool)
     while (start < ids.shape[1]).any():
@@ -100,7 +107,7 @@ def test_rows_roll_back_by_different_amounts_without_a_trace(published):
         good = np.minimum(random.integers(1, width + 1, len(ids)), ids.shape[1] - start)
         for row, (at, count) in enumerate(zip(start, good, strict=True)):
             block[row, :count] = ids[row, at : at + count]  # the rest is a rejected draft
-        out = step(target, block, jnp.asarray(start), cache, ())
+        out = step(target, block, jnp.asarray(start), cache, (), tables=tables)
         cache = out.cache
         logits = np.asarray(gpt_oss.logits(target.weights, out.hidden))
         for row, (at, count) in enumerate(zip(start, good, strict=True)):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.model.layers import attention, attention_kernels, kv_cache
+from pipeline.model.layers import attention, attention_kernels, kv_pages
 from pipeline.model.layers.attention import Part
 from pipeline.model.parallel.execution import Execution, KernelBackend
 
@@ -32,55 +32,66 @@ def whole(queries, keys, values, positions, key_positions, window, sinks):
     return outputs
 
 
+def in_pages(keys, values, table, page_size, num_pages):
+    """Pages that hold a row's positions where its table says so, and something finite everywhere else."""
+    entries = np.full((num_pages + 1, GROUPS, page_size, 2 * WIDTH), 7.0, np.float32)
+    for row, position in np.ndindex(*keys.shape[:2]):
+        page = table[row][position // page_size]
+        if page < num_pages:
+            entries[page, :, position % page_size] = np.concatenate([keys[row, position], values[row, position]], -1)
+    return kv_pages.PagedLayer(jnp.asarray(entries))
+
+
 @pytest.mark.parametrize("window", [None, 5], ids=["full", "sliding"])
-@pytest.mark.parametrize("rows", [None, [3, 0, 9]], ids=["rows in order", "rows by number"])
-def test_cache_and_own_tokens_and_sinks_are_one_softmax(window, rows):
-    start, width, num_entries = np.array([0, 4, 13]), 3, 9 if window else 32
-    keys, values, sinks = drawn(0, 3, 16, GROUPS, WIDTH), drawn(1, 3, 16, GROUPS, WIDTH), drawn(2, NUM_HEADS)
+@pytest.mark.parametrize("chunk", [4, 256], ids=["a page at a time", "all at once"])
+def test_cache_and_own_tokens_and_sinks_are_one_softmax(monkeypatch, window, chunk):
+    monkeypatch.setattr(attention, "CACHE_CHUNK", chunk)
+    start, width, length = np.array([0, 4, 13]), 3, 16
+    table = np.array([[kv_pages.NOWHERE] * 4, [6, 2, kv_pages.NOWHERE, kv_pages.NOWHERE], [5, 0, 7, 1]], np.int32)
+    keys, values, sinks = drawn(0, 3, length, GROUPS, WIDTH), drawn(1, 3, length, GROUPS, WIDTH), drawn(2, NUM_HEADS)
     queries = drawn(3, 3, width, NUM_HEADS, WIDTH)
-    in_cache = [0, 1, 2] if rows is None else [3, 0, 1]  # 9 is past the last of four rows
-    entries = np.full((4, num_entries, GROUPS, WIDTH), 7.0, np.float32)
-    cached = [entries.copy(), entries.copy()]
-    for row in range(3):
-        for position in range(start[row]):
-            for held, source in zip(cached, (keys, values), strict=True):
-                held[in_cache[row], position % num_entries] = source[row, position]
-    cache = kv_cache.LayerCache(*(jnp.asarray(held if rows else held[:3]) for held in cached))
-    numbers = None if rows is None else jnp.asarray(rows)
+    cached = in_pages(keys, values, table, 4, 8)
     own = [np.stack([source[row, at : at + width] for row, at in enumerate(start)]) for source in (keys, values)]
     parts = [
         attention.over_own(jnp.asarray(queries), *map(jnp.asarray, own), window),
-        attention.over_cache(jnp.asarray(queries), cache, jnp.asarray(start), numbers, window),
+        attention.over_cache(jnp.asarray(queries), cached, jnp.asarray(table), jnp.asarray(start), window),
     ]
     found = attention.union(parts, jnp.asarray(sinks))
     positions = start[:, None] + np.arange(width)
-    seen_to = [np.where(np.arange(16) < start[row] + width, np.arange(16), -1) for row in range(3)]
+    seen_to = [np.where(np.arange(length) < start[row] + width, np.arange(length), -1) for row in range(3)]
     expected = whole(queries, keys, values, positions, seen_to, window, sinks)
-    checked = slice(0, 2 if rows else 3)  # the row past the last has no cache to read
-    np.testing.assert_allclose(found[checked], expected[checked], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_long_cache_is_read_in_chunks_to_the_same_result(monkeypatch):
-    queries, start = drawn(0, 3, 2, NUM_HEADS, WIDTH), jnp.asarray([0, 100, 1000])
-    cache = kv_cache.LayerCache(*(jnp.asarray(drawn(seed, 3, 1024, GROUPS, WIDTH)) for seed in (1, 2)))
-    at_once = attention.over_cache(jnp.asarray(queries), cache, start, None, None)
-    monkeypatch.setattr(attention, "CACHE_CHUNK", 128)
-    in_chunks = attention.over_cache(jnp.asarray(queries), cache, start, None, None)
-    np.testing.assert_allclose(in_chunks.values[1:], at_once.values[1:], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(in_chunks.log_sum[1:], at_once.log_sum[1:], rtol=0, atol=1e-5)
-    assert (in_chunks.log_sum[0] < -1e29).all()  # nothing is cached of this row
-    assert (at_once.log_sum[0] < -1e29).all()
-
-
-def test_a_chunk_past_the_longest_row_is_not_read(monkeypatch):
+def test_pages_past_the_longest_row_are_not_read(monkeypatch):
     monkeypatch.setattr(attention, "CACHE_CHUNK", 128)
     queries, start = jnp.asarray(drawn(0, 2, 1, NUM_HEADS, WIDTH)), jnp.asarray([5, 200])
-    keys, values = (drawn(seed, 2, 512, GROUPS, WIDTH) for seed in (1, 2))
-    values[:, 256:] = np.nan  # 0 x nan would show
-    found = attention.over_cache(
-        queries, kv_cache.LayerCache(jnp.asarray(keys), jnp.asarray(values)), start, None, None
-    )
+    tables = kv_pages.consecutive_tables(2, 512, 32)
+    entries = drawn(1, tables.whole.size + 1, GROUPS, 32, 2 * WIDTH)
+    entries[tables.whole[:, 8:].ravel()] = np.nan  # 0 x nan would show
+    found = attention.over_cache(queries, kv_pages.PagedLayer(jnp.asarray(entries)), tables.whole, start, None)
     assert np.isfinite(found.values).all()
+
+
+def test_what_is_written_is_read_back_and_nothing_else_changes():
+    table = jnp.asarray([[3, 0, 5], [kv_pages.NOWHERE] * 3, [1, 4, kv_pages.NOWHERE]], jnp.int32)
+    start, counts = jnp.asarray([2, 0, 6]), jnp.asarray([7, 7, 3])
+    before = drawn(0, 7, GROUPS, 4, 2 * WIDTH)  # the last page is the spare one
+    keys, values = drawn(1, 3, 7, GROUPS, WIDTH), drawn(2, 3, 7, GROUPS, WIDTH)
+    layer = kv_pages.PagedLayer(jnp.asarray(before))
+    after = kv_pages.write(layer, jnp.asarray(keys), jnp.asarray(values), table, start, counts)
+    expected = before.copy()
+    for row in (0, 2):
+        for token in range(counts[row]):
+            position = int(start[row]) + token
+            page = int(table[row, position // 4])
+            if page < 6:  # the last token of the last row has no page
+                expected[page, :, position % 4] = np.concatenate([keys[row, token], values[row, token]], -1)
+    assert (np.asarray(after.entries)[:6] == expected[:6]).all()
+    assert (expected != before).any()
+    found_keys, found_values = kv_pages.take(after, table[:1])
+    np.testing.assert_array_equal(found_keys[0, 2:9], keys[0])
+    np.testing.assert_array_equal(found_values[0, 2:9], values[0])
 
 
 @pytest.mark.parametrize("window", CASES.values(), ids=CASES.keys())

@@ -1,5 +1,6 @@
 """Tokens are drawn as numpy's softmax says, cut exactly at the nucleus, by key, position and token id alone."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.model.layers.sampling import Sampling, noise, nucleus, sample, sampling_key
+from pipeline.model.layers import token_rules
+from pipeline.model.layers.sampling import noise, nucleus, sampling_key
+from pipeline.model.layers.token_rules import TokenHistory
 from pipeline.model.parallel.shards import UNSHARDED
 from tests.support.paths import PROGRAMS, ROOT
 
@@ -30,11 +33,20 @@ def nucleus_by_sorting(logits, top_p):
     return np.isin(np.arange(len(logits)), order[before < top_p])
 
 
-def drawn(logits, sampling, num_draws=NUM_DRAWS):
+def drawn(logits, temperature, top_p, num_draws=NUM_DRAWS):
     keys = jnp.asarray([sampling_key(7, str(index)) for index in range(num_draws)], jnp.uint32)
-    rows = jnp.broadcast_to(jnp.asarray(logits), (num_draws, len(logits)))
-    positions = jnp.arange(num_draws) % 50
-    return np.asarray(jax.jit(sample, static_argnums=(3, 4))(rows, keys, positions, sampling, UNSHARDED))
+    rows = jnp.broadcast_to(jnp.asarray(logits), (num_draws, 1, len(logits)))
+    rules = dataclasses.replace(
+        token_rules.greedy_rules(num_draws),
+        temperature=jnp.full(num_draws, temperature),
+        top_p=jnp.full(num_draws, top_p),
+        keys=keys,
+    )
+    shape = (num_draws, len(logits))
+    history = TokenHistory(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+    block, start = jnp.zeros((num_draws, 1), jnp.int32), jnp.arange(num_draws) % 50
+    choose = jax.jit(token_rules.choose, static_argnums=5)
+    return np.asarray(choose(rows, rules, history, block, start, UNSHARDED))[:, 0]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,7 @@ def test_draws_are_distributed_as_the_softmax_of_the_nucleus(logits, temperature
     scaled = logits / np.float32(temperature)
     wanted = np.where(nucleus_by_sorting(scaled, top_p), softmax(scaled), 0)
     wanted = NUM_DRAWS * wanted / wanted.sum()
-    found = np.bincount(drawn(logits, Sampling(temperature, top_p)), minlength=VOCAB_SIZE)
+    found = np.bincount(drawn(logits, temperature, top_p), minlength=VOCAB_SIZE)
     assert not found[wanted == 0].any()
     often = wanted >= 5  # what is rarer counts as one
     found = np.append(found[often], found[~often].sum())
@@ -102,6 +114,9 @@ def test_shards_of_the_vocabulary_draw_what_one_device_draws():
     found = json.loads(made.stdout.splitlines()[-1])
     assert list(found) == ["1x1x1", "1x8x1", "2x2x2"]
     alone = found.pop("1x1x1")
-    assert len(set(alone["tokens"])) > 20
+    assert len({token for row in alone["tokens"] for token in row}) > 20
     for mesh, one in found.items():
-        assert one == alone, mesh
+        for name in ("tokens", "noise", "top_ids"):
+            assert one[name] == alone[name], (mesh, name)
+        for name in ("chosen", "top"):
+            np.testing.assert_allclose(one[name], alone[name], rtol=0, atol=1e-5)

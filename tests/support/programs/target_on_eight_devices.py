@@ -30,11 +30,12 @@ from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.weights import WeightFormat
 from pipeline.model.hf.directory import read_config, read_draft, read_draft_config, read_target, save_draft
+from pipeline.model.layers import kv_pages
 from pipeline.model.layers.rope import Rope
 from pipeline.model.parallel.execution import Execution
 from pipeline.model.parallel.shards import MODEL, Shards
 
-NUM_ROWS, PROMPT, BLOCK, NUM_POSITIONS = 8, 11, 5, 32
+NUM_ROWS, PROMPT, BLOCK, NUM_POSITIONS, PAGE = 8, 11, 5, 32, 16
 DRAFT = DFlashConfig(
     vocab_size=0,
     hidden_size=0,
@@ -51,7 +52,7 @@ DRAFT = DFlashConfig(
 )
 
 
-def passes(target, draft, ids, cache, draft_cache, *, execution):
+def passes(target, draft, ids, tables, cache, draft_cache, *, execution):
     """Logits [B, V] of prefill, [B, V] of a step, [B, K, V] of a block, and the draft's [B, K, V]."""
     start = jnp.zeros(len(ids), jnp.int32)
     taps = draft.config.tapped_layers
@@ -64,13 +65,13 @@ def passes(target, draft, ids, cache, draft_cache, *, execution):
 
     for first, last in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + 1 + BLOCK)):
         at = start + first
-        out = gpt_oss.forward(target, ids[:, first:last], at, cache, taps, execution=execution)
+        out = gpt_oss.forward(target, ids[:, first:last], at, cache, taps, tables=tables, execution=execution)
         positions = at[:, None] + jnp.arange(last - first)
         new = dflash.context(draft, out.features, positions, execution.shards)
-        cache, draft_cache = out.cache, dflash.extend(draft_cache, new, at)
+        cache, draft_cache = out.cache, dflash.extend(draft_cache, new, tables.whole, at)
         logits.append(gathered(out.hidden))
     block = gpt_oss.embed(target.weights, ids[:, -BLOCK:], execution.shards)
-    hidden = dflash.denoise(draft, block, start + PROMPT + 1 + BLOCK, draft_cache, execution)
+    hidden = dflash.denoise(draft, block, start + PROMPT + 1 + BLOCK, draft_cache, tables.whole, execution)
     tokens = gpt_oss.next_tokens(target.weights, hidden, execution.shards)
     return *logits, gathered(hidden), tokens
 
@@ -81,12 +82,15 @@ def outputs_of(directory, draft_directory, ids, weight_format, shards):
     config = GptOssConfig.from_hf(read_config(directory))
     sizes = read_draft_config(draft_directory)
     weight_format = dataclasses.replace(weight_format, shards=shards)
-    cache = gpt_oss.empty_cache(config, NUM_ROWS, NUM_POSITIONS, jnp.float32, rollback=BLOCK)
-    draft_cache = dflash.empty_cache(sizes, NUM_ROWS, NUM_POSITIONS, jnp.float32)
+    of_shard = kv_pages.consecutive_tables(NUM_ROWS // shards.data, NUM_POSITIONS, PAGE)
+    tables = jax.tree.map(lambda table: np.tile(table, (shards.data, 1)), of_shard)  # pages are numbered by shard
+    num_pages = tables.whole.size + shards.data - 1  # each shard has a spare one
+    cache = gpt_oss.empty_cache(config, num_pages, num_pages, PAGE, jnp.float32)
+    draft_cache = dflash.empty_cache(sizes, num_pages, PAGE, jnp.float32)
     step = functools.partial(passes, execution=execution)
     if not shards.is_split:
         target, draft = read_target(directory, weight_format), read_draft(draft_directory, "float32")
-        return jax.device_get(jax.jit(step)(target, draft, ids, cache, draft_cache))
+        return jax.device_get(jax.jit(step)(target, draft, ids, tables, cache, draft_cache))
     mesh = placement.make_mesh(shards)
     placement.require_divisible_target(config, weight_format)
     placement.require_divisible_draft(sizes, shards)
@@ -95,8 +99,10 @@ def outputs_of(directory, draft_directory, ids, weight_format, shards):
     specs = (placement.target_specs(target), placement.draft_specs(draft))
     caches = [jax.tree.map(lambda _: placement.CACHE, one) for one in (cache, draft_cache)]
     rows = placement.ROWS
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(*specs, rows, *caches), out_specs=P("data"), check_vma=False)
-    return jax.device_get(jax.jit(sharded)(target, draft, ids, cache, draft_cache))
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(*specs, rows, rows, *caches), out_specs=P("data"), check_vma=False
+    )
+    return jax.device_get(jax.jit(sharded)(target, draft, ids, tables, cache, draft_cache))
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.model.layers.token_rules import MAX_BIASES, MAX_LOGPROBS, MAX_STOPS, TokenRules
 
+COLDEST = 1e-5  # below it float32 overflows, and the most likely token is drawn anyway
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -80,7 +82,7 @@ GREEDY = SamplingParams()
 def set_row(rules: TokenRules, row: int, params: SamplingParams, stops: tuple[int, ...], prompt_tokens: int) -> None:
     """Writes a request's rules into a row of NumPy arrays; `stops` are its stop tokens."""
     for name, value in {
-        "temperature": params.temperature,
+        "temperature": 0.0 if params.temperature < COLDEST else params.temperature,
         "top_p": params.top_p,
         "top_k": params.top_k,
         "min_p": params.min_p,

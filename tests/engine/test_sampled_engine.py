@@ -172,7 +172,7 @@ def draft():
     return DraftModel(config, dflash_weights.random_weights(config, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("temperature", [0.2, 1.0])
+@pytest.mark.parametrize("temperature", [1e-38, 0.2, 1.0])
 def test_what_a_good_draft_proposes_is_accepted_where_the_target_draws_it(temperature):
     """Blocks of every size are accepted, and the texts are those that the target draws alone."""
     models = fitted_draft.fitted()

@@ -6,8 +6,8 @@ float32 [B, T, W], of T positions that follow each other in each of B rows, and 
 A drawn token is argmax(logits / temperature + noise), and the noise depends on the row's key, the position and the
 token alone. So a token that a draft proposes is accepted where it equals the one that the target draws, and the text is
 exactly the one that the target writes alone (Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant
-Speculative Decoding", where the draft draws with the same noise; here it proposes its most likely token, which was
-accepted more often).
+Speculative Decoding", where the draft draws with the same noise; here it proposes its most likely token, see
+docs/dflash.md#inference-loop).
 """
 
 import jax

@@ -21,7 +21,8 @@ from pipeline.model.layers.linear import einsum
 from pipeline.model.parallel.execution import DEFAULT_EXECUTION, PALLAS_BACKENDS, Execution, KernelBackend
 
 MASKED = -1e30  # finite: a row that sees nothing becomes garbage of weight zero, never nan
-CACHE_CHUNK = 256  # positions of a row's pages read at a time, as far as any row is filled
+CACHE_CHUNK = 128  # positions of a row's pages read at a time, as far as any row is filled; more of long rows
+MAX_CHUNKS = 16  # of a row
 MAX_SCORES = 2**27  # scores held at once
 
 
@@ -90,7 +91,7 @@ def over_cache(
 
 def _pages_at_once(queries: Float[Array, "B T N H"], page_size: int, num_pages: int) -> int:
     """Returns how many pages of each row to read at once: not many more than are filled, nor too many scores."""
-    positions = CACHE_CHUNK
+    positions = max(CACHE_CHUNK, num_pages * page_size // MAX_CHUNKS)
     while math.prod(queries.shape[:3]) * positions > MAX_SCORES and positions > page_size:
         positions //= 2
     return min(max(1, positions // page_size), num_pages)

@@ -121,5 +121,5 @@ def _gap_at(
     logits = gpt_oss.logits(target.weights, hidden[:, at])
     if temperature:
         logits += temperature * sampling_layer.noise(key, at[None] + 1, logits.shape[-1], execution.shards)
-    best = execution.shards.two_best(logits)[0]
+    best = execution.shards.largest(logits, 2)[0][0]
     return best[0] - best[1]

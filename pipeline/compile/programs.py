@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pipeline.engine import capture, compiled_steps
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.layout import PageLayout, rows_of_shard
-from pipeline.engine.state import EngineState, PrefillChunk, empty_state, layout_of
+from pipeline.engine.state import EngineState, PrefillChunk, block_sizes_of, empty_state, layout_of
 from pipeline.model import placement
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.dflash.model import DraftModel
@@ -42,15 +42,16 @@ def lower_serving_steps(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yields each step's name and the function that lowers it.
 
-    They are prefill, plain decode without a draft and beside one, what gives the draft the features of the latter, and
-    a round for each block size.
+    They are prefill, plain decode without a draft, and a round for each block size; where block sizes adapt, also plain
+    decode beside a draft, and what gives the draft the features of that.
     """
     target = _target(sizes)
     chunk, whole, tables = _chunk(sizes), _draft(sizes, draft), _tables(sizes, sizes.engine.num_slots)
     yield PREFILL, lambda: _compiled(sizes, whole).prefill.lower(target, whole, _state(sizes, whole), chunk)
-    yield DECODE, lambda: _compiled(sizes, None).plain_step.lower(target, _state(sizes, None), tables)
-    yield DEFERRING, lambda: _compiled(sizes, whole).deferring_step.lower(target, whole, _state(sizes, whole), tables)
-    yield CONTEXT, lambda: _compiled(sizes, whole).extend_context.lower(whole, _state(sizes, whole), tables)
+    yield DECODE, lambda: _compiled(sizes, None).plain_step.lower(target, None, _state(sizes, None), tables)
+    if 1 in block_sizes_of(whole, sizes.engine):
+        yield DEFERRING, lambda: _compiled(sizes, whole).plain_step.lower(target, whole, _state(sizes, whole), tables)
+        yield CONTEXT, lambda: _compiled(sizes, whole).extend_context.lower(whole, _state(sizes, whole), tables)
     for size in block_sizes:
         drafted = _draft(sizes, dataclasses.replace(draft, block_size=size))
         yield f"dflash {size}", functools.partial(_lower_round, sizes, target, drafted)
@@ -84,7 +85,10 @@ def _mesh(sizes: ServingSizes) -> Mesh:
 def _compiled(sizes: ServingSizes, draft: DraftModel | None) -> Any:
     """Returns `CompiledSteps`, as Any: their type does not show that they are jitted and can be lowered."""
     return compiled_steps.compile_mesh(
-        _target(sizes), draft, _empty(sizes, draft), sizes.runtime, samples=sizes.engine.samples
+        _target(sizes),
+        draft,
+        _empty(sizes, draft),
+        sizes.runtime,
     )
 
 

@@ -20,8 +20,6 @@ from pipeline.compile.topology import Slice
 from pipeline.config.choices import FeatureSource
 from pipeline.config.schema import CompileConfig, PipelineConfig, plain
 from pipeline.cost import memory_traffic
-from pipeline.engine.config import EngineConfig
-from pipeline.engine.layout import BLOCK_SIZES
 from pipeline.errors import PipelineError
 from pipeline.model import placement
 from pipeline.model.dflash.config import DFlashConfig
@@ -94,17 +92,8 @@ def _serving(
     weight_format = WeightFormat(programs.DTYPE, packed, shards)
     placement.require_divisible_target(model, weight_format)
     placement.require_divisible_draft(draft, shards)
-    engine = EngineConfig(
-        num_slots=-(-config.serve.slots // shards.data) * shards.data,
-        max_length=config.engine.max_length,
-        prefill_chunk=config.engine.prefill_chunk,
-        page_size=config.engine.page_size,
-        cache_tokens=config.engine.cache_tokens,
-        step_tokens=config.engine.step_tokens,
-        reuse_prefixes=config.engine.reuse_prefixes,
-        block_sizes=BLOCK_SIZES if config.engine.block_size is None else (config.engine.block_size,),
-        samples=True,
-    )
+    num_slots = -(-config.serve.slots // shards.data) * shards.data
+    engine = specs.serving_engine(config.engine, num_slots)
     runtime = runtime_for_slice(shards, found.devices)
     return ServingSizes(model=model, weight_format=weight_format, engine=engine, runtime=runtime)
 

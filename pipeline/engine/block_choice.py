@@ -5,8 +5,6 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from pipeline.dflash import acceptance
-
 MEMORY = 0.98  # weight of what was known before, at every round that adds to it
 TIMES = 9  # of a size's rounds, of which the median counts
 MIN_GAIN = 1.02  # of another size over the present one, before it is taken
@@ -40,9 +38,8 @@ class BlockChoice:
         self.sizes = tuple(sorted(sizes))
         self._present = self.sizes[-1]
         self._seconds: dict[int, collections.deque[float]] = {}
-        self._tried = 0.0  # rounds that say something of the first drafted token, with the older ones weighted less
-        self._confirmed = [0.0] * (self.sizes[-1] - 1)  # of them, those that accepted at least 1, 2, ... tokens
-        self._counted = [0.0] * (self.sizes[-1] - 1)  # and those that drafted as many
+        self._counted = [0.0] * (self.sizes[-1] - 1)  # rounds that drafted at least 1, 2, ... tokens, older ones less
+        self._confirmed = [0.0] * (self.sizes[-1] - 1)  # and those that accepted as many
         self._num_chosen = 0
         self._last_used = dict.fromkeys(self.sizes, 0)
 
@@ -69,14 +66,13 @@ class BlockChoice:
         """Adds the accepted tokens of the requests of one round."""
         if size < 2 or not counts:
             return
-        self._tried = MEMORY * self._tried + len(counts)
         for index in range(size - 1):
             self._counted[index] = MEMORY * self._counted[index] + len(counts)
             self._confirmed[index] = MEMORY * self._confirmed[index] + sum(count > index for count in counts)
 
     def estimates(self) -> dict[int, Estimate]:
         """Returns what is expected of every size whose time is known; empty before anything was accepted or not."""
-        if not self._tried:
+        if not any(self._counted):
             return {}
         shares = [
             confirmed / counted if counted else 0.0
@@ -86,14 +82,6 @@ class BlockChoice:
             size: Estimate(1.0 + sum(shares[: size - 1]), statistics.median(times))
             for size, times in self._seconds.items()
         }
-
-    def break_even(self) -> float | None:
-        """Returns the accept_length with which the largest size would be as fast as plain decoding, where both ran."""
-        found = self.estimates()
-        if 1 not in found or self.sizes[-1] not in found:
-            return None
-        largest = found[self.sizes[-1]]
-        return acceptance.break_even(largest.accept_length, largest.tokens_per_second / found[1].tokens_per_second)
 
     def _best(self) -> int:
         found = self.estimates()

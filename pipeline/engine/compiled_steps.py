@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.engine import steps
 from pipeline.engine.config import EngineConfig
@@ -33,7 +33,6 @@ class CompiledSteps:
 
     prefill: Step
     plain_step: Step
-    deferring_step: Step
     extend_context: Callable[..., EngineState]
     dflash_round: Callable[[int], Step]
     forced_round: Step
@@ -41,55 +40,44 @@ class CompiledSteps:
 
 
 @functools.cache  # engines of equal models share their programs
-def compile_single(execution: Execution, *, samples: bool) -> CompiledSteps:
+def compile_single(execution: Execution) -> CompiledSteps:
     """Returns the steps for the device that holds the weights."""
-
-    def compiled(step: Callable[..., Any], state: int, **options: Any) -> Callable[..., Any]:
-        step = functools.partial(step, execution=execution, **options)
-        return placement.jit_sharded(step, None, None, None, donated=(state,))
-
-    return CompiledSteps(
-        prefill=compiled(steps.prefill, 2, samples=samples),
-        plain_step=compiled(steps.plain_step, 1, samples=samples),
-        deferring_step=compiled(steps.deferring_step, 2, samples=samples),
-        extend_context=compiled(steps.extend_context, 1),
-        dflash_round=functools.cache(lambda size: compiled(steps.dflash_round, 2, block_size=size, samples=samples)),
-        forced_round=compiled(steps.dflash_round, 2, samples=False),
-        set_history=placement.jit_sharded(steps.set_history, None, None, None, donated=(0,)),
-    )
+    return _compile(execution, None, None, None, None)
 
 
-def compile_mesh(
-    target: TargetModel,
-    draft: DraftModel | None,
-    state: EngineState,
-    runtime: Runtime,
-    *,
-    samples: bool,
-) -> CompiledSteps:
+def compile_mesh(target: TargetModel, draft: DraftModel | None, state: EngineState, runtime: Runtime) -> CompiledSteps:
     """Returns the steps for all shards of the runtime's mesh; of models and state only the shapes matter."""
-    targets = placement.target_specs(target)
     drafts = None if draft is None else placement.draft_specs(draft)
-    states, rows, replicated = state_specs(state), placement.ROWS, placement.REPLICATED
-    decoding = (targets, drafts, states, rows)
+    return _compile(runtime.execution, runtime.mesh, placement.target_specs(target), drafts, state_specs(state))
 
-    def compiled(step: Callable[..., Any], state: int, in_specs: Any, **options: Any) -> Callable[..., Any]:
-        step = functools.partial(step, execution=runtime.execution, **options)
-        out_specs = states if step.func is steps.extend_context else (states, replicated)
-        return placement.jit_sharded(step, runtime.mesh, in_specs, out_specs, donated=(state,))
+
+def _compile(
+    execution: Execution,
+    mesh: Mesh | None,
+    targets: TargetModel | None,
+    drafts: DraftModel | None,
+    states: EngineState | None,
+) -> CompiledSteps:
+    """Returns the steps for the partitions of models and state; without a mesh these have no meaning."""
+    rows = placement.ROWS
+    decoding, both = (targets, drafts, states, rows), (states, placement.REPLICATED)
+
+    def compiled(step: Callable[..., Any], state: int, in_specs: Any, out_specs: Any = both) -> Callable[..., Any]:
+        return placement.jit_sharded(step, mesh, in_specs, out_specs, donated=(state,))
+
+    def with_execution(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return functools.partial(step, execution=execution, **options)
+
+    def dflash_round(size: int) -> Step:
+        return compiled(with_execution(steps.dflash_round, block_size=size), 2, decoding)
 
     return CompiledSteps(
-        prefill=compiled(steps.prefill, 2, (targets, drafts, states, rows), samples=samples),
-        plain_step=compiled(steps.plain_step, 1, (targets, states, rows), samples=samples),
-        deferring_step=compiled(steps.deferring_step, 2, decoding, samples=samples),
-        extend_context=compiled(steps.extend_context, 1, (drafts, states, rows)),
-        dflash_round=functools.cache(
-            lambda size: compiled(steps.dflash_round, 2, decoding, block_size=size, samples=samples)
-        ),
-        forced_round=compiled(steps.dflash_round, 2, (*decoding, rows), samples=False),
-        set_history=placement.jit_sharded(
-            steps.set_history, runtime.mesh, (states, rows, VOCABULARY, VOCABULARY), states, donated=(0,)
-        ),
+        prefill=compiled(with_execution(steps.prefill), 2, decoding),
+        plain_step=compiled(with_execution(steps.plain_step), 2, decoding),
+        extend_context=compiled(with_execution(steps.extend_context), 1, (drafts, states, rows), states),
+        dflash_round=functools.cache(dflash_round),
+        forced_round=compiled(with_execution(steps.dflash_round), 2, (*decoding, rows)),
+        set_history=compiled(steps.set_history, 0, (states, rows, VOCABULARY, VOCABULARY), states),
     )
 
 

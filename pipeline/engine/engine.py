@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from pipeline import distributed
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine import compiled_steps
@@ -22,12 +21,12 @@ from pipeline.engine.block_choice import BlockChoice, Estimate
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.in_flight import Dispatched, EngineTimes, InFlight
 from pipeline.engine.layout import rows_of_shard
-from pipeline.engine.page_pool import keys_of
+from pipeline.engine.page_pool import Key, keys_of
 from pipeline.engine.request import Completion, Request, StepUpdate, TokenLogProb
 from pipeline.engine.row_pages import RowPages
-from pipeline.engine.sampling_params import history_of, set_row
+from pipeline.engine.sampling_params import GREEDY, SamplingParams, history_of, set_row
 from pipeline.engine.scheduler import NoRoom, Running, Scheduler
-from pipeline.engine.state import DEFERRED_STEPS, PrefillChunk, StepOutput, layout_of
+from pipeline.engine.state import DEFERRED_STEPS, PrefillChunk, StepOutput, block_sizes_of, layout_of
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
@@ -70,7 +69,7 @@ class Engine:
             RowPages(self._layout, self._slots_of_shard, reuse=config.reuse_prefixes) for _ in range(num_shards)
         ]
         self.block_size = None if draft is None else draft.config.block_size
-        self._choice = BlockChoice(_block_sizes(draft, config))
+        self._choice = BlockChoice(block_sizes_of(draft, config))
         self._num_deferred = 0
         self.acceptance = acceptance.empty(self.block_size or 1)
         self.smaller_blocks: dict[int, Acceptance] = {}
@@ -81,9 +80,9 @@ class Engine:
         self._updates: list[StepUpdate] = []
         self._state = compiled_steps.allocate_state(target, draft, config, runtime)
         if runtime.mesh is None:
-            self._steps = compiled_steps.compile_single(runtime.execution, samples=config.samples)
+            self._steps = compiled_steps.compile_single(runtime.execution)
         else:
-            self._steps = compiled_steps.compile_mesh(target, draft, self._state, runtime, samples=config.samples)
+            self._steps = compiled_steps.compile_mesh(target, draft, self._state, runtime)
 
     @property
     def has_work(self) -> bool:
@@ -177,10 +176,12 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles every step, with requests that leave no trace in the counters."""
         before = self.acceptance, self.smaller_blocks, self.times
-        for count in sorted({1, min(2, self.config.num_slots)}):
+        sampling = SamplingParams(presence_penalty=1.0) if self.config.samples else GREEDY  # has a history to set
+        for count in sorted({1, min(self._num_shards + 1, self.config.num_slots)}):  # then a shard has two prompts
+            names = [f"warm-up {index}" for index in range(count)]
             list(
                 self.generate(
-                    Request(request_id=f"warm-up {index}", prompt_ids=(0,), max_new_tokens=2) for index in range(count)
+                    Request(request_id=name, prompt_ids=(0,), max_new_tokens=2, sampling=sampling) for name in names
                 )
             )
         self._choice = BlockChoice(self._choice.sizes)
@@ -233,19 +234,16 @@ class Engine:
         A hook: an engine along known answers runs another step.
         """
         tables = self._tables()
-        if self._draft is None:
-            self._state, output = self._steps.plain_step(self._target, self._state, tables)
-            return output
         if self._num_deferred == DEFERRED_STEPS or (size > 1 and self._num_deferred):
             self._state = self._steps.extend_context(self._draft, self._state, tables)
             self._num_deferred = 0
-        step = self._steps.dflash_round(size) if size > 1 else self._steps.deferring_step
-        self._num_deferred += size == 1
+        step = self._steps.dflash_round(size) if size > 1 else self._steps.plain_step
+        self._num_deferred += size == 1 and self._draft is not None
         self._state, output = step(self._target, self._draft, self._state, tables)
         return output
 
-    def _keys_of(self, tokens: Sequence[int]) -> list[bytes]:
-        return keys_of(tokens, self.config.page_size) if self.config.reuse_prefixes else []
+    def _keys_of(self, tokens: Sequence[int], before: Sequence[Key] = ()) -> list[Key]:
+        return keys_of(tokens, self.config.page_size, before) if self.config.reuse_prefixes else []
 
     def _slot_for(self, one: Running, free: Sequence[int]) -> int | None:
         """Chooses a free slot for a request and opens its row: where most of its pages are, or most are free.
@@ -260,12 +258,12 @@ class Engine:
             if pages.is_coming(one.keys[: (count - 1) // self.config.page_size], reusable):
                 return None
             if pages.can_open(reusable, one.keys, count):
-                found.append((reusable, pages.num_available, -shard))
+                found.append((reusable, pages.num_available, shard))
         if not found:
             raise NoRoom
-        reusable, _, shard = max(found)
-        slot = next(slot for slot in reversed(free) if slot // self._slots_of_shard == -shard)
-        reused = self._pages[-shard].open(slot % self._slots_of_shard, reusable, one.keys, count)
+        reusable, _, shard = max(found, key=lambda each: each[:2])
+        slot = next(slot for slot in reversed(free) if slot // self._slots_of_shard == shard)
+        reused = self._pages[shard].open(slot % self._slots_of_shard, reusable, one.keys, count)
         one.num_prefilled = reused
         if one.request.sampling.is_penalised:
             self._set_history(one, slot)
@@ -286,7 +284,6 @@ class Engine:
 
     def _prefill(self) -> bool:
         """Dispatches one chunk of prompts, as many as a step has rows for; returns whether there was one."""
-        rows: dict[int, Running] = {}
         free = [iter(range(self._rows_of_shard)) for _ in range(self._num_shards)]
         chosen = []
         for one in self._scheduler.to_prefill():
@@ -346,7 +343,7 @@ class Engine:
     def _preempt(self) -> None:
         """Takes the slot of the request that arrived last; what is under way must have been read."""
         one = self._scheduler.youngest()
-        self._scheduler.preempt(one, self._keys_of(one.tokens))
+        self._scheduler.preempt(one, self._keys_of(one.tokens, one.keys))
         self._stop_slot(one.slot)
         self.num_preempted += 1
 
@@ -390,14 +387,14 @@ class Engine:
             reason = "stop" if new[-1] in self._stops_of(one) else "length"
             self._scheduler.release(one.slot)
             pages.close(row)
-        is_drafted = size is not None and size > 1
+        num_drafted = 0 if size is None else size - 1
         self._updates.append(
             StepUpdate(
                 request_id=one.request.request_id,
                 token_ids=new,
                 finish_reason=reason,
-                num_accepted=len(new) - 1 if is_drafted else None,
-                num_drafted=size - 1 if size is not None and is_drafted else None,
+                num_accepted=len(new) - 1 if num_drafted else None,
+                num_drafted=num_drafted or None,
                 log_probs=_log_probs(one.request, new, output.log_probs, row_of_output),
             )
         )
@@ -479,22 +476,6 @@ def _require_fitting(target: TargetModel, config: EngineConfig, num_shards: int)
         raise PipelineError(f"max_length is {config.max_length}; the target has {positions} positions")
     if config.num_slots % num_shards:
         raise PipelineError(f"the engine has {config.num_slots} slots for mesh.data={num_shards}; make it a multiple")
-
-
-def _block_sizes(draft: DraftModel | None, config: EngineConfig) -> tuple[int, ...]:
-    """Returns the block sizes to choose from; raises PipelineError for a single one that the draft does not have.
-
-    Several hosts must run the same steps, and each measures other times: they have the draft's own size alone.
-    """
-    largest = 1 if draft is None else draft.config.block_size
-    wanted = config.block_sizes
-    if draft is None or not wanted or (len(wanted) > 1 and distributed.is_multihost()):
-        return (largest,)
-    if len(wanted) == 1:
-        if not 2 <= wanted[0] <= largest:
-            raise PipelineError(f"block_size is {wanted[0]}; the draft has blocks of 2 to {largest}")
-        return wanted
-    return (*(size for size in sorted(wanted) if size < largest), largest)
 
 
 def _log_probs(request: Request, tokens: Sequence[int], found: LogProbs | None, row: int) -> tuple[TokenLogProb, ...]:

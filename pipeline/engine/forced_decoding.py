@@ -28,7 +28,8 @@ class ForcedDecodingEngine(Engine):
     def __init__(
         self, target: TargetModel, draft: DraftModel, config: EngineConfig, runtime: Runtime = SINGLE_DEVICE
     ) -> None:
-        super().__init__(target, draft, dataclasses.replace(config, stop_token_ids=(), block_sizes=()), runtime)
+        config = dataclasses.replace(config, stop_token_ids=(), block_sizes=(), samples=False)
+        super().__init__(target, draft, config, runtime)
 
     def _first_id(self, one: Running) -> int:
         """Returns the answer's first token, or the last one that is known of a preempted answer."""

@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from pipeline.engine.layout import PageLayout
 from pipeline.engine.page_pool import Key, PagePool, keys_of
-from pipeline.model.layers.kv_pages import NOWHERE
+from pipeline.model.layers.kv_pages import NOWHERE, pages_for
 
 
 @dataclasses.dataclass
@@ -71,7 +71,7 @@ class RowPages:
         revived = sum(
             self._pool.num_users(page) == 0 for page in map(self._pool.find, keys[:num_reusable]) if page is not None
         )
-        wanted = self._pages_for(num_tokens + 1) - num_reusable
+        wanted = pages_for(num_tokens + 1, self._layout.page_size) - num_reusable
         return self._pool.num_available - revived >= wanted
 
     def open(self, slot: int, num_reusable: int, keys: Sequence[Key], num_tokens: int) -> int:
@@ -104,7 +104,7 @@ class RowPages:
         row = self._rows[slot]
         if self._layout.window is not None:
             first = len(row.sliding)
-            while len(row.sliding) < min(self._pages_for(num_positions), self._layout.pages_of_row):
+            while len(row.sliding) < min(pages_for(num_positions, self._layout.page_size), self._layout.pages_of_row):
                 row.sliding.append(self._sliding_pool.take())
             if len(row.sliding) > first:
                 self._show(slot, first)
@@ -156,16 +156,11 @@ class RowPages:
 
     def _first_in_window(self, length: int) -> int:
         """Returns the first page of which the token at position `length` may see something in a sliding layer."""
-        assert self._layout.window is not None or length >= 0
-        window = self._layout.window or 0
-        return max(0, length - window + 1) // self._layout.page_size
-
-    def _pages_for(self, num_positions: int) -> int:
-        return -(-num_positions // self._layout.page_size)
+        return max(0, length - (self._layout.window or 0) + 1) // self._layout.page_size
 
     def _take_whole(self, slot: int, num_positions: int) -> bool:
         row = self._rows[slot]
-        first, wanted = len(row.whole), min(self._pages_for(num_positions), self._layout.pages_of_row)
+        first, wanted = len(row.whole), min(pages_for(num_positions, self._layout.page_size), self._layout.pages_of_row)
         if wanted - first > self._pool.num_available:
             return False
         if wanted > first:

@@ -69,14 +69,13 @@ class Scheduler:
         self._waiting[request.request_id] = Running(request, self._num_added, list(request.prompt_ids), keys)
         self._num_added += 1
 
-    def admit(self, slot_for: Callable[[Running, list[int]], int | None]) -> list[Running]:
-        """Gives free slots to waiting requests, oldest first; returns those that got one.
+    def admit(self, slot_for: Callable[[Running, list[int]], int | None]) -> None:
+        """Gives free slots to waiting requests, oldest first.
 
         `slot_for` chooses among the free slots, or returns None while the request has to wait for what another one is
         computing; the requests behind it do not wait with it. Where it finds no room it raises NoRoom, and nobody
         overtakes: large requests would starve.
         """
-        admitted = []
         for one in list(self._waiting.values()):
             if not self._free:
                 break
@@ -91,8 +90,6 @@ class Scheduler:
             one.slot = slot
             self.running[slot] = one
             self._slot_of[one.request.request_id] = slot
-            admitted.append(one)
-        return admitted
 
     def to_prefill(self) -> list[Running]:
         """Returns the requests whose prompts are not computed yet: new ones first, then who has waited longest.

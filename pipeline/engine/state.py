@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pipeline import distributed
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.layout import PageLayout, page_layout
+from pipeline.errors import PipelineError
 from pipeline.model.dflash import forward as dflash
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss import forward as gpt_oss
@@ -22,9 +24,9 @@ class EngineState:
 
     `length` counts a slot's committed positions; `anchor` is the token at that position, certain but not yet in any
     cache; `remaining` is how many more tokens the request may get; `rules` say how each request chooses its tokens, and
-    `history` has what they are penalised for, where they
-    may be. `features` are those of the last `num_features` committed positions,
-    which are not in the draft's cache yet; None where every step puts them there.
+    `history` has what they are penalised for; None where every token is the most likely one. `features` are those of
+    the last `num_features` committed positions, which are not in the draft's cache yet; None where every step puts
+    them there.
     """
 
     cache: PagedCache
@@ -85,7 +87,7 @@ def empty_state(
         seen = (slots, target.config.vocab_size)
         history = TokenHistory(jnp.zeros(seen, jnp.int32), jnp.zeros(seen, bool))
     features = None
-    if draft is not None and len(config.block_sizes) > 1 and 1 in config.block_sizes:
+    if draft is not None and 1 in block_sizes_of(draft, config):
         features = jnp.zeros((slots, DEFERRED_STEPS, draft.config.feature_size), dtype)
     zeros = [jnp.zeros(slots, jnp.int32) for _ in range(3)]  # one array each: donated buffers must differ
     return EngineState(
@@ -106,3 +108,19 @@ def layout_of(target: TargetModel, draft: DraftModel | None, config: EngineConfi
     """Returns the pages of each shard of an engine."""
     window = target.config.sliding_window if any(target.config.sliding) else None
     return page_layout(config, window, 1 if draft is None else draft.config.block_size, num_shards)
+
+
+def block_sizes_of(draft: DraftModel | None, config: EngineConfig) -> tuple[int, ...]:
+    """Returns the block sizes to choose from; raises PipelineError for a single one that the draft does not have.
+
+    Several hosts must run the same steps, and each measures other times: they have the draft's own size alone.
+    """
+    largest = 1 if draft is None else draft.config.block_size
+    wanted = config.block_sizes
+    if draft is None or not wanted or (len(wanted) > 1 and distributed.is_multihost()):
+        return (largest,)
+    if len(wanted) == 1:
+        if not 2 <= wanted[0] <= largest:
+            raise PipelineError(f"block_size is {wanted[0]}; the draft has blocks of 2 to {largest}")
+        return wanted
+    return (*(size for size in sorted(wanted) if size < largest), largest)

@@ -1,7 +1,7 @@
 """The engine's steps: prefill, plain decode and the DFLASH round, over a state of fixed shape.
 
 Every array has one row per slot, whatever requests come and go, so nothing compiles twice. A slot without a running
-request computes along and its results are ignored. Without `samples`, every token is the most likely one. Each function
+request computes along and its results are ignored. Without a history, every token is the most likely one. Each function
 is written for one shard of a mesh (`compiled_steps.py` runs it on all), whose slots it has. The loop is
 docs/dflash.md#inference-loop.
 """
@@ -33,7 +33,6 @@ def prefill(
     chunk: PrefillChunk,
     *,
     execution: Execution,
-    samples: bool = True,
 ) -> tuple[EngineState, StepOutput]:
     """Runs one chunk of R prompts into their slots' pages; prompts that end in it get their first token.
 
@@ -60,18 +59,17 @@ def prefill(
         draft_cache = dflash.extend(draft_cache, new, chunk.tables.whole, start, counts, execution=execution)
     last = jnp.take_along_axis(out.hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
     logits = gpt_oss.logits(target.weights, last)[:, None]
-    if samples:
-        assert state.history is not None
-        of_rows = token_rules.rows_of(state.history, rows)
-        chosen = token_rules.choose(logits, chunk.rules, of_rows, chunk.token_ids[:, :1], start + counts - 1, shards)
-    else:
+    history, log_probs = state.history, None
+    if history is None:
         chosen = shards.argmax(logits)
+    else:
+        of_rows = token_rules.rows_of(history, rows)
+        chosen = token_rules.choose(logits, chunk.rules, of_rows, chunk.token_ids[:, :1], start + counts - 1, shards)
     first = jnp.where(chunk.first_ids < 0, chosen[:, 0], chunk.first_ids)
     finished = chunk.is_last & ((first[:, None] == chunk.rules.stop_ids).any(-1) | (chunk.budget <= 1))
-    log_probs = token_rules.log_probs(logits, first[:, None], chunk.rules, shards) if samples else None
     num_chosen = chunk.is_last.astype(jnp.int32)
-    history = state.history
     if history is not None:
+        log_probs = token_rules.log_probs(logits, first[:, None], chunk.rules, shards)
         history = token_rules.with_tokens(history, chunk.rules, first[:, None], num_chosen, shards, rows)
     state = EngineState(
         cache=out.cache,
@@ -90,61 +88,38 @@ def prefill(
 
 def plain_step(
     target: TargetModel,
+    draft: DraftModel | None,
     state: EngineState,
     tables: PageTables,
     *,
     execution: Execution,
-    samples: bool = True,
 ) -> tuple[EngineState, StepOutput]:
-    """Decodes one token for each active one of B slots. Returns the new state and the tokens [B, 1]."""
-    shards, start = execution.shards, _start(state)
+    """Decodes one token for each active one of B slots. Returns the new state and the tokens [B, 1].
+
+    Beside a draft the features are set aside, for which there must be room: `extend_context` gives those of several
+    steps at once.
+    """
+    start = _start(state)
     tables = kv_pages.active_only(tables, state.active)
-    out = gpt_oss.forward(target, state.anchor[:, None], start, state.cache, tables=tables, execution=execution)
+    block = state.anchor[:, None]
+    tapped = () if draft is None else draft.config.tapped_layers
+    out = gpt_oss.forward(target, block, start, state.cache, tapped, tables=tables, execution=execution)
     assert out.cache is not None
     state = dataclasses.replace(state, cache=out.cache)
-    choice = _choice(target, state, out.hidden, state.anchor[:, None], shards, samples=samples)
-    return _commit(state, choice, None, shards)
-
-
-def deferring_step(
-    target: TargetModel,
-    draft: DraftModel,
-    state: EngineState,
-    tables: PageTables,
-    *,
-    execution: Execution,
-    samples: bool = True,
-) -> tuple[EngineState, StepOutput]:
-    """Decodes as `plain_step` does and sets the features aside: `extend_context` gives those of several steps at once.
-
-    There must be room for them. Returns the new state and the tokens [B, 1].
-    """
-    assert state.features is not None
-    assert state.num_features is not None
-    shards, start = execution.shards, _start(state)
-    tables = kv_pages.active_only(tables, state.active)
-    out = gpt_oss.forward(
-        target,
-        state.anchor[:, None],
-        start,
-        state.cache,
-        draft.config.tapped_layers,
-        tables=tables,
-        execution=execution,
-    )
-    assert out.cache is not None
-    slots = jnp.arange(len(start))
-    features = state.features.at[slots, state.num_features].set(
-        out.features[:, 0].astype(state.features.dtype), mode="drop"
-    )
-    num_features = state.num_features + state.active.astype(jnp.int32)
-    state = dataclasses.replace(state, cache=out.cache, features=features, num_features=num_features)
-    choice = _choice(target, state, out.hidden, state.anchor[:, None], shards, samples=samples)
-    return _commit(state, choice, None, shards)
+    if draft is not None:
+        assert state.features is not None
+        assert state.num_features is not None
+        new = out.features[:, 0].astype(state.features.dtype)
+        state = dataclasses.replace(
+            state,
+            features=state.features.at[jnp.arange(len(start)), state.num_features].set(new, mode="drop"),
+            num_features=state.num_features + state.active.astype(jnp.int32),
+        )
+    return _commit(state, _choice(target, state, out.hidden, block, execution.shards), None, execution.shards)
 
 
 def extend_context(draft: DraftModel, state: EngineState, tables: PageTables, *, execution: Execution) -> EngineState:
-    """Puts the features that `deferring_step` set aside into the draft's cache, for every active slot."""
+    """Puts the features that plain steps set aside into the draft's cache, for every active slot."""
     assert state.features is not None
     assert state.num_features is not None
     assert state.draft_cache is not None
@@ -165,7 +140,6 @@ def dflash_round(
     forced_ids: Int[Array, "B K"] | None = None,
     *,
     execution: Execution,
-    samples: bool = True,
     block_size: int | None = None,
 ) -> tuple[EngineState, StepOutput]:
     """Drafts a block for each of B slots, verifies it with the target and commits the longest agreeing prefix.
@@ -189,7 +163,7 @@ def dflash_round(
     new = dflash.context(draft, out.features, blocks.block_positions(start, config.block_size), shards)
     draft_cache = dflash.extend(state.draft_cache, new, tables.whole, start, execution=execution)
     state = dataclasses.replace(state, cache=out.cache, draft_cache=draft_cache)
-    choice = _choice(target, state, out.hidden, block, shards, samples=samples)
+    choice = _choice(target, state, out.hidden, block, shards)
     if forced_ids is not None:
         choice = choice._replace(tokens=forced_ids)
     return _commit(state, choice, acceptance.count_accepted(drafted, choice.tokens[:, :-1]) + 1, shards)
@@ -229,13 +203,10 @@ def _choice(
     hidden: Float[Array, "B T D"],
     block: Int[Array, "B T"],
     shards: Shards,
-    *,
-    samples: bool,
 ) -> _Choice:
     logits = gpt_oss.logits(target.weights, hidden)
-    if not samples:
+    if state.history is None:
         return _Choice(shards.argmax(logits), None)
-    assert state.history is not None
     return _Choice(token_rules.choose(logits, state.rules, state.history, block, _start(state), shards), logits)
 
 

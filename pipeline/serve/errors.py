@@ -1,7 +1,5 @@
 """What a client is answered when its request is not served."""
 
-from typing import Any
-
 
 class ApiError(Exception):
     """Says why a request is not served: an HTTP status and the fields of OpenAI's error object."""
@@ -18,9 +16,3 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def shown(value: Any) -> str:
-    """Returns a value of a body as an error names it, in ASCII and cut where it is long."""
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -7,7 +7,8 @@ from typing import Any
 from pipeline.engine.sampling_params import SamplingParams
 from pipeline.errors import PipelineError
 from pipeline.model.layers.sampling import sampling_key
-from pipeline.serve.errors import ApiError, shown
+from pipeline.serve.errors import ApiError
+from pipeline.serve.values import flag, is_integer, shown
 
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 COUNTS = ("top_k", "min_tokens")
@@ -28,7 +29,7 @@ def read_sampling(values: Mapping[str, Any], stops: tuple[int, ...]) -> Sampling
         found["logit_bias"] = _biases(values["logit_bias"])
     _whole(values.get("seed", 0), "seed")
     more = _tokens(values.get("stop_token_ids", []))
-    if _is_true(values.get("ignore_eos", False)):
+    if flag(values, "ignore_eos"):
         found["stop_token_ids"] = more
     elif more:
         found["stop_token_ids"] = (*stops, *more)
@@ -55,16 +56,10 @@ def _number(value: Any, name: str) -> float:
 
 
 def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise ApiError(f"{name} is {shown(value)}; wanted a whole number", param=name)
     if not -(2**63) <= value < 2**63:
         raise ApiError(f"{name} is {shown(value)}; wanted a whole number of 64 bits", param=name)
-    return value
-
-
-def _is_true(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ApiError(f"ignore_eos is {shown(value)}; wanted true or false", param="ignore_eos")
     return value
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from pipeline.engine.sampling_params import SamplingParams
 from pipeline.prompts.messages import EFFORTS, THINKING, effort_problem
 from pipeline.serve import sampling_fields
-from pipeline.serve.errors import ApiError, shown
+from pipeline.serve.errors import ApiError
+from pipeline.serve.values import flag, is_integer, shown
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_STOP_STRINGS = 16
@@ -79,18 +80,18 @@ class ChatBody(Options):
     return_token_ids: bool
 
 
-def read_completion(body: Any, model: str, stops: tuple[int, ...] = ()) -> CompletionBody:
+def read_completion(body: Any, model: str, stops: tuple[int, ...]) -> CompletionBody:
     """Returns the body of a request to /v1/completions for the served `model` with its stop tokens; raises ApiError."""
     values = _requested(body, model, _COMPLETION, {**_UNSERVED, **_UNSERVED_COMPLETION})
     options = _options(values, stops)
     if options["max_tokens"] is None:
         options["max_tokens"] = DEFAULT_COMPLETION_TOKENS
     return CompletionBody(
-        prompts=_prompts(values.get("prompt")), return_token_ids=_flag(values, "return_token_ids"), **options
+        prompts=_prompts(values.get("prompt")), return_token_ids=flag(values, "return_token_ids"), **options
     )
 
 
-def read_chat(body: Any, model: str, stops: tuple[int, ...] = ()) -> ChatBody:
+def read_chat(body: Any, model: str, stops: tuple[int, ...]) -> ChatBody:
     """Returns the body of a request to /v1/chat/completions, as `read_completion` does; raises ApiError."""
     values = _requested(body, model, _CHAT, {**_UNSERVED, **_UNSERVED_CHAT})
     effort = values.get("reasoning_effort")
@@ -104,7 +105,7 @@ def read_chat(body: Any, model: str, stops: tuple[int, ...] = ()) -> ChatBody:
         both = " and ".join(f"{key} is {value}" for key, value in limits.items())
         raise ApiError(f"{both}; give one of them, or the same value", param="max_completion_tokens")
     options["max_tokens"] = next(iter(limits.values()), None)
-    token_ids = _flag(values, "return_token_ids")
+    token_ids = flag(values, "return_token_ids")
     if token_ids and options["stream"]:
         raise ApiError("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
     messages, tools = _messages(values.get("messages")), _tools(values)
@@ -143,7 +144,7 @@ def _requested(
 
 
 def _options(values: Mapping[str, Any], stops: tuple[int, ...]) -> dict[str, Any]:
-    stream, stream_options = _flag(values, "stream"), values.get("stream_options", {})
+    stream, stream_options = flag(values, "stream"), values.get("stream_options", {})
     if not isinstance(stream_options, dict) or stream_options.keys() - {"include_usage"}:
         raise ApiError(
             f"stream_options is {shown(stream_options)}; supported: an object with include_usage",
@@ -155,26 +156,17 @@ def _options(values: Mapping[str, Any], stops: tuple[int, ...]) -> dict[str, Any
         "max_tokens": _count(values, "max_tokens"),
         "stop": _stop(values.get("stop", [])),
         "stream": stream,
-        "stream_usage": _flag(stream_options, "include_usage"),
+        "stream_usage": flag(stream_options, "include_usage"),
         "sampling": sampling_fields.read_sampling(values, stops),
         "seed": values.get("seed"),
     }
-
-
-def _flag(values: Mapping[str, Any], key: str) -> bool:
-    value = values.get(key)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        raise ApiError(f"{key} is {shown(value)}; wanted true or false", param=key)
-    return value
 
 
 def _count(values: Mapping[str, Any], key: str) -> int | None:
     value = values.get(key)
     if value is None:
         return None
-    if not _is_integer(value) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ApiError(f"{key} is {shown(value)}; wanted a whole number of at least 1", param=key)
     return value
 
@@ -189,7 +181,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_integer, value))):
+    if isinstance(value, str) or (isinstance(value, list) and value and all(map(is_integer, value))):
         value = [value]
     if not isinstance(value, list) or not value:
         raise ApiError(
@@ -200,7 +192,7 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     for index, prompt in enumerate(value):
         if isinstance(prompt, str):
             prompts.append(_text(prompt, "prompt"))
-        elif isinstance(prompt, list) and all(map(_is_integer, prompt)):
+        elif isinstance(prompt, list) and all(map(is_integer, prompt)):
             prompts.append(tuple(prompt))
         else:
             raise ApiError(
@@ -213,7 +205,7 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
 
 def _tools(values: Mapping[str, Any]) -> list[Any]:
     """Returns the tools to offer; whether they are tools is checked when they are rendered."""
-    _flag(values, "parallel_tool_calls")  # an answer has one call in any case, for a call ends it
+    flag(values, "parallel_tool_calls")  # an answer has one call in any case, for a call ends it
     tools, choice = values.get("tools", []), values.get("tool_choice", "auto")
     if not isinstance(tools, list):
         raise ApiError(f"tools is {shown(tools)}; wanted a list of functions", param="tools")
@@ -259,10 +251,6 @@ def _text(value: Any, param: str) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
         raise ApiError(f"{param} is not valid Unicode ({error}); correct the text", param=param) from error
     return value
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _same(value: Any, other: Any) -> bool:

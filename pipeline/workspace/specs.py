@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from pipeline.config.choices import Effort, OnBadRow, PromptSource
-from pipeline.config.schema import ArchitectureConfig, DraftConfig, PromptsConfig
+from pipeline.config.schema import ArchitectureConfig, DraftConfig, EngineSettings, PromptsConfig
 from pipeline.dflash.blocks import default_tapped_layers
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.layout import BLOCK_SIZES
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
@@ -161,3 +163,19 @@ def prompt_set(prompts: PromptsConfig, seed: int, *, takes_answers: bool = False
         return sources.limited(found, prompts.count)
     generate = sources.everyday if prompts.source is PromptSource.everyday else sources.generated
     return generate(seed, prompts.count or GENERATED_PROMPTS, effort)
+
+
+def serving_engine(sizes: EngineSettings, num_slots: int, stop_token_ids: tuple[int, ...] = ()) -> EngineConfig:
+    """Returns the engine of a server with these settings: its requests may sample, and its block sizes adapt."""
+    return EngineConfig(
+        num_slots=num_slots,
+        max_length=sizes.max_length,
+        prefill_chunk=sizes.prefill_chunk,
+        page_size=sizes.page_size,
+        cache_tokens=sizes.cache_tokens,
+        step_tokens=sizes.step_tokens,
+        reuse_prefixes=sizes.reuse_prefixes,
+        block_sizes=BLOCK_SIZES if sizes.block_size is None else (sizes.block_size,),
+        samples=True,
+        stop_token_ids=stop_token_ids,
+    )

@@ -20,7 +20,6 @@ from pipeline.artifacts.storage import StoragePath
 from pipeline.config.fields import CHECKPOINT, DRAFT, TARGET, TEACHER_CACHE
 from pipeline.config.schema import PipelineConfig
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.layout import BLOCK_SIZES
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
@@ -105,19 +104,7 @@ class Workspace:
     @property
     def serving_engine(self) -> EngineConfig:
         """The engine of `stage=serve`; export and smoke run a draft in the same one."""
-        sizes = self.config.engine
-        return EngineConfig(
-            num_slots=self.config.serve.slots,
-            max_length=sizes.max_length,
-            prefill_chunk=sizes.prefill_chunk,
-            page_size=sizes.page_size,
-            cache_tokens=sizes.cache_tokens,
-            step_tokens=sizes.step_tokens,
-            reuse_prefixes=sizes.reuse_prefixes,
-            block_sizes=BLOCK_SIZES if sizes.block_size is None else (sizes.block_size,),
-            samples=True,
-            stop_token_ids=self.stop_token_ids,
-        )
+        return specs.serving_engine(self.config.engine, self.config.serve.slots, self.stop_token_ids)
 
     @functools.cached_property
     def prompts(self) -> PromptSet:

@@ -72,13 +72,6 @@ def test_one_slow_round_changes_nothing():
     assert choice.choose() == 8
 
 
-def test_the_break_even_is_a_rounds_cost_in_plain_steps():
-    choice = timed()
-    assert choice.break_even() is None
-    run(choice, lambda: 5, 20)
-    assert choice.break_even() == pytest.approx(3.0)
-
-
 def test_one_size_is_always_used():
     assert set(run(BlockChoice((8,)), lambda: 0, 500)) == {8}
     with pytest.raises(ValueError, match="no block size"):

@@ -20,11 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from pipeline.model.layers import mxfp4
 from pipeline.model.layers.mxfp4 import Packed
+from pipeline.model.layers.tpu_memory import ROW_TILE, VMEM_BYTES, in_hbm
 
 HIT_EXPERTS = "hit_experts"  # the kernel's name in a compiled program
 TILE_BYTES = 12 * 2**20  # of an expert's three matrices, held at once while the next ones are copied
-VMEM_BYTES = 48 * 2**20  # a kernel's share; every chip since v5e has at least 64 MiB
-TOKEN_TILE = 16  # rows of bfloat16 in a register
 LANES = 128
 UNPACKED_BLOCKS = 8  # blocks of TILE_ROWS rows of MXFP4 that are unpacked at a time, at most
 GROUPED_TILE = (512, 1024, 1024)  # rows, summed, columns of a step of the grouped product, at most
@@ -119,7 +118,7 @@ def ragged_product(
     """
     num_rows, summed = rows.shape
     columns = matrices.shape[1 if transposed else 2]
-    step = min(GROUPED_TILE[0], -(-num_rows // TOKEN_TILE) * TOKEN_TILE)
+    step = min(GROUPED_TILE[0], -(-num_rows // ROW_TILE) * ROW_TILE)
     padded = jnp.pad(rows, [(0, -num_rows % step), (0, 0)])
     outputs = gmm(
         padded,
@@ -137,7 +136,7 @@ def _tile_rows(rows: int, row_bytes: int) -> int:
     """Returns how many of an expert's rows VMEM should hold: all, or the largest divisor that fills registers."""
     if rows * row_bytes <= TILE_BYTES:
         return rows
-    fitting = range(TOKEN_TILE, TILE_BYTES // row_bytes + 1, TOKEN_TILE)
+    fitting = range(ROW_TILE, TILE_BYTES // row_bytes + 1, ROW_TILE)
     return max((size for size in fitting if rows % size == 0), default=rows)
 
 
@@ -148,7 +147,7 @@ def _blocks(rows: int, multiple: int) -> int:
 
 
 def _padded_tokens(num_tokens: int) -> int:
-    return -(-num_tokens // TOKEN_TILE) * TOKEN_TILE
+    return -(-num_tokens // ROW_TILE) * ROW_TILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +189,7 @@ def _over_hits(
 
     outputs = jax.ShapeDtypeStruct((rows, biases[0].shape[1]), jnp.float32)
     small = [inputs, share, *(bias.astype(jnp.float32) for bias in biases)]
-    # otherwise XLA would copy whole arrays that fit into VMEM, experts that are not hit included
-    arrays = [array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM) for array, _ in operands]
+    arrays = [in_hbm(array, interpret=interpret) for array, _ in operands]
     summed = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pipeline.model.layers import attention_kernels, kv_pages, page_kernels
 from pipeline.model.layers.kv_pages import PagedLayer
 from pipeline.model.layers.linear import einsum
+from pipeline.model.layers.page_kernels import MASKED
 from pipeline.model.parallel.execution import DEFAULT_EXECUTION, PALLAS_BACKENDS, Execution, KernelBackend
 
-MASKED = -1e30  # finite: a row that sees nothing becomes garbage of weight zero, never nan
 CACHE_CHUNK = 128  # positions of a row's pages read at a time, as far as any row is filled; more of long rows
 MAX_CHUNKS = 16  # of a row
 MAX_SCORES = 2**27  # scores held at once

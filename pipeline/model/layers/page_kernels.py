@@ -17,13 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pipeline.model.layers.tpu_memory import ROW_TILE, VMEM_BYTES, in_hbm
+
 READ_PAGES, WRITE_PAGES = "read_pages", "write_pages"  # the kernels' names in a compiled program
 STEP_POSITIONS = 512  # that a step reads
 MAX_PAGES = 16  # of a step
 QUERY_TILE = 512  # rows of queries that are computed with at a time
-ROW_TILE = 16  # rows of bfloat16 in a register
-VMEM_BYTES = 48 * 2**20  # a kernel's share; every chip since v5e has at least 64 MiB
-MASKED = -1e30
+MASKED = -1e30  # finite: a row that sees nothing becomes garbage of weight zero, never nan
 
 Ref = Any  # an array in a kernel's memory, read and written in place; Pallas has no public type for it
 
@@ -100,7 +100,10 @@ def attend(
         )
         for index in range(at_once)
     ]
-    of_row = lambda group, tile, step, row, *_: (row[step], group, tile, 0)  # noqa: E731
+
+    def of_row(group: Array, tile: Array, step: Array, row: Ref, *_: Ref) -> tuple[Any, ...]:
+        return row[step], group, tile, 0
+
     found = pl.pallas_call(
         functools.partial(_attend, sizes=_Sizes(tile, width, page_size), at_once=at_once, heads=heads, window=window),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -114,7 +117,16 @@ def attend(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name=READ_PAGES,
-    )(steps.row, steps.first, table.reshape(-1), first, count, start, by_head, *[_in_hbm(entries, interpret)] * at_once)
+    )(
+        steps.row,
+        steps.first,
+        table.reshape(-1),
+        first,
+        count,
+        start,
+        by_head,
+        *[in_hbm(entries, interpret=interpret)] * at_once,
+    )
     found = found[:, :, :rows].reshape(batch, groups, num_tokens, heads, 2 * width)
     found = jnp.transpose(found, (0, 2, 1, 3, 4)).reshape(batch, num_tokens, num_heads, 2 * width)
     return found[..., :width], found[..., width]
@@ -168,7 +180,16 @@ def write(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name=WRITE_PAGES,
-    )(steps.row, steps.first, table.reshape(-1), first, num_tokens, start, by_head, _in_hbm(entries, interpret))
+    )(
+        steps.row,
+        steps.first,
+        table.reshape(-1),
+        first,
+        num_tokens,
+        start,
+        by_head,
+        in_hbm(entries, interpret=interpret),
+    )
 
 
 def _steps(counts: Int[Array, " B"], most: int) -> _Steps:
@@ -176,11 +197,6 @@ def _steps(counts: Int[Array, " B"], most: int) -> _Steps:
     ends = jnp.cumsum(counts)
     row = jnp.searchsorted(ends, jnp.arange(most), side="right")
     return _Steps(jnp.minimum(row, len(counts) - 1).astype(jnp.int32), (ends - counts).astype(jnp.int32), ends[-1])
-
-
-def _in_hbm(entries: Array, interpret: bool) -> Array:
-    """Returns the pages where they are: XLA would copy an array that fits into VMEM as a whole."""
-    return entries if interpret else pltpu.with_memory_space_constraint(entries, pltpu.HBM)
 
 
 def _attend(*refs: Ref, sizes: _Sizes, at_once: int, heads: int, window: int | None) -> None:

@@ -10,13 +10,15 @@ Speculative Decoding", where the draft draws with the same noise; here it propos
 docs/dflash.md#inference-loop).
 """
 
+from collections.abc import Callable, Iterable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pipeline.model.layers import sampling
 from pipeline.model.layers.pytree import pytree_dataclass
-from pipeline.model.parallel.shards import MODEL, Shards
+from pipeline.model.parallel.shards import Shards
 
 MAX_STOPS = 16  # stop tokens of a row
 MAX_BIASES = 300  # tokens with a bias of a row, as many as OpenAI takes
@@ -147,12 +149,7 @@ def log_probs(
     def computed() -> LogProbs:
         peak = shards.over().max(logits.max(axis=-1))
         total = peak + jnp.log(shards.sum(jnp.exp(logits - peak[..., None]).sum(axis=-1)))
-        values, ids = jax.lax.top_k(logits, top)
-        ids = ids.astype(jnp.int32) + shards.over().offset(logits.shape[-1])
-        if shards.is_split:
-            values, ids = (jax.lax.all_gather(one, MODEL, axis=2, tiled=True) for one in (values, ids))
-            values, best = jax.lax.top_k(values, top)
-            ids = jnp.take_along_axis(ids, best, axis=-1)
+        values, ids = shards.largest(logits, top)
         chosen = shards.over().take(logits, tokens)
         return LogProbs(chosen - total, ids, values - total[..., None])
 
@@ -173,8 +170,10 @@ def _drawn(
 
     def drawn() -> Int[Array, "B T"]:
         is_drawn = rules.temperature > 0
-        of_token = jax.tree.map(lambda one: jnp.repeat(one, num_positions, axis=0), _filters(rules))
-        temperature, top_p, top_k, min_p, keys = of_token
+        temperature, top_p, top_k, min_p, keys = (
+            jnp.repeat(one, num_positions, axis=0)
+            for one in (rules.temperature, rules.top_p, rules.top_k, rules.min_p, rules.keys)
+        )
         flat = logits.reshape(-1, logits.shape[-1])
         scaled = flat / jnp.where(temperature > 0, temperature, 1)[:, None]
         allowed = _allowed(scaled, top_p, top_k, min_p, shards)
@@ -183,10 +182,6 @@ def _drawn(
         return jnp.where(is_drawn[:, None], found, likeliest)
 
     return jax.lax.cond((rules.temperature > 0).any(), drawn, lambda: likeliest)
-
-
-def _filters(rules: TokenRules) -> tuple[Array, Array, Array, Array, Array]:
-    return rules.temperature, rules.top_p, rules.top_k, rules.min_p, rules.keys
 
 
 def _allowed(
@@ -209,14 +204,8 @@ def _allowed(
     def in_nucleus(allowed: Bool[Array, "M local"]) -> Bool[Array, "M local"]:
         return allowed & sampling.nucleus(jnp.where(allowed, scaled, -jnp.inf), top_p, shards)
 
-    allowed = jnp.ones(scaled.shape, bool)
-    for is_wanted, narrowed in (
-        ((min_p > 0).any(), least_likely),
-        ((top_k > 0).any(), most_likely),
-        ((top_p < 1).any(), in_nucleus),
-    ):
-        allowed = jax.lax.cond(is_wanted, narrowed, lambda same: same, allowed)
-    return allowed
+    wanted = ((min_p > 0).any(), least_likely), ((top_k > 0).any(), most_likely), ((top_p < 1).any(), in_nucleus)
+    return _changed(jnp.ones(scaled.shape, bool), wanted)
 
 
 def _adjusted(
@@ -253,13 +242,19 @@ def _adjusted(
         is_early = positions < rules.least_length[:, None]
         return jnp.where(is_stop[:, None] & is_early[..., None], -jnp.inf, values)
 
-    for is_wanted, change in (
+    wanted = (
         (rules.are_penalised.any(), penalised),
         ((rules.bias_ids != NO_TOKEN).any(), biased),
         ((positions < rules.least_length[:, None]).any(), unfinished),
-    ):
-        logits = jax.lax.cond(is_wanted, change, lambda same: same, logits)
-    return logits
+    )
+    return _changed(logits, wanted)
+
+
+def _changed(values: Array, changes: Iterable[tuple[Bool[Array, ""], Callable[[Array], Array]]]) -> Array:
+    """Returns the values after those changes that any row asks for, one after another; the others are skipped."""
+    for is_wanted, change in changes:
+        values = jax.lax.cond(is_wanted, change, lambda same: same, values)
+    return values
 
 
 def _local(token_ids: Int[Array, "*shape"], num_local: int, shards: Shards) -> Int[Array, "*shape"]:

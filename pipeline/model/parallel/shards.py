@@ -94,13 +94,18 @@ class Shards:
         """Returns the index of the largest value along a last axis split over the model, the first of equals."""
         return self.over().argmax(values)[1]
 
-    def two_best(self, values: Float[Array, "*batch local"]) -> Float[Array, "*batch two"]:
-        """Returns the two largest values along a last axis split over the shards of the model."""
-        best, _ = jax.lax.top_k(values, 2)
+    def largest(
+        self, values: Float[Array, "*batch local"], count: int
+    ) -> tuple[Float[Array, "*batch count"], Int[Array, "*batch count"]]:
+        """Returns the largest values along a last axis split over the model, in order, and their indices."""
+        best, indices = jax.lax.top_k(values, count)
+        indices = indices.astype(jnp.int32) + self.over().offset(values.shape[-1])
         if not self.is_split:
-            return best
-        gathered = jax.lax.all_gather(best, MODEL, axis=best.ndim - 1, tiled=True)
-        return jax.lax.top_k(gathered, 2)[0]
+            return best, indices
+        axis = values.ndim - 1
+        best, indices = (jax.lax.all_gather(one, MODEL, axis=axis, tiled=True) for one in (best, indices))
+        best, order = jax.lax.top_k(best, count)
+        return best, jnp.take_along_axis(indices, order, axis=-1)
 
     def on_first_shard(self, axis: str | tuple[str, ...], values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Returns `values` on the first shard along axes and zeros on the others, for what a sum must count once."""

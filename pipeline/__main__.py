@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.artifacts import provenance
 from pipeline.cli.mistakes import report_mistakes
 from pipeline.cli.run_all import PARENT_RUN_ID, live_and_die_with_parent, run_all
-from pipeline.cli.stages import CONF, stage_module, stage_table
+from pipeline.cli.stages import CONF, STAGES, stage_module, stage_table
 from pipeline.config.choices import PromptSource, Stage
 from pipeline.config.fields import expand_paths
 from pipeline.config.schema import MeshConfig, PipelineConfig, plain, uses_hosts
@@ -92,6 +92,10 @@ def _run_stage(config: PipelineConfig, tracker: Run) -> None:
     assert config.stage is not None, "a command without a stage lists the stages"
     started = time.monotonic()
     log.info("stage=%s", config.stage.value)
+    if STAGES[config.stage].stores_programs:
+        from pipeline.workspace.compiled_programs import use_persistent_cache  # late: it imports JAX
+
+        use_persistent_cache(Path(config.output_dir))
     importlib.import_module(stage_module(config.stage)).run(config, tracker)  # late: a stage pays for its own imports
     log.info("stage=%s: done in %.1f s", config.stage.value, time.monotonic() - started)
 

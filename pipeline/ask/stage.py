@@ -7,6 +7,7 @@ from pipeline.config.schema import PipelineConfig
 from pipeline.dflash.acceptance import accept_length_of
 from pipeline.engine.engine import Engine
 from pipeline.external.chat import ChatClient, Reply
+from pipeline.serve.api import ServedModel
 from pipeline.serve.background import served
 from pipeline.serve.loading import engine_of
 from pipeline.tracking.run import Run
@@ -22,10 +23,10 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     workspace, wanted = Workspace(config), config.ask
     engine = engine_of(workspace, with_draft=config.serve.mode is ServeMode.dflash, adapts=False)
     engine.warm_up()
-    model, effort = config.target.name, _effort(config)
-    with served(engine, workspace.tokenizer, model=model, effort=effort, date=config.serve.date) as address:
-        log.info("ask: %s answers on %s", model, address)
-        client = ChatClient(f"{address}/v1", model=model, timeout_seconds=SECONDS_TO_ANSWER)
+    model = ServedModel(name=config.target.name, effort=_effort(config), date=config.serve.date)
+    with served(engine, workspace.tokenizer, model) as address:
+        log.info("ask: %s answers on %s", model.name, address)
+        client = ChatClient(f"{address}/v1", model=model.name, timeout_seconds=SECONDS_TO_ANSWER)
         replies = [(question, client.ask(question, wanted.max_new_tokens)) for question in wanted.questions]
     for question, reply in replies:
         print(_shown(question, reply, engine), flush=True)

@@ -11,10 +11,14 @@ CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageInfo:
-    """Says what a stage needs and makes; the stage is `pipeline/<stage>/stage.py`."""
+    """Says what a stage needs and makes; the stage is `pipeline/<stage>/stage.py`.
+
+    One that people start often, for the same programs, `stores_programs` for its next start.
+    """
 
     needs: str
     makes: str
+    stores_programs: bool = False
 
 
 STAGES = {
@@ -28,12 +32,16 @@ STAGES = {
     ),
     Stage.train: StageInfo(needs="target, teacher_cache", makes="checkpoints of the draft"),
     Stage.export: StageInfo(needs="target, train", makes="the draft as an HF directory"),
-    Stage.serve: StageInfo(needs="target, export", makes="an OpenAI-style HTTP server"),
+    Stage.serve: StageInfo(needs="target, export", makes="an OpenAI-style HTTP server", stores_programs=True),
     Stage.bench: StageInfo(
         needs="target, export",
         makes="acceptance and speedup against plain decoding",
     ),
-    Stage.ask: StageInfo(needs="target, export", makes="the served model's answers to a few questions, on the screen"),
+    Stage.ask: StageInfo(
+        needs="target, export",
+        makes="the served model's answers to a few questions, on the screen",
+        stores_programs=True,
+    ),
     Stage.compile: StageInfo(
         needs="nothing; the tpu extra",
         makes="what the programs need and cost on a TPU slice, without one",

@@ -312,15 +312,32 @@ class EngineSettings:
 class ServeConfig:
     """Sets the HTTP server. `date` null: templates that print the date print today's.
 
-    `reasoning_effort` is that of a chat request which names none.
+    `reasoning_effort` and `default_temperature` are those of a request that names none; a temperature of null is the
+    model's own (`generation_config.json`), or 1. On an address that other machines reach, requests need a key: one of
+    the file `api_keys` or of the environment variable PIPELINE_API_KEYS, unless the server is `insecure`. With
+    `tls_certificate` and `tls_key` (files in PEM) it speaks HTTPS. `cors_origins` are web pages that may use it.
+    `client_seconds` is how long a client may take to send its headers, its body, and to read what it is sent. After
+    SIGTERM, requests that run have `drain_seconds`. `log_requests` writes a line for each request, without its content.
     """
 
     mode: ServeMode = setting(ServeMode.dflash, key=None)
     slots: int = setting(8, rule=positive, key=None)
     reasoning_effort: ReasoningEffort = setting(ReasoningEffort.medium, key=None)
+    default_temperature: float | None = setting(None, rule=not_negative, key=None)
     date: str | None = setting(None, rule=day, key=None)
     host: str = setting("127.0.0.1", key=None)
     port: int = setting(8000, rule=port, key=None)
+    api_keys: str | None = setting(None, key=None, is_path=True)
+    insecure: bool = setting(False, key=None)
+    tls_certificate: str | None = setting(None, key=None, is_path=True)
+    tls_key: str | None = setting(None, key=None, is_path=True)
+    cors_origins: list[str] = setting(list, factory=True, key=None)
+    max_body_bytes: int = setting(4 * 2**20, rule=positive, key=None)
+    max_waiting: int = setting(512, rule=positive, key=None)
+    max_connections: int = setting(1024, rule=positive, key=None)
+    client_seconds: float = setting(30.0, rule=positive, key=None)
+    drain_seconds: float = setting(30.0, rule=not_negative, key=None)
+    log_requests: bool = setting(False, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)

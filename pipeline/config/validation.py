@@ -11,6 +11,7 @@ from pipeline.config.schema import (
     DraftConfig,
     PipelineConfig,
     PromptsConfig,
+    ServeConfig,
     TargetConfig,
     TeacherCacheConfig,
     TrainConfig,
@@ -35,6 +36,7 @@ def validate(config: PipelineConfig) -> None:
         *_train(config.train),
         *_features(config),
         *_export(config),
+        *_serve(config.serve),
         *_hosts(config),
     ]
     if broken:
@@ -195,6 +197,12 @@ def _export(config: PipelineConfig) -> list[str]:
     if config.stage in (Stage.export, Stage.all) and exported and "dflash" not in Path(exported).name.lower():
         broken.append(f"export.path is {exported}; its last part must contain dflash, by which vLLM knows the method")
     return broken
+
+
+def _serve(serve: ServeConfig) -> list[str]:
+    if (serve.tls_certificate is None) == (serve.tls_key is None):
+        return []
+    return ["serve.tls_certificate and serve.tls_key name the two files of a certificate; set both or neither"]
 
 
 def _hosts(config: PipelineConfig) -> list[str]:

@@ -100,11 +100,16 @@ class Acceptance:
         return self.num_accepted / drafted if drafted else float("nan")
 
     @property
+    def num_accepted_at_k(self) -> tuple[int, ...]:
+        """The number of rounds whose first k drafted tokens were all accepted, for k = 1..K-1."""
+        return tuple(sum(self.histogram[k:]) for k in range(1, self.block_size))
+
+    @property
     def accept_rate_at_k(self) -> tuple[float, ...]:
         """The share of rounds whose first k drafted tokens were all accepted, for k = 1..K-1; nan without rounds."""
         if not self.num_rounds:
             return (float("nan"),) * (self.block_size - 1)
-        return tuple(sum(self.histogram[k:]) / self.num_rounds for k in range(1, self.block_size))
+        return tuple(count / self.num_rounds for count in self.num_accepted_at_k)
 
     def metrics(self) -> dict[str, float]:
         """Returns the metrics under the names that every stage logs."""

@@ -100,6 +100,11 @@ class Engine:
         return len(self._scheduler.running)
 
     @property
+    def num_pages(self) -> int:
+        """The number of pages of layers that see everything."""
+        return self._layout.num_pages * self._num_shards
+
+    @property
     def num_free_pages(self) -> int:
         """The number of pages that no request uses, of layers that see everything."""
         return sum(pages.num_available for pages in self._pages)
@@ -173,8 +178,11 @@ class Engine:
         updates, self._updates = self._updates, []
         return updates
 
-    def warm_up(self) -> None:
-        """Compiles every step, with requests that leave no trace in the counters."""
+    def warm_up(self, on_compiled: Callable[[str], None] = lambda name: None) -> None:
+        """Compiles every step, with requests that leave no trace in the counters.
+
+        `on_compiled` gets the name of each part when it is ready.
+        """
         before = self.acceptance, self.smaller_blocks, self.times
         sampling = SamplingParams(presence_penalty=1.0) if self.config.samples else GREEDY  # has a history to set
         for count in sorted({1, min(self._num_shards + 1, self.config.num_slots)}):  # then a shard has two prompts
@@ -184,9 +192,11 @@ class Engine:
                     Request(request_id=name, prompt_ids=(0,), max_new_tokens=2, sampling=sampling) for name in names
                 )
             )
+        on_compiled("prefill")
         self._choice = BlockChoice(self._choice.sizes)
         for size in self._choice.sizes:
             jax.block_until_ready(self._dispatch_round({}, size))  # compiles, where no round has run yet
+            on_compiled(f"a round of {size}" if size > 1 else "a plain step")
             for _ in range(3):
                 started = time.perf_counter()
                 jax.block_until_ready(self._dispatch_round({}, size))
@@ -265,6 +275,8 @@ class Engine:
         slot = next(slot for slot in reversed(free) if slot // self._slots_of_shard == shard)
         reused = self._pages[shard].open(slot % self._slots_of_shard, reusable, one.keys, count)
         one.num_prefilled = reused
+        if not one.num_generated:
+            one.num_reused = reused
         if one.request.sampling.is_penalised:
             self._set_history(one, slot)
         self.times = dataclasses.replace(self.times, reused_tokens=self.times.reused_tokens + reused)
@@ -358,7 +370,8 @@ class Engine:
     def _read(self, num_left: int) -> None:
         """Reads the oldest steps until `num_left` are under way."""
         while len(self._in_flight) > num_left:
-            step, output, seconds = self._in_flight.take()
+            step, output, seconds, waited = self._in_flight.take()
+            self.times = dataclasses.replace(self.times, wait_seconds=self.times.wait_seconds + waited)
             size = step.block_size
             accepted = []
             num_tokens = 0
@@ -396,6 +409,7 @@ class Engine:
                 num_accepted=len(new) - 1 if num_drafted else None,
                 num_drafted=num_drafted or None,
                 log_probs=_log_probs(one.request, new, output.log_probs, row_of_output),
+                num_reused=one.num_reused,
             )
         )
 

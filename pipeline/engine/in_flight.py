@@ -28,7 +28,8 @@ class Dispatched:
 class EngineTimes:
     """Holds the tokens and seconds of an engine's two phases. The first token of an answer counts to prefill.
 
-    `prefill_tokens` are those that were computed, `reused_tokens` those whose pages were there already.
+    `prefill_tokens` are those that were computed, `reused_tokens` those whose pages were there already. In
+    `wait_seconds` of both phases the host waited for the devices.
     """
 
     prefill_tokens: int = 0
@@ -36,6 +37,12 @@ class EngineTimes:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    @property
+    def host_seconds(self) -> float:
+        """Returns the seconds in which the host worked, and devices may have had nothing to do."""
+        return max(self.prefill_seconds + self.decode_seconds - self.wait_seconds, 0.0)
 
 
 class InFlight:
@@ -54,8 +61,8 @@ class InFlight:
             self._since = time.perf_counter()
         self._steps.append(step)
 
-    def take(self) -> tuple[Dispatched, StepOutput, float]:
-        """Waits for the oldest step; returns it, what it gave, as NumPy arrays, and its seconds.
+    def take(self) -> tuple[Dispatched, StepOutput, float, float]:
+        """Waits for the oldest step; returns it, what it gave, as NumPy arrays, its seconds, and those of the wait.
 
         This is the one transfer of a step to the host; log probabilities are fetched where a request wants them.
         """
@@ -63,10 +70,11 @@ class InFlight:
         out = step.output
         wants = any(one.request.sampling.logprobs is not None for one in step.by_row.values())
         values = (out.token_ids, out.num_tokens, out.finished, out.log_probs if wants else None)
+        asked = time.perf_counter()
         tokens, counts, finished, log_probs = jax.device_get(values)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        return step, StepOutput(tokens, counts, finished, log_probs), seconds
+        return step, StepOutput(tokens, counts, finished, log_probs), seconds, now - asked
 
     def clear(self) -> None:
         """Forgets all steps, when nobody waits for what they give."""

@@ -37,7 +37,8 @@ class StepUpdate:
 
     `finish_reason` is "stop" or "length", or None while the request goes on. `num_accepted`
     counts the drafted tokens that a DFLASH round accepted, of `num_drafted`; None for prefill and plain steps.
-    `log_probs` has one for each token where the request asked for them.
+    `log_probs` has one for each token where the request asked for them. Of the prompt's tokens `num_reused` were
+    computed for earlier requests.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class StepUpdate:
     num_accepted: int | None
     num_drafted: int | None = None
     log_probs: tuple[TokenLogProb, ...] = ()
+    num_reused: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ class Running:
 
     `tokens` are the prompt's and those of the answer that were read from the device; all but the last one of an answer
     are to be in the cache before the request decodes. `keys` are those of the pages that the tokens filled when the
-    request was queued. `num_prefilled` counts the tokens that prefill has dispatched, `rounds_ahead` the rounds
-    that were dispatched and not read yet, and `tokens_ahead` what these yield at most.
+    request was queued. `num_reused` of the prompt's tokens were computed for earlier requests. `num_prefilled` counts
+    the tokens that prefill has dispatched, `rounds_ahead` the rounds that were dispatched and not read yet, and
+    `tokens_ahead` what these yield at most.
     """
 
     request: Request
@@ -22,6 +23,7 @@ class Running:
     tokens: list[int]
     keys: list[Key]
     slot: int = -1
+    num_reused: int = 0
     num_prefilled: int = 0
     last_prefill: int = -1  # the step that prefilled a chunk of it last
     is_decoding: bool = False
@@ -111,7 +113,7 @@ class Scheduler:
     def preempt(self, one: Running, keys: list[Key]) -> None:
         """Takes a request's slot; it will go on later from the tokens that it has, which fill pages with these keys."""
         self.release(one.slot)
-        again = Running(one.request, one.order, one.tokens, keys)
+        again = Running(one.request, one.order, one.tokens, keys, num_reused=one.num_reused)
         waiting = [*self._waiting.values(), again]
         self._waiting = {each.request.request_id: each for each in sorted(waiting, key=lambda each: each.order)}
 

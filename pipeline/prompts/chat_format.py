@@ -70,15 +70,17 @@ def render_prompt(
     *,
     tools: Sequence[Mapping[str, Any]] = (),
     date: str | None = None,
+    may_be_empty: bool = False,
 ) -> list[int]:
     """Returns the prompt's tokens by the tokenizer's chat template, ending where the assistant begins.
 
     `messages` and `tools` are in the shape of OpenAI's API. `date` (`2025-08-05`) replaces today's in templates that
     print it, as the official one does: otherwise two runs on different days see different prompts. A control token
     that a text spells stays text. Raises PipelineError for messages that do not make a prompt, for tools where the
-    format has none, and for spelled control tokens where the tokenizer or the template cannot tell them apart.
+    format has none, for a content that is empty unless it `may_be_empty`, and for spelled control tokens where the
+    tokenizer or the template cannot tell them apart.
     """
-    problem = messages_problem(messages) or tools_problem(tools) or effort_problem(effort)
+    problem = messages_problem(messages, may_be_empty=may_be_empty) or tools_problem(tools) or effort_problem(effort)
     if problem is not None:
         raise PipelineError(problem)
     chat_format, conversation = chat_format_of(tokenizer), [message_of(message) for message in messages]

@@ -51,8 +51,8 @@ def effort_problem(effort: Any) -> str | None:
     return f"reasoning effort is {effort!r}; wanted one of {', '.join(EFFORTS)}"
 
 
-def messages_problem(messages: Any) -> str | None:
-    """Returns why `messages` is not a prompt that GPT-OSS can answer, or None.
+def messages_problem(messages: Any, *, may_be_empty: bool = False) -> str | None:
+    """Returns why `messages` is not a prompt that GPT-OSS can answer, or None; empty contents have to be allowed.
 
     Messages that the official template would silently drop or misread are refused: instructions that do not come
     first, a second call in one message, a result without its call, both an analysis and a text beside a call. The
@@ -61,7 +61,7 @@ def messages_problem(messages: Any) -> str | None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return f"messages is {shown(messages)}; wanted a non-empty list of role and content objects"
     for index, message in enumerate(messages):
-        problem = _message_problem(message) or _order_problem(messages, index)
+        problem = _message_problem(message, may_be_empty=may_be_empty) or _order_problem(messages, index)
         if problem is not None:
             return f"messages[{index}] {problem}"
     if messages[-1]["role"] not in ASKING_ROLES:
@@ -69,22 +69,22 @@ def messages_problem(messages: Any) -> str | None:
     return None
 
 
-def _message_problem(message: Any) -> str | None:
+def _message_problem(message: Any, *, may_be_empty: bool) -> str | None:
     if not isinstance(message, Mapping):
         return f"is {shown(message)}; wanted an object with role and content"
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ROLES:
         return f"has role {role!r}; wanted one of {', '.join(ROLES)}"
     if role == "assistant":
-        return _assistant_problem(message)
+        return _assistant_problem(message, may_be_empty=may_be_empty)
     if calls:
         return f"has role {role!r} and tool_calls; the assistant alone calls tools"
     if any(message.get(key) for key in THINKING):
         return f"has role {role!r} and thinking; the assistant alone thinks"
-    return _content_problem(content, may_be_empty=role == "tool")
+    return _content_problem(content, may_be_empty=may_be_empty or role == "tool")
 
 
-def _assistant_problem(message: Mapping[str, Any]) -> str | None:
+def _assistant_problem(message: Mapping[str, Any], *, may_be_empty: bool) -> str | None:
     calls, content = message.get("tool_calls"), message.get("content")
     thoughts = {key: message[key] for key in THINKING if message.get(key)}
     for key, value in thoughts.items():
@@ -93,7 +93,7 @@ def _assistant_problem(message: Mapping[str, Any]) -> str | None:
     if len(set(thoughts.values())) > 1:
         return f"has {' and '.join(thoughts)}, which differ; wanted one of them"
     if not calls:
-        return _content_problem(content, may_be_empty=False)
+        return _content_problem(content, may_be_empty=may_be_empty)
     if content and thoughts:
         return "has content and thinking beside a tool call; the template writes one of them: join them in thinking"
     problem = None if content is None else _content_problem(content, may_be_empty=True)

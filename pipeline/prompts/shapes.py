@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.prompts.messages import ASKING_ROLES, INSTRUCTION_ROLES, THINKING, effort_problem, messages_problem
 from pipeline.prompts.tools import shown, tools_problem
+from pipeline.prompts.turns import join_instructions, separate_calls
 
 FIELDS = {  # of each shape, the fields that one of which makes a row of it
     "prompt": ("prompt",),
@@ -36,7 +37,6 @@ ROLES = {  # what others call them
 TEXT_PARTS = ("text", "input_text", "output_text")
 NOT_READABLE, NO_USER, MEDIA = "not readable", "without a user turn", "with images, sound or files"
 NO_ANSWER = "without an answer"
-SEPARATOR = "\n\n"  # between instructions that are joined
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,9 +174,12 @@ def _tolerant(row: dict[str, Any], shape: str) -> Row:
         raise LeftOut(f"has prompt {value!r}; wanted a non-empty string")
     # what is no text, and what stands beside a prompt that is one, was never read
     is_read = isinstance(row.get("system"), str) and not (shape == "prompt" and isinstance(row["prompt"], str))
-    turns = _with_instructions(_turns(_json(value)), row["system"] if is_read else None)
-    asked, answer = _asked(turns)
-    messages = _one_call_each(asked)
+    try:
+        turns = join_instructions(_turns(_json(value)), row["system"] if is_read else None)
+        asked, answer = _asked(turns)
+        messages = separate_calls(asked)
+    except PipelineError as error:
+        raise LeftOut(str(error)) from error
     tools = _list_in(row.get("tools"))
     tools = [_wrapped(tool) for tool in tools] if isinstance(tools, list) else tools
     problem = _unicode_problem(row) or messages_problem(messages) or tools_problem(tools)
@@ -280,19 +283,6 @@ def _wrapped(tool: Any) -> Any:
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
-def _with_instructions(turns: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
-    """Returns the turns with all instructions before them in one message, and without empty ones."""
-    num_first = next((index for index, turn in enumerate(turns) if turn["role"] not in INSTRUCTION_ROLES), len(turns))
-    texts = [system, *(turn["content"] for turn in turns[:num_first])]
-    if not all(isinstance(text, str | None) for text in texts):
-        raise LeftOut(f"has instructions {shown(next(text for text in texts if not isinstance(text, str | None)))}")
-    instructions = list(dict.fromkeys(text for text in texts if text and text.strip()))
-    if not instructions:
-        return turns[num_first:]
-    role = turns[0]["role"] if num_first else "system"
-    return [{"role": role, "content": SEPARATOR.join(instructions)}, *turns[num_first:]]
-
-
 def _asked(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the turns without the answer at their end, and the turns of that answer which say something."""
     asking = [index for index, turn in enumerate(turns) if turn["role"] in ASKING_ROLES]
@@ -304,28 +294,3 @@ def _asked(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict
         return turns, []  # what stands there is reported
     spoken = ("content", "tool_calls", *THINKING)
     return turns[: asking[-1] + 1], [turn for turn in answer if any(turn.get(field) for field in spoken)]
-
-
-def _one_call_each(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the turns with parallel calls one after the other, each before its result: Harmony's turns hold one."""
-    found, rest = [], list(turns)
-    while rest:
-        turn = rest.pop(0)
-        calls = turn.get("tool_calls")
-        if not isinstance(calls, list) or len(calls) < 2:
-            found.append(turn)
-            continue
-        results, rest = rest[: len(calls)], rest[len(calls) :]
-        if len(results) < len(calls) or any(result["role"] != "tool" for result in results):
-            raise LeftOut(f"has {len(calls)} calls side by side, not all of which have a result")
-        for call, result in zip(calls, _in_order(calls, results), strict=True):
-            found += [turn | {"tool_calls": [call]}, result]
-            turn = {"role": "assistant", "content": None}
-    return found
-
-
-def _in_order(calls: list[Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the results in the order of their calls, by their ids where all have one."""
-    ids = [call.get("id") if isinstance(call, dict) else None for call in calls]
-    by_id = {result.get("tool_call_id"): result for result in results}
-    return [by_id[name] for name in ids] if None not in ids and set(ids) == by_id.keys() else results

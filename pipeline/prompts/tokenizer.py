@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pipeline.artifacts.hashing import file_sha256
 from pipeline.errors import PipelineError
@@ -133,6 +134,22 @@ def control_token_problem(tokenizer: Tokenizer, texts: Iterable[str]) -> str | N
     if not found:
         return None
     return f"a text spells the control tokens {', '.join(found)}; wanted plain text: take them out"
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """Returns the bytes of a token, which need not be whole characters."""
+    piece, table = tokenizer.convert_ids_to_tokens(token_id), _byte_of_character()
+    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    assert isinstance(text, str), "only batches give lists"
+    if "\ufffd" in text and isinstance(piece, str) and all(character in table for character in piece):
+        return bytes(table[character] for character in piece)
+    return text.encode()
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """Returns the byte that each character stands for in a byte-level vocabulary."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def config_token_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -5,91 +5,123 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pipeline.engine.request import StepUpdate
-from pipeline.serve.text_stream import StopStrings, TextChannel, TextReader, ToolChannel
+from pipeline.engine.request import StepUpdate, TokenLogProb
+from pipeline.serve.channel_reader import TextReader
+from pipeline.serve.text_stream import ANALYSIS, StopStrings, TextChannel, ToolChannel
 
 
 class Answer:
     """Reads a request's updates, of which those of rounds count drafted tokens where there is a draft.
 
-    Stop strings are looked for in `stop_channel` alone; the token that completes one is the answer's last,
-    and the rest of its round is dropped.
+    Stop strings are looked for in `content_channel` alone; the token that completes one is the answer's last, and the
+    rest of its round is dropped. `log_probs` are those of that channel's tokens, where the request asked for them.
+    `opening` are tokens of the answer that its prompt has already. With `ignores_end` it goes on to its limit.
     """
 
     def __init__(
-        self, reader: TextReader, *, stop: Sequence[str], stop_channel: str, prompt_tokens: int, has_draft: bool
+        self,
+        reader: TextReader,
+        *,
+        content_channel: str,
+        stop: Sequence[str] = (),
+        opening: Sequence[int] = (),
+        ignores_end: bool = False,
+        has_draft: bool,
     ) -> None:
-        self.prompt_tokens = prompt_tokens
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.texts: dict[TextChannel, str] = {}
-        self._reader = reader
-        self._stop = StopStrings(stop) if stop else None
-        self._stop_channel = stop_channel
+        self.log_probs: list[TokenLogProb] = []
         self.has_draft = has_draft
         self.num_accepted = 0
         self.num_drafted = 0
+        self._reader = reader
+        self._stop = StopStrings(stop) if stop else None
+        self._content_channel = content_channel
+        self._ignores_end = ignores_end
+        self._unread: list[TokenLogProb] = []  # of tokens that may still turn out to be content
+        self._opened = list(reader.push(opening)) if opening else []
 
     @property
     def calls(self) -> list[ToolChannel]:
         """The calls of functions in the answer; their arguments are in `texts`."""
         return [channel for channel in self.texts if isinstance(channel, ToolChannel)]
 
+    @property
+    def num_reasoning(self) -> int:
+        """The number of tokens of the analysis."""
+        return self._reader.num_tokens[ANALYSIS]
+
     def take(self, update: StepUpdate) -> list[tuple[TextChannel, str]]:
         """Returns the new pieces of text, each with its channel; they are the last when `finish_reason` is set."""
-        pieces: list[tuple[TextChannel, str]] = []
+        pieces, self._opened = self._opened, []
         before = len(self.token_ids)
-        # one by one, to know which token completes a stop string; all at once is quicker
-        steps = [update.token_ids] if self._stop is None else [(token_id,) for token_id in update.token_ids]
-        for step in steps:
+        # one by one, to know which token completes a stop string or belongs to the content; all at once is quicker
+        singly = self._stop is not None or update.log_probs
+        steps = [(token_id,) for token_id in update.token_ids] if singly else [update.token_ids]
+        for index, step in enumerate(steps):
             self.token_ids += step
+            already = self._reader.num_tokens[self._content_channel]
             pieces += self._visible(self._reader.push(step))
+            if update.log_probs:
+                self._take_log_prob(update.log_probs[index], self._reader.num_tokens[self._content_channel] - already)
             if self._stop is not None and self._stop.found:
                 self.finish_reason = "stop"
                 break
         if update.num_accepted is not None:
             self.num_accepted += min(update.num_accepted, len(self.token_ids) - before - 1)
             self.num_drafted += update.num_drafted or 0
-        if self.finish_reason is None and update.finish_reason is not None:
-            self.finish_reason = update.finish_reason
-            pieces += self._visible(self._reader.finish(cut_off=update.finish_reason == "length"))
+        has_ended = update.finish_reason or ("stop" if self._reader.has_left_turn and not self._ignores_end else None)
+        if self.finish_reason is None and has_ended is not None:
+            self.finish_reason = has_ended
+            pieces += self._visible(self._reader.finish(cut_off=has_ended == "length"))
             if self._stop is not None and self._stop.found:
                 self.finish_reason = "stop"
             elif self._stop is not None:
-                pieces.append((self._stop_channel, self._stop.flush()))
+                pieces.append((self._content_channel, self._stop.flush()))
         pieces = list(_merged(pieces))
         for channel, text in pieces:
             self.texts[channel] = self.texts.get(channel, "") + text
         return pieces
 
+    def _take_log_prob(self, found: TokenLogProb, num_new: int) -> None:
+        """Adds a token's log probability when the reader says that it, and tokens before it, are content."""
+        if self._reader.is_control(found.token_id):
+            self.log_probs += self._unread[len(self._unread) - num_new :]
+            self._unread = []
+            return
+        self._unread.append(found)
+        if num_new:
+            self.log_probs += self._unread[len(self._unread) - num_new :]
+            self._unread = []
+
     def _visible(self, pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:
         for channel, text in pieces:
-            if self._stop is not None and channel == self._stop_channel:
+            if self._stop is not None and channel == self._content_channel:
                 yield channel, self._stop.push(text)
             else:
                 yield channel, text
 
 
-def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Returns OpenAI's usage object over the answers of one HTTP request.
+def usage(answers: Sequence[Answer], prompt_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """Returns OpenAI's usage object over the answers of one HTTP request, whose prompts have `prompt_tokens` tokens.
 
-    Rejected prediction tokens are drafted ones that the target did not accept; they are no completion tokens.
+    Of these `cached_tokens` were computed for earlier requests. Rejected prediction tokens are drafted ones that the
+    target did not accept; they are no completion tokens.
     """
-    prompt = sum(answer.prompt_tokens for answer in answers)
     completion = sum(len(answer.token_ids) for answer in answers)
-    found: dict[str, Any] = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
+    details: dict[str, int] = {"reasoning_tokens": sum(answer.num_reasoning for answer in answers)}
     if any(answer.has_draft for answer in answers):
         accepted = sum(answer.num_accepted for answer in answers)
-        drafted = sum(answer.num_drafted for answer in answers)
-        found["completion_tokens_details"] = {
-            "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": drafted - accepted,
-        }
-    return found
+        details["accepted_prediction_tokens"] = accepted
+        details["rejected_prediction_tokens"] = sum(answer.num_drafted for answer in answers) - accepted
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": details,
+    }
 
 
 def _merged(pieces: Iterable[tuple[TextChannel, str]]) -> Iterator[tuple[TextChannel, str]]:

@@ -1,4 +1,4 @@
-"""Serves OpenAI's HTTP endpoints with an engine's thread. The default temperature is 0."""
+"""Answers OpenAI's HTTP endpoints with an engine's thread."""
 
 import asyncio
 import contextlib
@@ -6,149 +6,169 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.requests import ClientDisconnect
 
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from pipeline.errors import PipelineError
+from pipeline.model.layers.sampling import sampling_key
 from pipeline.prompts.chat_format import chat_format_of, render_prompt
+from pipeline.prompts.harmony import CONSTRAIN
 from pipeline.prompts.tokenizer import Tokenizer
 from pipeline.prompts.tools import tools_problem
-from pipeline.serve import metrics, schema
-from pipeline.serve.answer import Answer, usage
-from pipeline.serve.engine_thread import EngineThread, RequestStream, Unavailable
+from pipeline.serve import metrics
+from pipeline.serve.answer import Answer
+from pipeline.serve.channel_reader import chat_reader
+from pipeline.serve.engine_thread import EngineThread, Unavailable
 from pipeline.serve.errors import ApiError
+from pipeline.serve.generation import EventStream, Generation, unavailable
+from pipeline.serve.limits import DEFAULT, Limits
 from pipeline.serve.responses import ChatResponses, CompletionResponses, Responses
-from pipeline.serve.sampling_fields import key_of
-from pipeline.serve.text_stream import FINAL, TEXT, PlainReader, TextChannel, chat_reader
+from pipeline.serve.schema.chat import ChatBody, read_chat
+from pipeline.serve.schema.completion import CompletionBody, read_completion
+from pipeline.serve.schema.tokens import read_detokenize, read_tokenize
+from pipeline.serve.text_stream import FINAL, TEXT, PlainReader, decoded
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+SHORT_TEXT = 2**14  # bytes of a body whose text is encoded at once; longer ones would hold up everybody's streams
+Read = TypeVar("Read")
 
 
-class Generation:
-    """Holds one HTTP request's generations, one per prompt, all accepted by the engine."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """Names what is served, and what a request gets that says nothing: effort, temperature, the day (None: today)."""
 
-    def __init__(
-        self, stream: RequestStream, answers: Sequence[Answer], responses: Responses, counters: metrics.Counters
-    ) -> None:
-        self.responses = responses
-        self.answers = answers
-        self._stream = stream
-        self._index = {request_id: index for index, request_id in enumerate(stream.request_ids)}
-        self._counters = counters
-        counters.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
-        self._lost = "cancelled"  # what became of answers that are not finished
-
-    async def pieces(self) -> AsyncIterator[tuple[int, list[tuple[TextChannel, str]]]]:
-        """Yields the index of an answer and its new text, until all are finished; raises Unavailable."""
-        try:
-            async for update in self._stream.updates():
-                index = self._index[update.request_id]
-                answer = self.answers[index]
-                before = len(answer.token_ids)
-                new = answer.take(update)
-                self._counters.generated_tokens += len(answer.token_ids) - before
-                if answer.finish_reason is not None:
-                    self._counters.requests[answer.finish_reason] += 1
-                    self._stream.cancel(update.request_id)  # a stop string ends it before the engine does
-                yield index, new
-        except Unavailable:
-            self._lost = "failed"
-            raise
-
-    async def whole(self) -> dict[str, Any]:
-        """Returns the reply to a request that does not stream."""
-        async for _ in self.pieces():
-            pass
-        return self.responses.whole(self.answers)
-
-    async def events(self, *, with_usage: bool) -> AsyncIterator[str]:
-        """Yields the reply as server-sent events; a failure on the way is an error event."""
-        for chunk in self.responses.opening(len(self.answers)):
-            yield _event(chunk)
-        try:
-            async for index, new in self.pieces():
-                answer = self.answers[index]
-                for chunk in self.responses.chunks(index, new, answer):
-                    yield _event({**chunk, "usage": None} if with_usage else chunk)
-        except Unavailable as error:
-            yield _event(_unavailable(error).body)
-            return
-        if with_usage:
-            yield _event({**self.responses.chunk([]), "usage": usage(self.answers)})
-        yield "data: [DONE]\n\n"
-
-    def close(self) -> None:
-        """Cancels what is still being generated; called once, however the request ends."""
-        self._stream.close()
-        self._counters.requests[self._lost] += sum(answer.finish_reason is None for answer in self.answers)
-
-
-class EventStream(StreamingResponse):
-    """Sends server-sent events and calls `closed` when the response is over: sent, broken off or abandoned."""
-
-    def __init__(self, events: AsyncIterator[str], *, closed: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._closed = closed
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Sends the response (ASGI's entry)."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._closed()
+    name: str
+    effort: str
+    temperature: float = 1.0
+    date: str | None = None
 
 
 class Api:
-    """Answers the endpoints for one served model; `date` None is today, for templates that print the date."""
+    """Answers the endpoints for one served model."""
 
     def __init__(
         self,
         engine_thread: EngineThread,
         engine: Engine,
         tokenizer: Tokenizer,
-        *,
-        model: str,
-        effort: str,
-        date: str | None = None,
+        served: ServedModel,
+        limits: Limits = DEFAULT,
     ) -> None:
-        self.model = model
+        self.served = served
+        self.limits = limits
         self.counters = metrics.Counters()
         self.engine = engine  # its sizes and counters are read here; its own thread alone runs it
         self.engine_thread = engine_thread
+        self.is_draining = False  # no request is taken any more, and those that run are finished
         self._tokenizer = tokenizer
-        self._effort = effort
-        self._date = date
         self._created = int(time.time())
+        self._encoding = asyncio.Lock()  # of long texts, one at a time: each takes much memory
 
     async def completions(self, http: HttpRequest) -> Response:
         """Answers POST /v1/completions: text or tokens are continued as they are."""
-        body = schema.read_completion(await _body(http), self.model, self.engine.config.stop_token_ids)
-        prompts = [
-            prompt if isinstance(prompt, tuple) else tuple(self._tokenizer.encode(prompt, add_special_tokens=False))
-            for prompt in body.prompts
+        self._require_open()
+        content = await self._content(http)
+
+        def read() -> tuple[CompletionBody, list[tuple[int, ...]]]:
+            body = read_completion(_json(content), self.served.name)
+            return body, [self._encoded(prompt, body.add_special_tokens) for prompt in body.prompt]
+
+        body, prompts = await self._in_turn(content, read)
+        echoed: list[str] = []
+        if body.echo:
+            texts = [
+                prompt if isinstance(prompt, str) else decoded(self._tokenizer, prompt, skip_special_tokens=True)
+                for prompt in body.prompt
+            ]
+            echoed = [text for text in texts for _ in range(body.n)]
+        responses = CompletionResponses(
+            f"cmpl-{secrets.token_hex(12)}",
+            self.served.name,
+            self._tokenizer,
+            token_ids=body.return_token_ids,
+            log_probs=body.logprobs is not None,
+            echoed=echoed,
+        )
+        answers = [
+            Answer(
+                PlainReader(self._tokenizer, TEXT, skips_special=body.skip_special_tokens),
+                content_channel=TEXT,
+                stop=body.stop,
+                ignores_end=body.ignore_eos,
+                has_draft=self.engine.block_size is not None,
+            )
+            for _ in range(len(prompts) * body.n)
         ]
-        responses = CompletionResponses(f"cmpl-{secrets.token_hex(12)}", self.model, body.return_token_ids)
-        return await self._answer(http, body, prompts, responses)
+        return await self._answer(http, body, prompts, body.max_tokens, answers, responses)
 
     async def chat(self, http: HttpRequest) -> Response:
         """Answers POST /v1/chat/completions: messages in the target's chat format; its channels come apart."""
-        body = schema.read_chat(await _body(http), self.model, self.engine.config.stop_token_ids)
-        self._refuse_unknown(body)
-        try:
-            effort = body.effort or self._effort
-            prompt = render_prompt(self._tokenizer, body.messages, effort, tools=body.tools, date=self._date)
-        except PipelineError as error:
-            raise ApiError(str(error), param="messages") from error
-        token_ids = prompt if body.return_token_ids else None
-        responses = ChatResponses(f"chatcmpl-{secrets.token_hex(12)}", self.model, token_ids)
-        return await self._answer(http, body, [tuple(prompt)], responses)
+        self._require_open()
+        content = await self._content(http)
+
+        def read() -> tuple[ChatBody, list[int], list[int]]:
+            body = read_chat(_json(content), self.served.name)
+            self._refuse_unknown(body)
+            opening = self._opening(body.must_call)
+            return body, self._rendered(body.conversation(), body), opening
+
+        body, prompt, opening = await self._in_turn(content, read)
+        responses = ChatResponses(
+            f"chatcmpl-{secrets.token_hex(12)}",
+            self.served.name,
+            self._tokenizer,
+            prompt_ids=[*prompt, *opening] if body.return_token_ids else None,
+            log_probs=body.logprobs,
+            reasoning=body.include_reasoning,
+        )
+        names = [tool["function"]["name"] for tool in body.offered]
+        answers = [
+            Answer(
+                chat_reader(self._tokenizer, names),
+                content_channel=FINAL,
+                stop=body.stop,
+                opening=opening,
+                ignores_end=body.ignore_eos,
+                has_draft=self.engine.block_size is not None,
+            )
+            for _ in range(body.n)
+        ]
+        return await self._answer(http, body, [(*prompt, *opening)], body.limit, answers, responses)
+
+    async def tokenize(self, http: HttpRequest) -> JSONResponse:
+        """Answers POST /tokenize, vLLM's: the tokens of a text, or of messages as a chat would see them."""
+        content = await self._content(http)
+
+        def read() -> list[int]:
+            body = read_tokenize(_json(content), self.served.name)
+            if body.messages is None:
+                return list(self._encoded(body.prompt or "", body.add_special_tokens))
+            return self._rendered(body.conversation(), body)
+
+        tokens = await self._in_turn(content, read)
+        return JSONResponse(
+            {"count": len(tokens), "max_model_len": self.engine.config.max_length, "tokens": tokens, "token_strs": None}
+        )
+
+    async def detokenize(self, http: HttpRequest) -> JSONResponse:
+        """Answers POST /detokenize, vLLM's: the text of tokens, control tokens too."""
+        content = await self._content(http)
+
+        def read() -> str:
+            body = read_detokenize(_json(content), self.served.name)
+            size = len(self._tokenizer)
+            unknown = [token for token in body.tokens if not 0 <= token < size]
+            if unknown:
+                raise ApiError(f"tokens has {unknown[:5]}; the tokenizer knows 0..{size - 1}", param="tokens")
+            return decoded(self._tokenizer, body.tokens)
+
+        return JSONResponse({"prompt": await self._in_turn(content, read)})
 
     def models(self) -> dict[str, Any]:
         """Answers GET /v1/models."""
@@ -156,9 +176,9 @@ class Api:
 
     def retrieve_model(self, name: str) -> dict[str, Any]:
         """Answers GET /v1/models/{name}."""
-        if name != self.model:
+        if name != self.served.name:
             raise ApiError(
-                f"the model {name!r} is not served here; served: {self.model!r}",
+                f"the model {name!r} is not served here; served: {self.served.name!r}",
                 param="model",
                 code="model_not_found",
                 status=404,
@@ -171,18 +191,92 @@ class Api:
             return JSONResponse({"status": "failed", "reason": self.engine_thread.failure}, 503)
         return JSONResponse({"status": "ok"})
 
+    def ready(self) -> JSONResponse:
+        """Answers GET /ready: 200 while requests are taken, 503 with the reason otherwise."""
+        if self.is_draining:
+            return JSONResponse({"status": "draining", "reason": "the server is shutting down"}, 503)
+        return self.health()
+
     def metrics(self) -> PlainTextResponse:
         """Answers GET /metrics."""
-        text = metrics.exposition(self.counters, self.engine, healthy=self.engine_thread.failure is None)
+        text = metrics.exposition(
+            self.counters, self.engine, self.served.name, healthy=self.engine_thread.failure is None
+        )
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
-    def _refuse_unknown(self, body: schema.ChatBody) -> None:
+    def _require_open(self) -> None:
+        """Raises ApiError when no request is taken: the server is ending, or too many are waiting already."""
+        if self.is_draining:
+            raise unavailable(Unavailable("the server is shutting down; send the request again later"))
+        waiting = self.engine.num_waiting
+        if waiting >= self.limits.max_waiting:
+            raise ApiError(
+                f"{waiting} requests are waiting for a slot, as many as this server allows; send it again later",
+                code="server_overloaded",
+                status=503,
+                kind="server_error",
+            )
+
+    async def _content(self, http: HttpRequest) -> bytes:
+        """Returns a request's body; raises ApiError when it is too large, before it is read as far as that is known."""
+        limit = self.limits.max_body_bytes
+        announced = http.headers.get("content-length", "")
+        parts, size = [], 0
+        if not (announced.isdecimal() and int(announced) > limit):
+            try:
+                async for part in http.stream():
+                    parts.append(part)
+                    size += len(part)
+                    if size > limit:
+                        break
+            except ClientDisconnect as error:
+                raise ApiError("the client went away", status=CLIENT_CLOSED_REQUEST) from error
+            if size <= limit:
+                return b"".join(parts)
+        raise ApiError(
+            f"the body has {announced or f'more than {limit}'} bytes; this server reads {limit}: shorten the request, "
+            "or start the server with a larger serve.max_body_bytes",
+            code="request_too_large",
+            status=413,
+        )
+
+    async def _in_turn(self, content: bytes, read: Callable[[], Read]) -> Read:
+        """Returns what a body is read to; a long one is read in a thread, so that streams go on meanwhile."""
+        if len(content) <= SHORT_TEXT:
+            return read()
+        async with self._encoding:
+            return await asyncio.to_thread(read)
+
+    def _encoded(self, prompt: str | tuple[int, ...], add_special_tokens: bool) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            return prompt
+        return tuple(self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+
+    def _rendered(self, conversation: list[dict[str, Any]], body: Any) -> list[int]:
+        """Returns a chat's prompt; `body` has its effort and the tools that it offers."""
+        effort = body.effort or self.served.effort
+        try:
+            return render_prompt(
+                self._tokenizer, conversation, effort, tools=body.offered, date=self.served.date, may_be_empty=True
+            )
+        except PipelineError as error:
+            raise ApiError(str(error), param="messages") from error
+
+    def _opening(self, function: str | None) -> list[int]:
+        """Returns how an answer must begin that has to call a function ("": any of them)."""
+        if function is None:
+            return []
+        name = f".{function} {CONSTRAIN}json<|message|>" if function else ""
+        text = f"<|channel|>commentary to=functions{name}"
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _refuse_unknown(self, body: ChatBody) -> None:
         """Raises ApiError for what the target's chat format does not know, and for tools that are malformed."""
         chat_format = chat_format_of(self._tokenizer)
         if body.effort is not None and not chat_format.has_efforts:
-            raise ApiError(f"{self.model} knows no reasoning efforts: leave it out", param="reasoning_effort")
+            raise ApiError(f"{self.served.name} knows no reasoning efforts: leave it out", param="reasoning_effort")
         if body.tools and not chat_format.has_tools:
-            raise ApiError(f"{self.model} knows no tools: leave them out", param="tools")
+            raise ApiError(f"{self.served.name} knows no tools: leave them out", param="tools")
         problem = tools_problem(body.tools)
         if problem is not None:
             raise ApiError(problem, param="tools")
@@ -190,39 +284,38 @@ class Api:
     async def _answer(
         self,
         http: HttpRequest,
-        body: schema.CompletionBody | schema.ChatBody,
-        prompts: list[tuple[int, ...]],
+        body: ChatBody | CompletionBody,
+        prompts: Sequence[tuple[int, ...]],
+        limit: int | None,
+        answers: Sequence[Answer],
         responses: Responses,
     ) -> Response:
+        """Runs `body.n` answers of each prompt, of at most `limit` tokens each, and returns the reply."""
+        sampling = body.sampling(self.engine.config.stop_token_ids, self.served.temperature)
+        seed = secrets.randbits(63) if body.seed is None else body.seed
         requests = [
             Request(
                 request_id=f"{responses.reply_id}-{index}",
-                prompt_ids=prompt,
-                max_new_tokens=self._room(prompt, body.max_tokens, responses.prompt_param),
-                sampling=dataclasses.replace(body.sampling, key=key_of(body.seed, index)),
+                prompt_ids=prompts[index // body.n],
+                max_new_tokens=self._room(prompts[index // body.n], limit, responses.prompt_param),
+                sampling=dataclasses.replace(sampling, key=sampling_key(seed, f"prompt {index}")),
             )
-            for index, prompt in enumerate(prompts)
+            for index in range(len(answers))
         ]
+        if limit == 0:
+            requests = []  # the prompts are echoed, and nothing generated
+            for answer in answers:
+                answer.finish_reason = "length"
         try:
             stream = await self.engine_thread.submit(requests)
         except PipelineError as error:
             raise ApiError(str(error), param=responses.prompt_param) from error
         except Unavailable as error:
-            raise _unavailable(error) from error
-        chat = isinstance(body, schema.ChatBody)
-        answers = [
-            Answer(
-                chat_reader(self._tokenizer) if chat else PlainReader(self._tokenizer, TEXT),
-                stop=body.stop,
-                stop_channel=FINAL if chat else TEXT,
-                prompt_tokens=len(prompt),
-                has_draft=self.engine.block_size is not None,
-            )
-            for prompt in prompts
-        ]
-        call = Generation(stream, answers, responses, self.counters)
+            raise unavailable(error) from error
+        call = Generation(stream, answers, prompts, responses, self.counters)
         if body.stream:
-            return EventStream(call.events(with_usage=body.stream_usage), closed=call.close)
+            events = call.events(with_usage=body.streams_usage, always=body.streams_usage_always)
+            return EventStream(events, closed=call.close)
         return await _while_connected(http, call)
 
     def _room(self, prompt: tuple[int, ...], max_tokens: int | None, param: str) -> int:
@@ -241,7 +334,7 @@ class Api:
 
     def _model(self) -> dict[str, Any]:
         return {
-            "id": self.model,
+            "id": self.served.name,
             "object": "model",
             "created": self._created,
             "owned_by": "pipeline",
@@ -249,45 +342,9 @@ class Api:
         }
 
 
-def create_app(api: Api) -> FastAPI:
-    """Returns the application: the routes, and every error in OpenAI's shape."""
-    app = FastAPI(title=f"{api.model}, DFLASH", docs_url=None, redoc_url=None, openapi_url=None)
-    app.post("/v1/completions", response_model=None)(api.completions)
-    app.post("/v1/chat/completions", response_model=None)(api.chat)
-    app.get("/v1/models")(api.models)
-    app.get("/v1/models/{name:path}")(api.retrieve_model)
-    app.get("/health", response_model=None)(api.health)
-    app.get("/metrics", response_model=None)(api.metrics)
-
-    @app.exception_handler(ApiError)
-    async def refused(http: HttpRequest, error: ApiError) -> JSONResponse:
-        if http.method == "POST":
-            api.counters.requests["refused" if error.status < 500 else "failed"] += 1
-        return JSONResponse(error.body, error.status)
-
-    @app.exception_handler(Unavailable)
-    async def unavailable(http: HttpRequest, error: Unavailable) -> JSONResponse:
-        answer = _unavailable(error)
-        return JSONResponse(answer.body, answer.status)
-
-    @app.exception_handler(HTTPException)
-    async def no_route(http: HttpRequest, error: HTTPException) -> JSONResponse:
-        routes = "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health, GET /metrics"
-        message = f"{http.method} {http.url.path}: {error.detail}; served: {routes}"
-        return JSONResponse(ApiError(message).body, error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def broken(http: HttpRequest, error: Exception) -> JSONResponse:
-        # Starlette raises the error again behind this reply, so that the log has its traceback
-        message = f"{type(error).__name__} in the server; its log has the traceback"
-        return JSONResponse(ApiError(message, kind="server_error").body, 500)
-
-    return app
-
-
-async def _body(http: HttpRequest) -> Any:
+def _json(content: bytes) -> Any:
     try:
-        return json.loads(await http.body())
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not JSON ({error}); send a JSON object") from error
 
@@ -311,11 +368,3 @@ async def _while_connected(http: HttpRequest, call: Generation) -> Response:
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _unavailable(error: Unavailable) -> ApiError:
-    return ApiError(str(error), code="engine_unavailable", status=error.status, kind="server_error")
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"

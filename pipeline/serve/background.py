@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from pipeline.engine.engine import Engine
 from pipeline.prompts.tokenizer import Tokenizer
 from pipeline.serve import server
-from pipeline.serve.api import Api, create_app
+from pipeline.serve.api import Api, ServedModel
+from pipeline.serve.app import create_app
+from pipeline.serve.auth import ApiKeys
 from pipeline.serve.engine_thread import EngineThread
 
 HOST = "127.0.0.1"
 
 
 @contextlib.contextmanager
-def served(engine: Engine, tokenizer: Tokenizer, *, model: str, effort: str, date: str | None) -> Iterator[str]:
+def served(engine: Engine, tokenizer: Tokenizer, model: ServedModel) -> Iterator[str]:
     """Serves a model on a free port of this machine while the context is open; yields the server's address."""
     engine_thread = EngineThread(engine)
     with contextlib.closing(server.bind(HOST, 0)) as listener:
-        api = Api(engine_thread, engine, tokenizer, model=model, effort=effort, date=date)
-        serving = server.create_server(create_app(api), listener, cut=engine_thread.end)
+        api = Api(engine_thread, engine, tokenizer, model)
+        serving = server.create_server(create_app(api, keys=ApiKeys([])), listener, cut=engine_thread.end)
         thread = threading.Thread(target=server.serve, args=(serving, listener), name="background-server")
         engine_thread.start()
         thread.start()

@@ -1,17 +1,24 @@
-"""Runs a FastAPI application on a port until SIGINT or SIGTERM."""
+"""Runs a FastAPI application on a port until SIGINT or SIGTERM, which let it finish what it has begun."""
 
 import asyncio
 import contextlib
 import errno
+import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from pipeline.errors import PipelineError
+from pipeline.serve.http_protocol import protocol_with
+from pipeline.serve.limits import DEFAULT, Limits
 
-GRACE_SECONDS = 5  # how long requests in flight may go on after a signal; then `cut` ends them
+log = logging.getLogger("pipeline")
+
+GRACE_SECONDS = 5.0  # how long requests in flight may go on once the server is to end; then `cut` ends them
 LAST_SECONDS = 10  # how long their last answers may take; then their connections are closed
 BACKLOG = 2048  # connections that wait to be taken
 
@@ -30,18 +37,45 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url(listener: socket.socket) -> str:
+def url(listener: socket.socket, *, scheme: str = "http") -> str:
     """Returns the URL at which a bound socket answers."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's server, which calls `cut` when requests in flight have had their grace."""
+    """Uvicorn's server, which finishes what it has begun: a signal starts to drain it, and a second one ends it.
 
-    def __init__(self, config: uvicorn.Config, cut: Callable[[], None]) -> None:
+    `on_drain` is called at the first signal, when requests are to be refused; those in flight have `drain_seconds`.
+    `cut` ends those that are left.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, cut: Callable[[], None], on_drain: Callable[[], None], drain_seconds: float
+    ) -> None:
         super().__init__(config)
-        self._cut = cut
+        self._cut, self._on_drain, self._drain_seconds = cut, on_drain, drain_seconds
+        self._drains_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Takes a signal: the first one begins to drain, the next one ends at once."""
+        self._captured_signals.append(sig)
+        if self._drains_until is not None or self.should_exit:
+            self.should_exit = self.force_exit = True
+            self._cut()
+            return
+        self._drains_until = time.monotonic() + self._drain_seconds
+        self._on_drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Returns, ten times a second, whether the server is to end."""
+        if self._drains_until is not None and not self.should_exit:
+            is_over = time.monotonic() >= self._drains_until
+            if is_over or not self.server_state.tasks:
+                self.should_exit = True
+                if is_over:
+                    self._cut()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends the server, quickly when nothing is in flight."""
@@ -50,24 +84,49 @@ class Server(uvicorn.Server):
         timer.cancel()
 
 
-def create_server(app: FastAPI, listener: socket.socket, *, cut: Callable[[], None]) -> Server:
-    """Returns a server for `app` and opens its port: clients are no longer turned away. `cut` must not block."""
+def create_server(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    cut: Callable[[], None],
+    limits: Limits = DEFAULT,
+    on_drain: Callable[[], None] = lambda: None,
+    drain_seconds: float = GRACE_SECONDS,
+    certificate: tuple[str, str] | None = None,
+) -> Server:
+    """Returns a server for `app` and opens its port: clients are no longer turned away. `cut` must not block.
+
+    With a `certificate`, two files (the chain and its key), it speaks TLS. Raises PipelineError when they are no pair.
+    """
     host, port = listener.getsockname()[:2]
     with _port_errors(host, port):
         listener.listen(BACKLOG)  # fails when another server took the port meanwhile
+    chain, key = certificate or (None, None)
     config = uvicorn.Config(
         app,
+        http=protocol_with(limits),
+        ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,
         lifespan="off",
-        timeout_graceful_shutdown=GRACE_SECONDS + LAST_SECONDS,
+        server_header=False,
+        timeout_graceful_shutdown=int(GRACE_SECONDS + LAST_SECONDS),
+        ssl_certfile=chain,
+        ssl_keyfile=key,
     )
-    return Server(config, cut)
+    try:
+        config.load()
+    except OSError as error:  # ssl's errors are OSErrors
+        raise PipelineError(
+            f"serve.tls_certificate is {chain} and serve.tls_key {key}: {error}; name the files of a certificate chain "
+            "and of its key, in PEM"
+        ) from error
+    return Server(config, cut, on_drain, drain_seconds)
 
 
 def serve(server: Server, listener: socket.socket) -> None:
-    """Answers requests until `server.should_exit`, SIGINT or SIGTERM; requests in flight get some seconds."""
+    """Answers requests until `server.should_exit`, SIGINT or SIGTERM, and then those in flight."""
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has ended
         server.run(sockets=[listener])
 

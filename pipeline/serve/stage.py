@@ -7,15 +7,18 @@ import time
 
 from pipeline import distributed
 from pipeline.config.choices import ServeMode
-from pipeline.config.schema import PipelineConfig
+from pipeline.config.schema import PipelineConfig, ServeConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.multihost import PrimaryEngine, follow_primary
 from pipeline.errors import PipelineError
-from pipeline.serve import server
-from pipeline.serve.api import Api, create_app
+from pipeline.serve import auth, server
+from pipeline.serve.api import Api, ServedModel
+from pipeline.serve.app import create_app
 from pipeline.serve.engine_thread import EngineThread
+from pipeline.serve.limits import Limits
 from pipeline.serve.loading import engine_of
 from pipeline.tracking.run import Run
+from pipeline.workspace import specs
 from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
@@ -33,28 +36,37 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         engine.warm_up()
         follow_primary(engine)
         return
+    keys = auth.read_keys(wanted.api_keys)
+    auth.require_guarded(wanted.host, keys, insecure=wanted.insecure)
     with contextlib.closing(server.bind(wanted.host, wanted.port)) as listener:  # first: a port is soon refused
-        engine = engine_of(workspace, with_draft=is_dflash)
+        served, engine = _served_model(workspace), engine_of(workspace, with_draft=is_dflash)
         started = time.monotonic()
-        engine.warm_up()
-        log.info("compiled and warmed up in %.1f s", time.monotonic() - started)
+        engine.warm_up(lambda name: log.info("ready after %.1f s: %s", time.monotonic() - started, name))
         primary = engine if isinstance(engine, PrimaryEngine) else None
         if primary is not None:
             primary.start_broadcasting()
 
         engine_thread = EngineThread(engine, None if primary is None else primary.broadcast_idle)
-        api = Api(
-            engine_thread,
-            engine,
-            workspace.tokenizer,
-            model=config.target.name,
-            effort=wanted.reasoning_effort.value,
-            date=wanted.date,
+        limits = Limits(
+            max_body_bytes=wanted.max_body_bytes,
+            max_waiting=wanted.max_waiting,
+            max_connections=wanted.max_connections,
+            client_seconds=wanted.client_seconds,
         )
-        serving = server.create_server(create_app(api), listener, cut=engine_thread.end)
+        api = Api(engine_thread, engine, workspace.tokenizer, served, limits)
+        serving = server.create_server(
+            create_app(api, keys=keys, cors_origins=wanted.cors_origins, logs_requests=wanted.log_requests),
+            listener,
+            cut=engine_thread.end,
+            limits=limits,
+            on_drain=lambda: _drain(api),
+            drain_seconds=wanted.drain_seconds,
+            certificate=_certificate(wanted),
+        )
         engine_thread.start()
         try:
-            _announce(config.target.name, wanted.mode, server.url(listener))
+            scheme = "http" if wanted.tls_certificate is None else "https"
+            _announce(served.name, wanted.mode, server.url(listener, scheme=scheme), has_keys=len(keys) > 0)
             server.serve(serving, listener)
         finally:
             if not engine_thread.stop():
@@ -82,8 +94,33 @@ def _report(tracker: Run, api: Api, engine: Engine) -> None:
         )
 
 
-def _announce(name: str, mode: ServeMode, address: str) -> None:
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is 17 + 25?"}]})
+def _served_model(workspace: Workspace) -> ServedModel:
+    wanted = workspace.config.serve
+    temperature = wanted.default_temperature
+    return ServedModel(
+        name=workspace.config.target.name,
+        effort=wanted.reasoning_effort.value,
+        temperature=specs.default_temperature(workspace.target.path) if temperature is None else temperature,
+        date=wanted.date,
+    )
+
+
+def _certificate(wanted: ServeConfig) -> tuple[str, str] | None:
+    if wanted.tls_certificate is None or wanted.tls_key is None:
+        return None
+    return wanted.tls_certificate, wanted.tls_key
+
+
+def _drain(api: Api) -> None:
+    """Takes no request any more; called in a signal handler."""
+    api.is_draining = True
+    running = api.engine.num_running + api.engine.num_waiting
+    log.info("finishing %d requests; a second signal ends them", running)
+
+
+def _announce(name: str, mode: ServeMode, address: str, *, has_keys: bool) -> None:
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0})
+    key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
     print(f"serving {name} ({mode.value}) on {address}")
-    print(f"try: curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    print(f"try: curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     print("Ctrl-C ends it", flush=True)

@@ -32,6 +32,7 @@ from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat, random_weights
 from pipeline.model.hf.directory import read_draft, read_target, save_target
 from pipeline.prompts import corpus, tokenizer
+from pipeline.serve.api import ServedModel
 from pipeline.serve.background import served
 from pipeline.tracking.run import Run
 from pipeline.workspace import specs
@@ -117,10 +118,12 @@ def _serve(workspace: Workspace) -> None:
     plain = Request(request_id="plain", prompt_ids=tuple(prompt), max_new_tokens=length)
     wanted = next(iter(Engine(target, None, engine).generate([plain]))).token_ids
 
-    model, effort = config.target.name, config.serve.reasoning_effort.value
+    model = ServedModel(
+        name=config.target.name, effort=config.serve.reasoning_effort.value, temperature=0.0, date=config.serve.date
+    )
     drafted = Engine(target, draft, engine)
-    with served(drafted, workspace.tokenizer, model=model, effort=effort, date=config.serve.date) as address:
-        body = {"model": model, "prompt": prompt, "max_tokens": length, "return_token_ids": True}
+    with served(drafted, workspace.tokenizer, model) as address:
+        body = {"model": model.name, "prompt": prompt, "max_tokens": length, "return_token_ids": True}
         answer = _post(f"{address}/v1/completions", body)
     found = tuple(answer["choices"][0]["token_ids"])
     if found != wanted:

@@ -1,7 +1,9 @@
 """Turns a configuration into model sizes, a draft and a prompt set."""
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.choices import Effort, OnBadRow, PromptSource
 from pipeline.config.schema import ArchitectureConfig, DraftConfig, EngineSettings, PromptsConfig
@@ -21,6 +23,7 @@ from pipeline.prompts.tokenizer import Tokenizer
 
 GENERATED_PROMPTS = 1536  # of sources without an end
 TAPPED_LAYERS = 5  # of a derived draft, where the target has as many
+GENERATION = "generation_config.json"
 WIDTH_STEP = 128  # a derived intermediate size is a multiple of it
 
 
@@ -82,12 +85,31 @@ def stop_token_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
 
     Raises PipelineError when that file names something else than tokens.
     """
-    file = directory / "generation_config.json"
-    found = read_object(file, "").get("eos_token_id") if file.is_file() else None
+    found = _generation_config(directory).get("eos_token_id")
+    file = directory / GENERATION
     named = found if isinstance(found, list) else [] if found is None else [found]
     if any(not is_whole(token) or token < 0 for token in named):
         raise PipelineError(f"{file}: eos_token_id: found {found!r}, wanted a token's id or a list of them")
     return tuple(dict.fromkeys([*chat_format.stop_token_ids(tokenizer), *named]))
+
+
+def default_temperature(directory: Path) -> float:
+    """Returns the temperature of requests that name none: `generation_config.json`'s, 0 where it says not to sample.
+
+    Without either it is 1. Raises PipelineError when that file names something else than a temperature.
+    """
+    values = _generation_config(directory)
+    found = values.get("temperature")
+    if found is None:
+        return 0.0 if values.get("do_sample") is False else 1.0
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < math.inf:
+        raise PipelineError(f"{directory / GENERATION}: temperature: found {found!r}, wanted a number of at least 0")
+    return float(found)
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    file = directory / GENERATION
+    return read_object(file, "") if file.is_file() else {}
 
 
 def require_fitting(draft: DFlashConfig, model: GptOssConfig, directory: Path) -> DFlashConfig:

@@ -18,7 +18,8 @@ from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.harmony import render_completion
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.prompts.tools import ToolCall
-from pipeline.serve.text_stream import ToolChannel, chat_reader
+from pipeline.serve.channel_reader import chat_reader
+from pipeline.serve.text_stream import ToolChannel
 from pipeline.store.layout import CachedSequence
 from pipeline.target import batches
 from pipeline.train.data.rows import stack

@@ -549,7 +549,7 @@ def test_the_plain_arm_has_no_rounds_to_report(tokenizer):
     ):
         reply = client.chat.completions.create(model=MODEL, messages=[USER])
         assert reply.choices[0].message.content == FINAL
-        assert reply.usage.completion_tokens_details is None
+        assert reply.usage.completion_tokens_details.accepted_prediction_tokens is None
         assert "accept_" not in httpx.get(f"{address}/metrics").text
 
 
@@ -580,3 +580,33 @@ def test_a_port_in_use_is_named():
             server.bind("127.0.0.1", port)
     with pytest.raises(PipelineError, match=r"serve.host is '192\.0\.2\.1'"):
         server.bind("192.0.2.1", 0)
+
+
+def test_metrics_that_mean_the_same_have_vllms_names(client, address, engine):
+    client.completions.create(model=MODEL, prompt=[7, 7], max_tokens=8)
+    families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{address}/metrics").text)}
+    samples = {
+        (sample.name, sample.labels.get("position") or sample.labels.get("finished_reason")): sample
+        for family in families.values()
+        for sample in family.samples
+    }
+    wanted = {
+        ("vllm:num_requests_running", None): 0,
+        ("vllm:num_requests_waiting", None): 0,
+        ("vllm:prompt_tokens_total", None): 2,
+        ("vllm:generation_tokens_total", None): 8,
+        ("vllm:request_success_total", "length"): 1,
+        ("vllm:spec_decode_num_drafts_total", None): 3,  # rounds of 3, 3 and 1 tokens
+        ("vllm:spec_decode_num_draft_tokens_total", None): 21,
+        ("vllm:spec_decode_num_accepted_tokens_total", None): 4,
+        ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "0"): 2,
+        ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "1"): 2,
+        ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "2"): 0,
+        ("vllm:time_to_first_token_seconds_count", None): 1,
+        ("vllm:inter_token_latency_seconds_count", None): 3,
+        ("vllm:e2e_request_latency_seconds_count", None): 1,
+    }
+    assert {key: samples[key].value for key in wanted} == wanted
+    assert families["vllm:time_to_first_token_seconds"].type == "histogram"
+    assert {sample.labels["model_name"] for (name, _), sample in samples.items() if name.startswith("vllm:")} == {MODEL}
+    assert metric(address, "serve_step_seconds_total") == metric(address, "serve_host_seconds_total") == 0

@@ -10,7 +10,7 @@ from pipeline.engine.block_choice import Estimate
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.in_flight import EngineTimes
-from pipeline.engine.request import Request, StepUpdate
+from pipeline.engine.request import Request, StepUpdate, TokenLogProb
 from pipeline.errors import PipelineError
 
 VOCABULARY = 512
@@ -61,6 +61,8 @@ class FakeEngine(Engine):
     def num_running(self) -> int:
         return len(self.running)
 
+    num_pages = 40
+
     @property
     def num_free_pages(self) -> int:
         return 40 - self.num_running
@@ -69,7 +71,7 @@ class FakeEngine(Engine):
     def block_estimates(self) -> dict[int, Estimate]:
         return {}
 
-    def warm_up(self) -> None:
+    def warm_up(self, on_compiled: Callable[[str], None] = lambda name: None) -> None:
         pass
 
     def check(self, request: Request) -> None:
@@ -119,4 +121,12 @@ class FakeEngine(Engine):
             finish_reason=reason,
             num_accepted=num_accepted,
             num_drafted=self.block_size - 1 if is_round and self.block_size is not None else None,
+            log_probs=log_probs_of(new, one.request.sampling.logprobs),
         )
+
+
+def log_probs_of(tokens: Sequence[int], count: int | None) -> tuple[TokenLogProb, ...]:
+    """Of tokens the log probability -token/1000, and as the likeliest ones the tokens 0 to `count` - 1, each -0.5."""
+    if count is None:
+        return ()
+    return tuple(TokenLogProb(token, -token / 1000, tuple((index, -0.5) for index in range(count))) for token in tokens)

@@ -4,8 +4,11 @@ import contextlib
 import threading
 
 from pipeline.serve import server
-from pipeline.serve.api import Api, create_app
+from pipeline.serve.api import Api, ServedModel
+from pipeline.serve.app import create_app
+from pipeline.serve.auth import ApiKeys
 from pipeline.serve.engine_thread import EngineThread
+from pipeline.serve.limits import DEFAULT
 
 MODEL = "tiny"
 LIMIT_SECONDS = 30.0  # until a server has ended, on a machine that does other things too
@@ -13,17 +16,42 @@ LIMIT_SECONDS = 30.0  # until a server has ended, on a machine that does other t
 
 @contextlib.contextmanager
 def serving(engine, tokenizer, **options):
-    """A server on a free port, and how many seconds it may take to end."""
+    """The address of a server on a free port, until the context ends."""
+    with started(engine, tokenizer, **options) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def started(
+    engine,
+    tokenizer,
+    *,
+    date=None,
+    temperature=0.0,
+    keys=(),
+    limits=DEFAULT,
+    cors_origins=(),
+    drain_seconds=server.GRACE_SECONDS,
+):
+    """A server's address, and the server."""
     worker = EngineThread(engine)
-    api = Api(worker, engine, tokenizer, model=MODEL, effort="low", **options)
+    served = ServedModel(name=MODEL, effort="low", temperature=temperature, date=date)
+    api = Api(worker, engine, tokenizer, served, limits)
+
+    def drain():
+        api.is_draining = True
+
     with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
         address = server.url(listener)
-        running = server.create_server(create_app(api), listener, cut=worker.end)
+        app = create_app(api, keys=ApiKeys(list(keys)), cors_origins=cors_origins)
+        running = server.create_server(
+            app, listener, cut=worker.end, limits=limits, on_drain=drain, drain_seconds=drain_seconds
+        )
         thread = threading.Thread(target=server.serve, args=(running, listener))
         worker.start()
         thread.start()
         try:
-            yield address
+            yield address, running
         finally:
             running.should_exit = True
             thread.join(LIMIT_SECONDS)

@@ -77,3 +77,25 @@ def test_mixed_efforts_are_drawn_by_the_shares_and_the_seed(config):
     assert len({prompt.effort for prompt in Workspace(config).prompts.prompts}) == 3
     config.prompts.effort_mix = {"high": 1.0}
     assert {prompt.effort for prompt in Workspace(config).prompts.prompts} == {"high"}
+
+
+@pytest.mark.parametrize(
+    ("text", "temperature"),
+    [
+        (None, 1.0),
+        ("{}", 1.0),
+        ('{"do_sample": true}', 1.0),
+        ('{"do_sample": false}', 0.0),
+        ('{"temperature": 0.6, "do_sample": true}', 0.6),
+    ],
+)
+def test_a_request_without_a_temperature_gets_the_models_or_one(tmp_path, text, temperature):
+    if text is not None:
+        (tmp_path / "generation_config.json").write_text(text)
+    assert specs.default_temperature(tmp_path) == temperature
+
+
+def test_a_temperature_that_is_none_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(PipelineError, match=r"generation_config\.json: temperature: found 'hot', wanted a number"):
+        specs.default_temperature(tmp_path)

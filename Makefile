@@ -18,7 +18,7 @@ override CONFORMANCE_VENVS := $(abspath $(CONFORMANCE_VENVS))
 export CONFORMANCE_VENVS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-slow conformance parity peer train-peer lint smoke env test-env oracle-env conformance-env clean
+.PHONY: demo test test-fast test-slow conformance parity peer train-peer attack soak lint smoke env test-env oracle-env conformance-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
@@ -51,6 +51,12 @@ train-peer: env oracle-env # a training step beside speculators'; what the draft
 
 parity: test-env oracle-env # after demo: its own target and draft against the oracles
 	$(BIN)/python -m pytest -m slow tests/test_demo_parity.py
+
+attack: demo test-env # half-open connections, large bodies and the like beside good clients; ATTACK=300 seconds
+	$(BIN)/python -m tests.attack --seconds $(or $(ATTACK),60)
+
+soak: demo test-env # two minutes of 256 requests at a time, a third broken off; again with pages for 40 of them
+	$(BIN)/python -m tests.soak
 
 lint: test-env
 	$(BIN)/ruff check

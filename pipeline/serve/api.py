@@ -26,11 +26,14 @@ from pipeline.serve.answer import Answer
 from pipeline.serve.channel_reader import chat_reader
 from pipeline.serve.engine_thread import EngineThread, Unavailable
 from pipeline.serve.errors import ApiError
-from pipeline.serve.generation import EventStream, Generation, unavailable
+from pipeline.serve.generation import Events, EventStream, Generation, unavailable
 from pipeline.serve.limits import DEFAULT, Limits
-from pipeline.serve.responses import ChatResponses, CompletionResponses, Responses
+from pipeline.serve.response_objects import ResponseObjects
+from pipeline.serve.response_store import ResponseStore
+from pipeline.serve.responses import ChatResponses, ChunkEvents, CompletionResponses, Responses
 from pipeline.serve.schema.chat import ChatBody, read_chat
 from pipeline.serve.schema.completion import CompletionBody, read_completion
+from pipeline.serve.schema.responses import ResponseBody, read_response
 from pipeline.serve.schema.tokens import read_detokenize, read_tokenize
 from pipeline.serve.text_stream import FINAL, TEXT, PlainReader, decoded
 
@@ -68,6 +71,7 @@ class Api:
         self.is_draining = False  # no request is taken any more, and those that run are finished
         self._tokenizer = tokenizer
         self._created = int(time.time())
+        self._stored = ResponseStore(limits.max_stored_bytes)
         self._encoding = asyncio.Lock()  # of long texts, one at a time: each takes much memory
 
     async def completions(self, http: HttpRequest) -> Response:
@@ -127,6 +131,50 @@ class Api:
             log_probs=body.logprobs,
             reasoning=body.include_reasoning,
         )
+        return await self._answer_chat(http, body, prompt, opening, responses)
+
+    async def create_response(self, http: HttpRequest) -> Response:
+        """Answers POST /v1/responses: a chat whose turns are items, and which may go on from a stored response."""
+        self._require_open()
+        content = await self._content(http)
+
+        def read() -> tuple[ResponseBody, ChatBody, list[dict[str, Any]]]:
+            body = read_response(_json(content), self.served.name)
+            before = self._stored.items(body.previous_response_id)
+            chat = body.as_chat(before)
+            self._refuse_unknown(chat)
+            return body, chat, [*before, *body.input]
+
+        body, chat, items = await self._in_turn(content, read)
+        opening = self._opening(chat.must_call)
+        prompt = await self._in_turn(content, lambda: self._rendered(chat.conversation(), chat))
+        responses = ResponseObjects(
+            f"resp_{secrets.token_hex(12)}",
+            body,
+            self._tokenizer,
+            effort=chat.effort or self.served.effort,
+            temperature=self.served.temperature,
+            on_finished=lambda found: self._stored.put(found, [*items, *found["output"]]) if body.store else None,
+        )
+        return await self._answer_chat(http, chat, prompt, opening, responses)
+
+    def stored_response(self, name: str) -> dict[str, Any]:
+        """Answers GET /v1/responses/{name}."""
+        return self._stored.response(name)
+
+    def delete_response(self, name: str) -> dict[str, Any]:
+        """Answers DELETE /v1/responses/{name}."""
+        self._stored.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
+
+    async def _answer_chat(
+        self,
+        http: HttpRequest,
+        body: ChatBody,
+        prompt: Sequence[int],
+        opening: Sequence[int],
+        responses: ChatResponses | ResponseObjects,
+    ) -> Response:
         names = [tool["function"]["name"] for tool in body.offered]
         answers = [
             Answer(
@@ -288,7 +336,7 @@ class Api:
         prompts: Sequence[tuple[int, ...]],
         limit: int | None,
         answers: Sequence[Answer],
-        responses: Responses,
+        responses: Responses | ResponseObjects,
     ) -> Response:
         """Runs `body.n` answers of each prompt, of at most `limit` tokens each, and returns the reply."""
         sampling = body.sampling(self.engine.config.stop_token_ids, self.served.temperature)
@@ -314,8 +362,12 @@ class Api:
             raise unavailable(error) from error
         call = Generation(stream, answers, prompts, responses, self.counters)
         if body.stream:
-            events = call.events(with_usage=body.streams_usage, always=body.streams_usage_always)
-            return EventStream(events, closed=call.close)
+            events: Events = (
+                responses
+                if isinstance(responses, ResponseObjects)
+                else ChunkEvents(responses, with_usage=body.streams_usage, always=body.streams_usage_always)
+            )
+            return EventStream(call.events(events), closed=call.close)
         return await _while_connected(http, call)
 
     def _room(self, prompt: tuple[int, ...], max_tokens: int | None, param: str) -> int:

@@ -22,6 +22,7 @@ from pipeline.serve.errors import ApiError
 from pipeline.serve.generation import unavailable
 from pipeline.serve.schema.chat import ChatBody
 from pipeline.serve.schema.completion import CompletionBody
+from pipeline.serve.schema.responses import ResponseBody
 from pipeline.serve.schema.tokens import DetokenizeBody, TokenizeBody
 
 log = logging.getLogger("pipeline.serve")
@@ -37,6 +38,7 @@ def create_app(api: Api, *, keys: ApiKeys, cors_origins: Sequence[str] = (), log
     for path, endpoint, body in (
         ("/v1/completions", api.completions, CompletionBody),
         ("/v1/chat/completions", api.chat, ChatBody),
+        ("/v1/responses", api.create_response, ResponseBody),
         ("/tokenize", api.tokenize, TokenizeBody),
         ("/detokenize", api.detokenize, DetokenizeBody),
     ):
@@ -44,12 +46,14 @@ def create_app(api: Api, *, keys: ApiKeys, cors_origins: Sequence[str] = (), log
     for path, answer in (
         ("/v1/models", api.models),
         ("/v1/models/{name:path}", api.retrieve_model),
+        ("/v1/responses/{name}", api.stored_response),
         ("/health", api.health),
         ("/ready", api.ready),
         ("/metrics", api.metrics),
     ):
         app.get(path, response_model=None)(answer)
         app.head(path, response_model=None, include_in_schema=False)(answer)
+    app.delete("/v1/responses/{name}", response_model=None)(api.delete_response)
     _answer_errors(app, api)
     app.add_middleware(_Gate, keys=keys, logs_requests=logs_requests)
     if cors_origins:
@@ -96,7 +100,8 @@ def _answer_errors(app: FastAPI, api: Api) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(http: HttpRequest, error: HTTPException) -> JSONResponse:
-        routes = "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /health, GET /metrics, GET /docs"
+        posts = "POST /v1/completions, POST /v1/chat/completions, POST /v1/responses"
+        routes = f"{posts}, GET /v1/models, GET /health, GET /metrics, GET /docs"
         message = f"{http.method} {http.url.path}: {error.detail}; served: {routes}"
         return JSONResponse(ApiError(message).body, error.status_code, error.headers)
 

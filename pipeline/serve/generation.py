@@ -1,6 +1,5 @@
 """One HTTP request's answers on their way: from the engine's updates to a reply, whole or streamed."""
 
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -11,8 +10,11 @@ from pipeline.serve import metrics
 from pipeline.serve.answer import Answer, usage
 from pipeline.serve.engine_thread import RequestStream, Unavailable
 from pipeline.serve.errors import ApiError
-from pipeline.serve.responses import Responses
+from pipeline.serve.response_objects import ResponseObjects
+from pipeline.serve.responses import ChunkEvents, Responses
 from pipeline.serve.text_stream import TextChannel
+
+Events = ChunkEvents | ResponseObjects
 
 
 class Generation:
@@ -23,7 +25,7 @@ class Generation:
         stream: RequestStream,
         answers: Sequence[Answer],
         prompts: Sequence[Sequence[int]],
-        responses: Responses,
+        responses: Responses | ResponseObjects,
         counters: metrics.Counters,
     ) -> None:
         self.answers = answers
@@ -83,26 +85,19 @@ class Generation:
             pass
         return self._responses.whole(self.answers, self.usage())
 
-    async def events(self, *, with_usage: bool, always: bool) -> AsyncIterator[str]:
-        """Yields the reply as server-sent events; a failure on the way is an error event.
-
-        With usage each chunk has the field: null but in the last one, or `always` what was used so far.
-        """
-        for chunk in self._responses.opening(len(self.answers)):
-            yield _event(self._with_usage(chunk, with_usage, always))
+    async def events(self, events: Events) -> AsyncIterator[str]:
+        """Yields the reply as server-sent events; a failure on the way is an error event."""
+        for event in events.opening(len(self.answers)):
+            yield event
         try:
             async for index, new in self.pieces():
-                for chunk in self._responses.chunks(index, new, self.answers[index]):
-                    yield _event(self._with_usage(chunk, with_usage, always))
+                for event in events.chunks(index, new, self.answers[index], self.usage):
+                    yield event
         except Unavailable as error:
-            yield _event(unavailable(error).body)
+            yield events.failed(unavailable(error))
             return
-        if with_usage:
-            yield _event({**self._responses.chunk([]), "usage": self.usage()})
-        yield "data: [DONE]\n\n"
-
-    def _with_usage(self, chunk: dict[str, Any], with_usage: bool, always: bool) -> dict[str, Any]:
-        return {**chunk, "usage": self.usage() if always else None} if with_usage else chunk
+        for event in events.closing(self.answers, self.usage()):
+            yield event
 
     def close(self) -> None:
         """Cancels what is still being generated; called once, however the request ends."""
@@ -128,7 +123,3 @@ class EventStream(StreamingResponse):
 def unavailable(error: Unavailable) -> ApiError:
     """Returns what a client is answered when the engine cannot answer."""
     return ApiError(str(error), code="engine_unavailable", status=error.status, kind="server_error")
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"

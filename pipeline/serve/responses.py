@@ -1,11 +1,13 @@
 """Writes OpenAI's completion and chat completion objects, whole and in chunks."""
 
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pipeline.prompts.tokenizer import Tokenizer
 from pipeline.serve.answer import Answer
+from pipeline.serve.errors import ApiError
 from pipeline.serve.logprobs import chat_logprobs, completion_logprobs
 from pipeline.serve.text_stream import ANALYSIS, FINAL, TEXT, TextChannel, ToolChannel
 
@@ -195,3 +197,40 @@ def _reason(answer: Answer) -> str | None:
 
 
 Responses = CompletionResponses | ChatResponses
+
+
+class ChunkEvents:
+    """Writes the chunks of both kinds of completions as server-sent events.
+
+    With usage each chunk has the field: null but in the last one, or `always` what was used so far.
+    """
+
+    def __init__(self, responses: Responses, *, with_usage: bool, always: bool) -> None:
+        self._responses, self._with_usage, self._always = responses, with_usage, always
+
+    def opening(self, num_answers: int) -> Iterator[str]:
+        """Yields the events sent before any text."""
+        for chunk in self._responses.opening(num_answers):
+            yield _event({**chunk, "usage": None} if self._with_usage else chunk)
+
+    def chunks(
+        self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer, usage: Callable[[], dict[str, Any]]
+    ) -> Iterator[str]:
+        """Yields the events for new pieces of an answer."""
+        for chunk in self._responses.chunks(index, pieces, answer):
+            used = usage() if self._always else None
+            yield _event({**chunk, "usage": used} if self._with_usage else chunk)
+
+    def closing(self, answers: Sequence[Answer], usage: dict[str, Any]) -> Iterator[str]:
+        """Yields the last events."""
+        if self._with_usage:
+            yield _event({**self._responses.chunk([]), "usage": usage})
+        yield "data: [DONE]\n\n"
+
+    def failed(self, error: ApiError) -> str:
+        """Returns the event of an answer that cannot be finished."""
+        return _event(error.body)
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"

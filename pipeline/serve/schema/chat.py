@@ -181,11 +181,11 @@ def read_chat(body: Any, model: str) -> ChatBody:
         )
     if found.top_logprobs is not None and not found.logprobs:
         raise ApiError("top_logprobs is given without logprobs; set logprobs to true", param="top_logprobs")
-    _require_choosable(found)
+    require_choosable(found)
     return found
 
 
-def _require_choosable(body: ChatBody) -> None:
+def require_choosable(body: ChatBody) -> None:
     """Raises ApiError when a call is demanded of a function that is not offered."""
     name = body.must_call
     if name is None:

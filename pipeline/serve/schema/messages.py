@@ -79,7 +79,9 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = ""
-    name: str | None = Field(None, description="Accepted; the chat format writes no names but those of functions.")
+    name: str | None = Field(
+        default=None, description="Accepted; the chat format writes no names but those of functions."
+    )
     thinking: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None

@@ -1,0 +1,222 @@
+"""Attacks a server on this machine while good clients use it: `make attack`.
+
+    python -m tests.attack --seconds 60 [overrides of the served configuration]
+
+Starts `stage=serve`, asks for 32 streams' answers, then asks for them again and again while half-open connections,
+slow writers, clients that never read, large bodies, large headers, broken JSON and broken-off requests arrive. Every
+answer must be the one that it was before, and every attack must get a 4xx or be closed. Prints a table; exits with 1
+otherwise.
+"""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+NUM_GOOD, NUM_TOKENS = 32, 48
+START_SECONDS = 600
+BODY_BYTES, HEADER_BYTES = 60_000_000, 1_000_000
+WORDS = ("alpha", "beta", "17", "+", "naïve", "東京", "sum", "the", "of", "?", "\n", "<|end|>")
+
+
+class Server:
+    """`stage=serve` in a process of its own."""
+
+    def __init__(self, overrides):
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline",
+            "stage=serve",
+            "serve.port=0",
+            "serve.client_seconds=5",
+            *overrides,
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.port, deadline = None, time.monotonic() + START_SECONDS
+        while self.port is None:
+            line = self.process.stdout.readline()
+            if not line or time.monotonic() > deadline:
+                raise SystemExit("the server did not start; run stage=all first")
+            found = re.search(r"serving (\S+) .*http://127.0.0.1:(\d+)", line)
+            if found:
+                self.model, self.port = found[1], int(found[2])
+
+    @property
+    def memory_mib(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+class Attack:
+    """Good clients and bad ones; `outcomes` counts what the bad ones got."""
+
+    def __init__(self, server):
+        self.server, self.draw = server, random.Random(0)
+        self.outcomes = collections.defaultdict(collections.Counter)
+        self.gaps, self.num_wrong, self.num_answers = [], 0, 0
+
+    def body(self, index):
+        prompt = f"What is {index} + {index + 7}?"
+        messages = [{"role": "user", "content": prompt}]
+        return {
+            "model": self.server.model, "messages": messages, "temperature": 0, "max_tokens": NUM_TOKENS, "stream": True
+        }  # fmt: skip
+
+    async def answer(self, client, index):
+        """Returns a stream's text, and notes the time between its chunks."""
+        text, last = "", None
+        async with client.stream("POST", "/v1/chat/completions", json=self.body(index)) as reply:
+            async for line in reply.aiter_lines():
+                if line.startswith("data: {"):
+                    now = time.monotonic()
+                    if last is not None:
+                        self.gaps.append(now - last)
+                    last = now
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        return chunk["error"]["message"]
+                    delta = chunk["choices"][0]["delta"]
+                    text += delta.get("content") or delta.get("reasoning") or ""
+        return text
+
+    async def good(self, wanted, until):
+        """Keeps 32 streams open; counts answers that are not the wanted ones."""
+
+        async def one(client, index):
+            while time.monotonic() < until:
+                found = await self.answer(client, index)
+                self.num_answers += 1
+                self.num_wrong += found != wanted[index]
+
+        async with self.client() as client:
+            await asyncio.gather(*(one(client, index) for index in range(NUM_GOOD)))
+
+    def client(self):
+        limits = httpx.Limits(max_connections=NUM_GOOD)
+        return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.server.port}", timeout=300, limits=limits)
+
+    async def raw(self, name, sent, *, reads=True, pieces=1, pause=0.0):
+        """Sends bytes over a connection of its own, in pieces, and counts what comes back."""
+        status = "closed"
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+            size = max(len(sent) // pieces, 1)
+            for start in range(0, len(sent), size):
+                writer.write(sent[start : start + size])
+                await writer.drain()
+                await asyncio.sleep(pause)
+            if reads:
+                line = await asyncio.wait_for(reader.readline(), 60)
+                status = line.split()[1].decode() if line else "closed"
+            else:
+                await asyncio.sleep(12)
+            writer.close()
+        self.outcomes[name][status] += 1
+
+    def request(self, content, **headers):
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(content)}", *lines, "", ""]
+        return "\r\n".join(head).encode() + content
+
+    def fuzzed(self):
+        """Returns a body that is wrong somewhere, most of the time."""
+        value = self.body(0) | {"stream": False, "max_tokens": 1}
+        for _ in range(self.draw.randrange(1, 4)):
+            key = self.draw.choice(
+                [*value, "n", "tools", "stop", "logit_bias", "top_p", "seed", "x", "response_format"]
+            )
+            odd = (None, -1, 2**70, 1e400, "x", [], {}, [[]], {"a": {"b": [1]}}, True, "\ud800", [{"role": 5}])
+            value[key] = self.draw.choice(odd)
+        content = json.dumps(value).encode()
+        if self.draw.random() < 0.3:
+            content = content[: self.draw.randrange(len(content))]
+        return content
+
+    async def attacks(self, until):
+        """Runs every kind again and again."""
+        large = json.dumps(self.body(0) | {"messages": [{"role": "user", "content": "x" * BODY_BYTES}]}).encode()
+        long_text = " ".join(self.draw.choices(WORDS, k=400_000))
+        long_prompt = json.dumps(self.body(0) | {"messages": [{"role": "user", "content": long_text}]}).encode()
+        unread = json.dumps(self.body(1) | {"ignore_eos": True, "logprobs": True, "top_logprobs": 20}).encode()
+        kinds = {
+            "half-open": lambda: self.raw("half-open", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX: "),
+            "slow writer": lambda: self.raw("slow writer", self.request(b"{" * 5000), pieces=5000, pause=0.01),
+            "never reads": lambda: self.raw("never reads", self.request(unread), reads=False),
+            "60 MB body": lambda: self.raw("60 MB body", self.request(large), pieces=1000),
+            "3 MB prompt": lambda: self.raw("3 MB prompt", self.request(long_prompt)),
+            "1 MB headers": lambda: self.raw("1 MB headers", self.request(b"{}", X="x" * HEADER_BYTES), pieces=100),
+            "fuzzed": lambda: self.raw("fuzzed", self.request(self.fuzzed())),
+            "broken off": lambda: self.broken_off(),
+        }
+        counts = {"half-open": 40, "slow writer": 20, "never reads": 8, "fuzzed": 8, "broken off": 4}
+
+        async def repeat(name):
+            while time.monotonic() < until:
+                await kinds[name]()
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(*(repeat(name) for name in kinds for _ in range(counts.get(name, 1))))
+
+    async def broken_off(self):
+        async with self.client() as client:
+            async with client.stream("POST", "/v1/chat/completions", json=self.body(3)) as reply:
+                async for _ in reply.aiter_lines():
+                    break
+            self.outcomes["broken off"][str(reply.status_code)] += 1
+
+
+async def run(server, seconds) -> bool:
+    attack = Attack(server)
+    async with attack.client() as client:
+        wanted = await asyncio.gather(*(attack.answer(client, index) for index in range(NUM_GOOD)))
+    await attack.good(wanted, time.monotonic() + seconds / 4)
+    calm, memory = attack.gaps, server.memory_mib
+    attack.gaps, before = [], attack.num_answers
+    until = time.monotonic() + seconds
+    peak, done = memory, asyncio.gather(attack.good(wanted, until), attack.attacks(until))
+    while not done.done():
+        await asyncio.wait({done}, timeout=0.5)
+        peak = max(peak, server.memory_mib)
+    done.result()
+    await asyncio.sleep(6)  # the last slow clients are closed
+    after = attack.gaps
+    print(f"good answers      {attack.num_answers - before} under attack, {before} before; {attack.num_wrong} wrong")
+    for name, gaps in (("before", calm), ("under attack", after)):
+        cut = statistics.quantiles(gaps, n=100)
+        print(f"{name:<18}{1000 * cut[49]:.0f} ms between chunks, {1000 * cut[98]:.0f} ms at the 99th percentile")
+    print(f"memory            {memory:.0f} MiB before, {peak:.0f} at most, {server.memory_mib:.0f} after")
+    odd = 0
+    for name, found in attack.outcomes.items():
+        print(f"{name:<18}{', '.join(f'{count} x {status}' for status, count in found.most_common())}")
+        odd += sum(count for status, count in found.items() if status.startswith("5"))
+    return attack.num_wrong == 0 and odd == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    arguments, overrides = parser.parse_known_args()
+    server = Server(overrides)
+    try:
+        holds = asyncio.run(run(server, arguments.seconds))
+    finally:
+        server.process.send_signal(signal.SIGTERM)
+        code = server.process.wait(60)
+    print(f"the server ended with {code}")
+    raise SystemExit(0 if holds and code == 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

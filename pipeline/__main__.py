@@ -93,6 +93,7 @@ def _run_stage(config: PipelineConfig, tracker: Run) -> None:
     started = time.monotonic()
     log.info("stage=%s", config.stage.value)
     if STAGES[config.stage].stores_programs:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would warn of every program that it reads
         from pipeline.workspace.compiled_programs import use_persistent_cache  # late: it imports JAX
 
         use_persistent_cache(Path(config.output_dir))

@@ -34,16 +34,8 @@ class Server:
     """`stage=serve` in a process of its own."""
 
     def __init__(self, overrides):
-        command = [
-            sys.executable,
-            "-m",
-            "pipeline",
-            "stage=serve",
-            "serve.port=0",
-            "serve.client_seconds=5",
-            *overrides,
-        ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        wanted = ["stage=serve", "serve.port=0", "serve.client_seconds=5", *overrides]
+        self.process = subprocess.Popen([sys.executable, "-m", "pipeline", *wanted], stdout=subprocess.PIPE, text=True)
         self.port, deadline = None, time.monotonic() + START_SECONDS
         while self.port is None:
             line = self.process.stdout.readline()
@@ -62,20 +54,20 @@ class Server:
 class Attack:
     """Good clients and bad ones; `outcomes` counts what the bad ones got."""
 
-    def __init__(self, server):
-        self.server, self.draw = server, random.Random(0)
+    def __init__(self, model, port):
+        self.model, self.port, self.draw = model, port, random.Random(0)
         self.outcomes = collections.defaultdict(collections.Counter)
-        self.gaps, self.num_wrong, self.num_answers = [], 0, 0
+        self.gaps, self.waits, self.num_wrong, self.num_answers = [], [], 0, 0
 
     def body(self, index):
         prompt = f"What is {index} + {index + 7}?"
         messages = [{"role": "user", "content": prompt}]
         return {
-            "model": self.server.model, "messages": messages, "temperature": 0, "max_tokens": NUM_TOKENS, "stream": True
+            "model": self.model, "messages": messages, "temperature": 0, "max_tokens": NUM_TOKENS, "stream": True
         }  # fmt: skip
 
     async def answer(self, client, index):
-        """Returns a stream's text, and notes the time between its chunks."""
+        """Returns a stream's text, and notes the time between its chunks once it has begun to write."""
         text, last = "", None
         async with client.stream("POST", "/v1/chat/completions", json=self.body(index)) as reply:
             async for line in reply.aiter_lines():
@@ -89,6 +81,8 @@ class Attack:
                         return chunk["error"]["message"]
                     delta = chunk["choices"][0]["delta"]
                     text += delta.get("content") or delta.get("reasoning") or ""
+                    if not text:
+                        last = None  # it waits for a slot
         return text
 
     async def good(self, wanted, until):
@@ -105,13 +99,13 @@ class Attack:
 
     def client(self):
         limits = httpx.Limits(max_connections=NUM_GOOD)
-        return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.server.port}", timeout=300, limits=limits)
+        return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=300, limits=limits)
 
     async def raw(self, name, sent, *, reads=True, pieces=1, pause=0.0):
         """Sends bytes over a connection of its own, in pieces, and counts what comes back."""
         status = "closed"
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             size = max(len(sent) // pieces, 1)
             for start in range(0, len(sent), size):
                 writer.write(sent[start : start + size])
@@ -143,6 +137,15 @@ class Attack:
         if self.draw.random() < 0.3:
             content = content[: self.draw.randrange(len(content))]
         return content
+
+    async def health(self, until):
+        """Asks how the server is, again and again, and notes how long it takes to say so."""
+        async with self.client() as client:
+            while time.monotonic() < until:
+                started = time.monotonic()
+                (await client.get("/health")).raise_for_status()
+                self.waits.append(time.monotonic() - started)
+                await asyncio.sleep(0.05)
 
     async def attacks(self, until):
         """Runs every kind again and again."""
@@ -178,36 +181,58 @@ class Attack:
 
 
 async def run(server, seconds) -> bool:
-    attack = Attack(server)
-    async with attack.client() as client:
-        wanted = await asyncio.gather(*(attack.answer(client, index) for index in range(NUM_GOOD)))
-    await attack.good(wanted, time.monotonic() + seconds / 4)
-    calm, memory = attack.gaps, server.memory_mib
-    attack.gaps, before = [], attack.num_answers
+    """The good clients; the bad ones have a process of their own, so as not to slow these down themselves."""
+    good = Attack(server.model, server.port)
+    async with good.client() as client:
+        wanted = await asyncio.gather(*(good.answer(client, index) for index in range(NUM_GOOD)))
+    until = time.monotonic() + seconds / 4
+    await asyncio.gather(good.good(wanted, until), good.health(until))
+    calm, memory = (good.gaps, good.waits), server.memory_mib
+    good.gaps, good.waits, before = [], [], good.num_answers
+    command = [sys.executable, "-m", "tests.attack", "--seconds", str(seconds), "--on", f"{server.model}:{server.port}"]
+    attackers = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    await attackers.stdout.readline()
     until = time.monotonic() + seconds
-    peak, done = memory, asyncio.gather(attack.good(wanted, until), attack.attacks(until))
+    peak, done = memory, asyncio.gather(good.good(wanted, until), good.health(until))
     while not done.done():
         await asyncio.wait({done}, timeout=0.5)
         peak = max(peak, server.memory_mib)
     done.result()
+    outcomes = json.loads((await attackers.communicate())[0])
     await asyncio.sleep(6)  # the last slow clients are closed
-    after = attack.gaps
-    print(f"good answers      {attack.num_answers - before} under attack, {before} before; {attack.num_wrong} wrong")
-    for name, gaps in (("before", calm), ("under attack", after)):
-        cut = statistics.quantiles(gaps, n=100)
-        print(f"{name:<18}{1000 * cut[49]:.0f} ms between chunks, {1000 * cut[98]:.0f} ms at the 99th percentile")
+    print(f"good answers      {good.num_answers - before} under attack, {before} before; {good.num_wrong} wrong")
+    for name, (gaps, waits) in (("before", calm), ("under attack", (good.gaps, good.waits))):
+        print(f"{name:<18}between chunks {_percentiles(gaps)}; /health {_percentiles(waits)}")
     print(f"memory            {memory:.0f} MiB before, {peak:.0f} at most, {server.memory_mib:.0f} after")
     odd = 0
-    for name, found in attack.outcomes.items():
-        print(f"{name:<18}{', '.join(f'{count} x {status}' for status, count in found.most_common())}")
+    for name, found in outcomes.items():
+        print(f"{name:<18}{', '.join(f'{count} x {status}' for status, count in found.items())}")
         odd += sum(count for status, count in found.items() if status.startswith("5"))
-    return attack.num_wrong == 0 and odd == 0
+    return good.num_wrong == 0 and odd == 0
+
+
+def attack_alone(on: str, seconds: float) -> None:
+    """Attacks the server of MODEL:PORT and prints what came of it, as JSON."""
+    model, port = on.rsplit(":", 1)
+    bad = Attack(model, int(port))
+    print("begun", flush=True)
+    asyncio.run(bad.attacks(time.monotonic() + seconds))
+    print(json.dumps({name: dict(found.most_common()) for name, found in bad.outcomes.items()}))
+
+
+def _percentiles(seconds):
+    cut = statistics.quantiles(seconds, n=100)
+    return f"{1000 * cut[49]:.0f} ms (p99 {1000 * cut[98]:.0f} ms)"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--on", help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
+    if arguments.on:
+        attack_alone(arguments.on, arguments.seconds)
+        return
     server = Server(overrides)
     try:
         holds = asyncio.run(run(server, arguments.seconds))

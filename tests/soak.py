@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     arguments = parser.parse_args()
     target = read_target(newest(arguments.output_dir, "target"), WeightFormat())
-    draft = read_draft(newest(arguments.output_dir, "export"), "float32")
+    draft = read_draft(newest(arguments.output_dir, "draft"), "float32")
     draw = random.Random(0)
     texts = prompts(draw)
     config = EngineConfig(

@@ -117,13 +117,13 @@ $(ORACLE_VENV)/.installed-harmony: $(ORACLE_VENV)/.installed tests/oracles/harmo
 	rm -rf $(ORACLE_VENV)/wheels
 	@touch $@
 
-# one environment for each program that opens drafts, with as much of it as its reader imports; 3 GB in all
-CONFORMANCE := transformers4 transformers5 sglang_jax speculators llama_cpp
+# one environment for each program that opens drafts or asks a server, with as much as it imports; 3 GB in all
+CONFORMANCE := transformers4 transformers5 sglang_jax speculators llama_cpp clients
 conformance-env: $(CONFORMANCE:%=$(CONFORMANCE_VENVS)/%/.installed)
 
 $(CONFORMANCE_VENVS)/%/.created:
 	@test -n "$(LATE_BASE)" || { echo "error: sglang-jax needs Python 3.12 or 3.13; give it: make LATE_BASE=/path/to/python" >&2; exit 2; }
-	$(if $(filter sglang_jax,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
+	$(if $(filter sglang_jax clients,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
 	@touch $@
 
 .PRECIOUS: $(CONFORMANCE_VENVS)/%/.created
@@ -148,6 +148,11 @@ $(CONFORMANCE_VENVS)/sglang_jax/.installed: $(CONFORMANCE_VENVS)/sglang_jax/.cre
 # llama.cpp, compiled, with Python's bindings
 $(CONFORMANCE_VENVS)/llama_cpp/.installed: $(CONFORMANCE_VENVS)/llama_cpp/.created
 	$(IN_VENV) xllamacpp==2026.10.11549
+	@touch $@
+
+# programs that speak OpenAI's API
+$(CONFORMANCE_VENVS)/clients/.installed: $(CONFORMANCE_VENVS)/clients/.created
+	$(IN_VENV) openai==3.3.0 openai-agents==0.24.0 litellm==1.110.2 langchain-openai==1.7.4 instructor==1.17.0
 	@touch $@
 
 # SpecForge beside it: its draft class alone, of which it pins another transformers

@@ -102,8 +102,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def _run_out(self, name: str) -> None:
         """Ends a connection whose client took too long."""
         self._timers.pop(name, None)
-        has_begun = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if name == "reader" or has_begun:
+        cycle = self.cycle
+        is_answering = cycle is not None and cycle.response_started and not cycle.response_complete
+        is_answered = name == "body" and cycle is not None and cycle.response_started
+        if name == "reader" or is_answering or is_answered:
             self.transport.abort()
             return
         self._refuse(408, f"the request's {name} did not come within {self.limits.client_seconds:g} seconds")

@@ -109,6 +109,16 @@ def test_a_client_that_stops_in_the_middle_is_answered_and_closed(address, sent,
     assert f"the request's {part} did not come within 0.5 seconds" in reply
 
 
+def test_a_body_that_was_refused_and_never_ends_is_closed_without_a_second_answer(address):
+    with connected(address) as connection:
+        connection.sendall(head(address, Content_Length=60_000_000) + b"{")
+        started = time.monotonic()
+        reply = received(connection)
+        assert time.monotonic() - started < 5
+    assert reply.startswith("HTTP/1.1 413 ")
+    assert reply.count("HTTP/1.1") == 1
+
+
 def test_there_are_only_so_many_connections(address):
     with contextlib.ExitStack() as stack:
         for _ in range(SHORT.max_connections):

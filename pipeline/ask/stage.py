@@ -7,9 +7,9 @@ from pipeline.config.schema import PipelineConfig
 from pipeline.dflash.acceptance import accept_length_of
 from pipeline.engine.engine import Engine
 from pipeline.external.chat import ChatClient, Reply
-from pipeline.serve.api import ServedModel
 from pipeline.serve.background import served
 from pipeline.serve.loading import engine_of
+from pipeline.serve.request_reader import ServedModel
 from pipeline.tracking.run import Run
 from pipeline.workspace.workspace import Workspace
 

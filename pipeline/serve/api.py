@@ -3,24 +3,19 @@
 import asyncio
 import contextlib
 import dataclasses
-import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.requests import ClientDisconnect
 
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from pipeline.errors import PipelineError
 from pipeline.model.layers.sampling import sampling_key
-from pipeline.prompts.chat_format import chat_format_of, render_prompt
-from pipeline.prompts.harmony import CONSTRAIN
 from pipeline.prompts.tokenizer import Tokenizer
-from pipeline.prompts.tools import tools_problem
 from pipeline.serve import metrics
 from pipeline.serve.answer import Answer
 from pipeline.serve.channel_reader import chat_reader
@@ -28,6 +23,7 @@ from pipeline.serve.engine_thread import EngineThread, Unavailable
 from pipeline.serve.errors import ApiError
 from pipeline.serve.generation import Events, EventStream, Generation, unavailable
 from pipeline.serve.limits import DEFAULT, Limits
+from pipeline.serve.request_reader import CLIENT_CLOSED_REQUEST, RequestReader, ServedModel, read_json
 from pipeline.serve.response_objects import ResponseObjects
 from pipeline.serve.response_store import ResponseStore
 from pipeline.serve.responses import ChatResponses, ChunkEvents, CompletionResponses, Responses
@@ -36,20 +32,6 @@ from pipeline.serve.schema.completion import CompletionBody, read_completion
 from pipeline.serve.schema.responses import ResponseBody, read_response
 from pipeline.serve.schema.tokens import read_detokenize, read_tokenize
 from pipeline.serve.text_stream import FINAL, TEXT, PlainReader, decoded
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
-SHORT_TEXT = 2**14  # bytes of a body whose text is encoded at once; longer ones would hold up everybody's streams
-Read = TypeVar("Read")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """Names what is served, and what a request gets that says nothing: effort, temperature, the day (None: today)."""
-
-    name: str
-    effort: str
-    temperature: float = 1.0
-    date: str | None = None
 
 
 class Api:
@@ -72,18 +54,18 @@ class Api:
         self._tokenizer = tokenizer
         self._created = int(time.time())
         self._stored = ResponseStore(limits.max_stored_bytes)
-        self._encoding = asyncio.Lock()  # of long texts, one at a time: each takes much memory
+        self._reader = RequestReader(tokenizer, served, limits.max_body_bytes)
 
     async def completions(self, http: HttpRequest) -> Response:
         """Answers POST /v1/completions: text or tokens are continued as they are."""
         self._require_open()
-        content = await self._content(http)
+        content = await self._reader.content(http)
 
         def read() -> tuple[CompletionBody, list[tuple[int, ...]]]:
-            body = read_completion(_json(content), self.served.name)
-            return body, [self._encoded(prompt, body.add_special_tokens) for prompt in body.prompt]
+            body = read_completion(read_json(content), self.served.name)
+            return body, [self._reader.encoded(prompt, body.add_special_tokens) for prompt in body.prompt]
 
-        body, prompts = await self._in_turn(content, read)
+        body, prompts = await self._reader.in_turn(len(content), read)
         echoed: list[str] = []
         if body.echo:
             texts = [
@@ -114,15 +96,15 @@ class Api:
     async def chat(self, http: HttpRequest) -> Response:
         """Answers POST /v1/chat/completions: messages in the target's chat format; its channels come apart."""
         self._require_open()
-        content = await self._content(http)
+        content = await self._reader.content(http)
 
         def read() -> tuple[ChatBody, list[int], list[int]]:
-            body = read_chat(_json(content), self.served.name)
-            self._refuse_unknown(body)
-            opening = self._opening(body.must_call)
-            return body, self._rendered(body.conversation(), body), opening
+            body = read_chat(read_json(content), self.served.name)
+            self._reader.refuse_unknown(body)
+            opening = self._reader.opening(body.must_call)
+            return body, self._reader.rendered(body.conversation(), body), opening
 
-        body, prompt, opening = await self._in_turn(content, read)
+        body, prompt, opening = await self._reader.in_turn(len(content), read)
         responses = ChatResponses(
             f"chatcmpl-{secrets.token_hex(12)}",
             self.served.name,
@@ -136,18 +118,19 @@ class Api:
     async def create_response(self, http: HttpRequest) -> Response:
         """Answers POST /v1/responses: a chat whose turns are items, and which may go on from a stored response."""
         self._require_open()
-        content = await self._content(http)
+        content = await self._reader.content(http)
 
         def read() -> tuple[ResponseBody, ChatBody, list[dict[str, Any]]]:
-            body = read_response(_json(content), self.served.name)
+            body = read_response(read_json(content), self.served.name)
             before = self._stored.items(body.previous_response_id)
             chat = body.as_chat(before)
-            self._refuse_unknown(chat)
+            self._reader.refuse_unknown(chat)
             return body, chat, [*before, *body.input]
 
-        body, chat, items = await self._in_turn(content, read)
-        opening = self._opening(chat.must_call)
-        prompt = await self._in_turn(content, lambda: self._rendered(chat.conversation(), chat))
+        body, chat, items = await self._reader.in_turn(len(content), read)
+        num_bytes = len(content) + self._stored.num_bytes(body.previous_response_id)
+        prompt = await self._reader.in_turn(num_bytes, lambda: self._reader.rendered(chat.conversation(), chat))
+        opening = self._reader.opening(chat.must_call)
         responses = ResponseObjects(
             f"resp_{secrets.token_hex(12)}",
             body,
@@ -191,32 +174,32 @@ class Api:
 
     async def tokenize(self, http: HttpRequest) -> JSONResponse:
         """Answers POST /tokenize, vLLM's: the tokens of a text, or of messages as a chat would see them."""
-        content = await self._content(http)
+        content = await self._reader.content(http)
 
         def read() -> list[int]:
-            body = read_tokenize(_json(content), self.served.name)
+            body = read_tokenize(read_json(content), self.served.name)
             if body.messages is None:
-                return list(self._encoded(body.prompt or "", body.add_special_tokens))
-            return self._rendered(body.conversation(), body)
+                return list(self._reader.encoded(body.prompt or "", body.add_special_tokens))
+            return self._reader.rendered(body.conversation(), body)
 
-        tokens = await self._in_turn(content, read)
+        tokens = await self._reader.in_turn(len(content), read)
         return JSONResponse(
             {"count": len(tokens), "max_model_len": self.engine.config.max_length, "tokens": tokens, "token_strs": None}
         )
 
     async def detokenize(self, http: HttpRequest) -> JSONResponse:
         """Answers POST /detokenize, vLLM's: the text of tokens, control tokens too."""
-        content = await self._content(http)
+        content = await self._reader.content(http)
 
         def read() -> str:
-            body = read_detokenize(_json(content), self.served.name)
+            body = read_detokenize(read_json(content), self.served.name)
             size = len(self._tokenizer)
             unknown = [token for token in body.tokens if not 0 <= token < size]
             if unknown:
                 raise ApiError(f"tokens has {unknown[:5]}; the tokenizer knows 0..{size - 1}", param="tokens")
             return decoded(self._tokenizer, body.tokens)
 
-        return JSONResponse({"prompt": await self._in_turn(content, read)})
+        return JSONResponse({"prompt": await self._reader.in_turn(len(content), read)})
 
     def models(self) -> dict[str, Any]:
         """Answers GET /v1/models."""
@@ -264,70 +247,6 @@ class Api:
                 status=503,
                 kind="server_error",
             )
-
-    async def _content(self, http: HttpRequest) -> bytes:
-        """Returns a request's body; raises ApiError when it is too large, before it is read as far as that is known."""
-        limit = self.limits.max_body_bytes
-        announced = http.headers.get("content-length", "")
-        parts, size = [], 0
-        if not (announced.isdecimal() and int(announced) > limit):
-            try:
-                async for part in http.stream():
-                    parts.append(part)
-                    size += len(part)
-                    if size > limit:
-                        break
-            except ClientDisconnect as error:
-                raise ApiError("the client went away", status=CLIENT_CLOSED_REQUEST) from error
-            if size <= limit:
-                return b"".join(parts)
-        raise ApiError(
-            f"the body has {announced or f'more than {limit}'} bytes; this server reads {limit}: shorten the request, "
-            "or start the server with a larger serve.max_body_bytes",
-            code="request_too_large",
-            status=413,
-        )
-
-    async def _in_turn(self, content: bytes, read: Callable[[], Read]) -> Read:
-        """Returns what a body is read to; a long one is read in a thread, so that streams go on meanwhile."""
-        if len(content) <= SHORT_TEXT:
-            return read()
-        async with self._encoding:
-            return await asyncio.to_thread(read)
-
-    def _encoded(self, prompt: str | tuple[int, ...], add_special_tokens: bool) -> tuple[int, ...]:
-        if isinstance(prompt, tuple):
-            return prompt
-        return tuple(self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
-
-    def _rendered(self, conversation: list[dict[str, Any]], body: Any) -> list[int]:
-        """Returns a chat's prompt; `body` has its effort and the tools that it offers."""
-        effort = body.effort or self.served.effort
-        try:
-            return render_prompt(
-                self._tokenizer, conversation, effort, tools=body.offered, date=self.served.date, may_be_empty=True
-            )
-        except PipelineError as error:
-            raise ApiError(str(error), param="messages") from error
-
-    def _opening(self, function: str | None) -> list[int]:
-        """Returns how an answer must begin that has to call a function ("": any of them)."""
-        if function is None:
-            return []
-        name = f".{function} {CONSTRAIN}json<|message|>" if function else ""
-        text = f"<|channel|>commentary to=functions{name}"
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def _refuse_unknown(self, body: ChatBody) -> None:
-        """Raises ApiError for what the target's chat format does not know, and for tools that are malformed."""
-        chat_format = chat_format_of(self._tokenizer)
-        if body.effort is not None and not chat_format.has_efforts:
-            raise ApiError(f"{self.served.name} knows no reasoning efforts: leave it out", param="reasoning_effort")
-        if body.tools and not chat_format.has_tools:
-            raise ApiError(f"{self.served.name} knows no tools: leave them out", param="tools")
-        problem = tools_problem(body.tools)
-        if problem is not None:
-            raise ApiError(problem, param="tools")
 
     async def _answer(
         self,
@@ -392,13 +311,6 @@ class Api:
             "owned_by": "pipeline",
             "max_model_len": self.engine.config.max_length,
         }
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is not JSON ({error}); send a JSON object") from error
 
 
 async def _while_connected(http: HttpRequest, call: Generation) -> Response:

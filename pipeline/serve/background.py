@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pipeline.engine.engine import Engine
 from pipeline.prompts.tokenizer import Tokenizer
 from pipeline.serve import server
-from pipeline.serve.api import Api, ServedModel
+from pipeline.serve.api import Api
 from pipeline.serve.app import create_app
 from pipeline.serve.auth import ApiKeys
 from pipeline.serve.engine_thread import EngineThread
+from pipeline.serve.request_reader import ServedModel
 
 HOST = "127.0.0.1"
 

@@ -33,6 +33,10 @@ class ResponseStore:
         """Returns the items of a response's conversation, none for None; raises ApiError where there is no such one."""
         return [] if name is None else self._get(name, "previous_response_id")[1]
 
+    def num_bytes(self, name: str | None) -> int:
+        """Returns what a response takes, 0 for None; raises ApiError where there is no such one."""
+        return 0 if name is None else self._get(name, "previous_response_id")[2]
+
     def delete(self, name: str) -> None:
         """Forgets a response; raises ApiError where there is none."""
         self._num_bytes -= self._get(name, "response_id")[2]

@@ -12,11 +12,12 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.multihost import PrimaryEngine, follow_primary
 from pipeline.errors import PipelineError
 from pipeline.serve import auth, server
-from pipeline.serve.api import Api, ServedModel
+from pipeline.serve.api import Api
 from pipeline.serve.app import create_app
 from pipeline.serve.engine_thread import EngineThread
 from pipeline.serve.limits import Limits
 from pipeline.serve.loading import engine_of
+from pipeline.serve.request_reader import ServedModel
 from pipeline.tracking.run import Run
 from pipeline.workspace import specs
 from pipeline.workspace.workspace import Workspace

@@ -32,8 +32,8 @@ from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat, random_weights
 from pipeline.model.hf.directory import read_draft, read_target, save_target
 from pipeline.prompts import corpus, tokenizer
-from pipeline.serve.api import ServedModel
 from pipeline.serve.background import served
+from pipeline.serve.request_reader import ServedModel
 from pipeline.tracking.run import Run
 from pipeline.workspace import specs
 from pipeline.workspace.workspace import Workspace

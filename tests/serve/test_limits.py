@@ -1,16 +1,23 @@
 """Clients that send too much, too slowly, or do not read; keys, TLS, and the end of a server."""
 
 import contextlib
+import datetime
+import ipaddress
 import json
 import re
 import signal
 import socket
+import ssl
 import threading
 import time
 
 import httpx
 import openai
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from fastapi import FastAPI
 
 from pipeline.errors import PipelineError
@@ -36,8 +43,12 @@ def address(engine, tokenizer):
 
 
 @contextlib.contextmanager
-def connected(address):
-    with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), timeout=20) as connection:
+def connected(address, receive_buffer=None):
+    with socket.socket() as connection:
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.settimeout(20)
+        connection.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
         yield connection
 
 
@@ -129,14 +140,16 @@ def test_there_are_only_so_many_connections(address):
 
 
 def test_a_client_that_does_not_read_is_closed_and_its_answer_ends(tokenizer):
-    engine = create_engine(tokenizer, max_length=200_000)
-    engine.round_tokens = 8
-    with serving(engine, tokenizer, limits=SHORT) as address, connected(address) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    engine = create_engine(tokenizer, max_length=200_000, block_size=None, round_tokens=20)
+    engine.step_seconds = 0.005
+    with (
+        serving(engine, tokenizer, limits=SHORT, send_buffer=4096) as address,
+        connected(address, receive_buffer=4096) as connection,  # so that little is on its way
+    ):
         text = json.dumps({**BODY, "max_tokens": 190_000, "stream": True, "return_token_ids": True}).encode()
         connection.sendall(head(address, Content_Length=len(text)) + text)
         assert until(lambda: engine.num_running == 1)
-        assert until(lambda: len(engine.cancelled) == 1, 20)
+        assert until(lambda: len(engine.cancelled) == 1)
         assert until(lambda: metric(address, 'serve_requests_total{outcome="cancelled"}') == 1)
 
 
@@ -274,3 +287,37 @@ def test_files_that_are_no_certificate_are_named(tmp_path, engine, tokenizer):
         pytest.raises(PipelineError, match=r"serve.tls_certificate is .*chain.pem and serve.tls_key .*: .*PEM"),
     ):
         server.create_server(FastAPI(), listener, cut=lambda: None, certificate=(str(file), str(file)))
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """Files of a certificate of this machine's own, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    chain, secret = tmp_path / "chain.pem", tmp_path / "key.pem"
+    chain.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    secret.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return str(chain), str(secret)
+
+
+def test_a_server_with_a_certificate_speaks_tls(engine, tokenizer, certificate):
+    context = ssl.create_default_context(cafile=certificate[0])
+    with started(engine, tokenizer, certificate=certificate) as (address, _):
+        reply = httpx.get(f"{address.replace('http:', 'https:')}/v1/models", verify=context)
+        assert reply.json()["data"][0]["id"] == MODEL
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{address}/v1/models")

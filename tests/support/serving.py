@@ -1,14 +1,16 @@
 """A server around an engine, in this process."""
 
 import contextlib
+import socket
 import threading
 
 from pipeline.serve import server
-from pipeline.serve.api import Api, ServedModel
+from pipeline.serve.api import Api
 from pipeline.serve.app import create_app
 from pipeline.serve.auth import ApiKeys
 from pipeline.serve.engine_thread import EngineThread
 from pipeline.serve.limits import DEFAULT
+from pipeline.serve.request_reader import ServedModel
 
 MODEL = "tiny"
 LIMIT_SECONDS = 30.0  # until a server has ended, on a machine that does other things too
@@ -26,14 +28,15 @@ def started(
     engine,
     tokenizer,
     *,
-    date=None,
     temperature=0.0,
+    date=None,
     keys=(),
     limits=DEFAULT,
     cors_origins=(),
-    drain_seconds=server.GRACE_SECONDS,
+    send_buffer=None,
+    **network,
 ):
-    """A server's address, and the server."""
+    """A server's address, and the server; `network` are further options of `create_server`."""
     worker = EngineThread(engine)
     served = ServedModel(name=MODEL, effort="low", temperature=temperature, date=date)
     api = Api(worker, engine, tokenizer, served, limits)
@@ -42,11 +45,11 @@ def started(
         api.is_draining = True
 
     with contextlib.closing(server.bind("127.0.0.1", 0)) as listener:
+        if send_buffer is not None:  # of the connections too
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         address = server.url(listener)
         app = create_app(api, keys=ApiKeys(list(keys)), cors_origins=cors_origins)
-        running = server.create_server(
-            app, listener, cut=worker.end, limits=limits, on_drain=drain, drain_seconds=drain_seconds
-        )
+        running = server.create_server(app, listener, cut=worker.end, limits=limits, on_drain=drain, **network)
         thread = threading.Thread(target=server.serve, args=(running, listener))
         worker.start()
         thread.start()

@@ -1,0 +1,113 @@
+"""Reads requests: their bodies within a limit, and the tokens of what they ask."""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
+from starlette.requests import ClientDisconnect
+
+from pipeline.errors import PipelineError
+from pipeline.prompts.chat_format import chat_format_of, render_prompt
+from pipeline.prompts.harmony import CONSTRAIN
+from pipeline.prompts.tokenizer import Tokenizer
+from pipeline.prompts.tools import tools_problem
+from pipeline.serve.errors import ApiError
+from pipeline.serve.schema.chat import ChatBody
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+SHORT_TEXT = 2**14  # bytes of text that are encoded at once; more would hold up everybody's streams
+Read = TypeVar("Read")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """Names what is served, and what a request gets that says nothing: effort, temperature, the day (None: today)."""
+
+    name: str
+    effort: str
+    temperature: float = 1.0
+    date: str | None = None
+
+
+class RequestReader:
+    """Reads bodies of at most `max_body_bytes`, and makes prompts of them in the tokenizer's chat format."""
+
+    def __init__(self, tokenizer: Tokenizer, served: ServedModel, max_body_bytes: int) -> None:
+        self._tokenizer, self._served, self._max_body_bytes = tokenizer, served, max_body_bytes
+        self._encoding = asyncio.Lock()  # of long texts, one at a time: each takes much memory
+
+    async def content(self, http: HttpRequest) -> bytes:
+        """Returns a request's body; raises ApiError when it is too large, before it is read as far as that is known."""
+        limit = self._max_body_bytes
+        announced = http.headers.get("content-length", "")
+        parts, size = [], 0
+        if not (announced.isdecimal() and int(announced) > limit):
+            try:
+                async for part in http.stream():
+                    parts.append(part)
+                    size += len(part)
+                    if size > limit:
+                        break
+            except ClientDisconnect as error:
+                raise ApiError("the client went away", status=CLIENT_CLOSED_REQUEST) from error
+            if size <= limit:
+                return b"".join(parts)
+        raise ApiError(
+            f"the body has {announced or f'more than {limit}'} bytes; this server reads {limit}: shorten the request, "
+            "or start the server with a larger serve.max_body_bytes",
+            code="request_too_large",
+            status=413,
+        )
+
+    async def in_turn(self, num_bytes: int, read: Callable[[], Read]) -> Read:
+        """Returns what so many bytes are read to; many are read in a thread, so that streams go on meanwhile."""
+        if num_bytes <= SHORT_TEXT:
+            return read()
+        async with self._encoding:
+            return await asyncio.to_thread(read)
+
+    def encoded(self, prompt: str | tuple[int, ...], add_special_tokens: bool) -> tuple[int, ...]:
+        """Returns the tokens of a prompt, which may be tokens already."""
+        if isinstance(prompt, tuple):
+            return prompt
+        return tuple(self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+
+    def rendered(self, conversation: list[dict[str, Any]], body: Any) -> list[int]:
+        """Returns a chat's prompt; `body` has its effort and the tools that it offers."""
+        effort = body.effort or self._served.effort
+        try:
+            return render_prompt(
+                self._tokenizer, conversation, effort, tools=body.offered, date=self._served.date, may_be_empty=True
+            )
+        except PipelineError as error:
+            raise ApiError(str(error), param="messages") from error
+
+    def opening(self, function: str | None) -> list[int]:
+        """Returns how an answer must begin that has to call a function ("": any of them)."""
+        if function is None:
+            return []
+        name = f".{function} {CONSTRAIN}json<|message|>" if function else ""
+        text = f"<|channel|>commentary to=functions{name}"
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def refuse_unknown(self, body: ChatBody) -> None:
+        """Raises ApiError for what the target's chat format does not know, and for tools that are malformed."""
+        chat_format = chat_format_of(self._tokenizer)
+        if body.effort is not None and not chat_format.has_efforts:
+            raise ApiError(f"{self._served.name} knows no reasoning efforts: leave it out", param="reasoning_effort")
+        if body.tools and not chat_format.has_tools:
+            raise ApiError(f"{self._served.name} knows no tools: leave them out", param="tools")
+        problem = tools_problem(body.tools)
+        if problem is not None:
+            raise ApiError(problem, param="tools")
+
+
+def read_json(content: bytes) -> Any:
+    """Returns what a body is the JSON of; raises ApiError."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"the body is not JSON ({error}); send a JSON object") from error

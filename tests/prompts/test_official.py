@@ -360,11 +360,11 @@ def test_every_token_has_the_channel_that_openai_harmony_reads_it_in(official, p
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_the_server_reads_answers_as_openai_harmony_does_preambles_as_analysis(official, completions, oracle, kind):
+def test_the_server_reads_answers_as_openai_harmony_does_preambles_as_content(official, completions, oracle, kind):
     prompt, whole = oracle["rendered"]["harmony", "low"], oracle["rendered"]["harmony", "answer", kind]
     wanted = {}
     for channel, recipient, text in ANSWERS[kind].parsed:
-        name = "analysis" if channel == "commentary" else channel
+        name = "final" if channel == "commentary" else channel
         if recipient is not None:
             wanted[ToolChannel(0, recipient.removeprefix("functions."))] = text
         else:

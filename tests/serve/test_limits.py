@@ -27,7 +27,7 @@ from pipeline.serve.limits import Limits
 from tests.serve.test_api import create_engine, metric, until
 from tests.support.serving import MODEL, serving, started
 
-SHORT = Limits(max_body_bytes=20_000, max_header_bytes=4000, max_waiting=2, max_connections=6, client_seconds=0.5)
+SHORT = Limits(max_body_bytes=20_000, max_header_bytes=4000, client_seconds=0.5)
 BODY = {"model": MODEL, "prompt": [7, 7], "max_tokens": 150}
 
 
@@ -130,13 +130,15 @@ def test_a_body_that_was_refused_and_never_ends_is_closed_without_a_second_answe
     assert reply.count("HTTP/1.1") == 1
 
 
-def test_there_are_only_so_many_connections(address):
-    with contextlib.ExitStack() as stack:
-        for _ in range(SHORT.max_connections):
-            stack.enter_context(connected(address)).sendall(b"G")
-        last = stack.enter_context(connected(address))
-        assert received(last).startswith("HTTP/1.1 503 ")
-    assert until(lambda: httpx.get(f"{address}/health").status_code == 200)
+def test_there_are_only_so_many_connections(engine, tokenizer):
+    limits = Limits(max_connections=6)
+    with serving(engine, tokenizer, limits=limits) as address:
+        with contextlib.ExitStack() as stack:
+            for _ in range(limits.max_connections):
+                stack.enter_context(connected(address)).sendall(b"G")
+            last = stack.enter_context(connected(address))
+            assert received(last).startswith("HTTP/1.1 503 ")
+        assert until(lambda: httpx.get(f"{address}/health").status_code == 200)
 
 
 def test_a_client_that_does_not_read_is_closed_and_its_answer_ends(tokenizer):

@@ -371,7 +371,6 @@ class Engine:
         """Reads the oldest steps until `num_left` are under way."""
         while len(self._in_flight) > num_left:
             step, output, seconds, waited = self._in_flight.take()
-            self.times = dataclasses.replace(self.times, wait_seconds=self.times.wait_seconds + waited)
             size = step.block_size
             accepted = []
             num_tokens = 0
@@ -387,7 +386,7 @@ class Engine:
                 num_tokens += count
                 accepted.append(count - 1)
                 self._update(one, output, row, size)
-            self._count(step, num_tokens, accepted, seconds)
+            self._count(step, num_tokens, accepted, seconds, waited)
 
     def _update(self, one: Running, output: StepOutput, row_of_output: int, size: int | None) -> None:
         """Adds a row's tokens to what is known of a request, and ends it when they are its last ones."""
@@ -413,19 +412,21 @@ class Engine:
             )
         )
 
-    def _count(self, step: Dispatched, num_tokens: int, accepted: list[int], seconds: float) -> None:
-        times, size = self.times, step.block_size
+    def _count(self, step: Dispatched, num_tokens: int, accepted: list[int], seconds: float, waited: float) -> None:
+        times, size, wait_seconds = self.times, step.block_size, self.times.wait_seconds + waited
         if size is None:
             self.times = dataclasses.replace(
                 times,
                 prefill_tokens=times.prefill_tokens + step.num_tokens,
                 prefill_seconds=times.prefill_seconds + seconds,
+                wait_seconds=wait_seconds,
             )
             return
         self.times = dataclasses.replace(
             times,
             decode_tokens=times.decode_tokens + num_tokens,
             decode_seconds=times.decode_seconds + seconds,
+            wait_seconds=wait_seconds,
         )
         if not accepted:
             return

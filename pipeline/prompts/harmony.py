@@ -7,7 +7,6 @@ from pipeline.prompts.tokenizer import Tokenizer, control_token_problem
 from pipeline.prompts.tools import ToolCall, call_problem
 
 STOP_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
-HEADER_TOKENS = ("<|start|>", "<|channel|>")  # the tokens after them, up to <|message|>, are not text
 CONSTRAIN = "<|constrain|>"  # in a header, before the type of a call's arguments
 CHANNEL_TOKENS = ("<|channel|>", "<|return|>")  # a tokenizer with one of them is meant to be Harmony's
 NEXT_MESSAGE = "<|end|><|start|>assistant"

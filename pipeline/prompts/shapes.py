@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.prompts.messages import ASKING_ROLES, INSTRUCTION_ROLES, THINKING, effort_problem, messages_problem
-from pipeline.prompts.tools import shown, tools_problem
+from pipeline.prompts.tools import nested, shown, tools_problem
 from pipeline.prompts.turns import join_instructions, separate_calls
 
 FIELDS = {  # of each shape, the fields that one of which makes a row of it
@@ -181,7 +181,7 @@ def _tolerant(row: dict[str, Any], shape: str) -> Row:
     except PipelineError as error:
         raise LeftOut(str(error)) from error
     tools = _list_in(row.get("tools"))
-    tools = [_wrapped(tool) for tool in tools] if isinstance(tools, list) else tools
+    tools = [nested(tool) for tool in tools] if isinstance(tools, list) else tools
     problem = _unicode_problem(row) or messages_problem(messages) or tools_problem(tools)
     if problem is not None:
         raise LeftOut(problem)
@@ -273,14 +273,6 @@ def _call(call: Any) -> Any:
     named = {key: value for key, value in call.items() if key in ("id", "type")}
     arguments = "{}" if function.get("arguments") in (None, "") else function["arguments"]
     return named | {"function": {"name": function.get("name"), "arguments": arguments}}
-
-
-def _wrapped(tool: Any) -> Any:
-    """Returns a function in OpenAI's shape, from one whose name is not under `function`."""
-    is_flat = isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str)
-    if not is_flat or tool.get("type", "function") != "function":
-        return tool
-    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def _asked(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

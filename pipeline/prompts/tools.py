@@ -116,6 +116,14 @@ def tools_of(value: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
     )
 
 
+def nested(tool: Any) -> Any:
+    """Returns a function in OpenAI's shape, from one whose name is not under `function`; any other value as it is."""
+    is_flat = isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str)
+    if not is_flat or tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+
+
 def json_text(value: Any) -> str:
     """Returns JSON as chat templates write it (transformers' `tojson`); a text is taken to be JSON already."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

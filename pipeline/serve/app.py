@@ -63,8 +63,8 @@ def create_app(api: Api, *, keys: ApiKeys, cors_origins: Sequence[str] = (), log
 
 def _described(body: type[BaseModel]) -> dict[str, Any]:
     """Returns what the API's description says of a body, which the endpoint reads itself."""
-    schema = body.model_json_schema(ref_template=f"#/x-bodies/{body.__name__}/$defs/{{model}}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
+    schema = _inlined(body.model_json_schema())
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Reads GPT-OSS's answers: Harmony's channels and calls, also where the model writes them otherwise than it was taught.
 
-What models really write, and what is made of it: the table in tests/serve/odd_answers.py.
+What models really write, and what is made of it: the table in tests/serve/test_channel_reader.py.
 """
 
 import collections

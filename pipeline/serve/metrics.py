@@ -165,9 +165,7 @@ class _VllmMetrics(Collector):
         text: str,
         value: int | float,
     ) -> Metric:
-        metric = family(f"vllm:{name}", text, labels=[MODEL])
-        metric.add_metric([self._model], value)
-        return metric
+        return _labelled(family, f"vllm:{name}", text, MODEL, {self._model: value})
 
     def _histogram(self, name: str, histogram: Histogram) -> Iterator[Metric]:
         for found in histogram.collect():

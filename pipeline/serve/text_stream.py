@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 from pipeline.prompts.tokenizer import Tokenizer
@@ -63,6 +64,11 @@ def decoded(tokenizer: Tokenizer, token_ids: Sequence[int], **options: bool) -> 
     return text
 
 
+@functools.lru_cache(maxsize=8)  # every answer asks, and GPT-OSS has a thousand of them
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
 class PlainReader:
     """Reads all text as one channel; special tokens are left out unless they are wanted.
 
@@ -74,8 +80,7 @@ class PlainReader:
     def __init__(self, tokenizer: Tokenizer, channel: str, *, skips_special: bool = True) -> None:
         self._text = Detokenizer(tokenizer, skips_special=skips_special)
         self._channel = channel
-        added = tokenizer.added_tokens_decoder if skips_special else {}
-        self._skipped = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._skipped = _special_ids(tokenizer) if skips_special else frozenset()
         self.num_tokens: collections.Counter[TextChannel] = collections.Counter()
 
     def is_control(self, token_id: int) -> bool:

@@ -21,7 +21,7 @@ from pipeline.prompts.tools import ToolCall
 from pipeline.serve import server
 from tests.support.chatml import chatml_tokenizer
 from tests.support.fake_engine import FakeEngine
-from tests.support.serving import MODEL, serving
+from tests.support.serving import MODEL, client_of, serving
 
 ANALYSIS, FINAL = "17 + 25: naïve, 東京.", "It is 42 🎉 indeed."
 USER = {"role": "user", "content": "What is 17 + 25?"}
@@ -70,7 +70,7 @@ def address(engine, tokenizer):
 
 @pytest.fixture
 def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    with client_of(address) as client:
         yield client
 
 
@@ -84,7 +84,7 @@ def roomy_engine(tokenizer):
 def roomy_client(roomy_engine, tokenizer):
     with (
         serving(roomy_engine, tokenizer) as address,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20) as client,
+        client_of(address) as client,
     ):
         yield client
 
@@ -308,7 +308,7 @@ def test_the_day_in_a_prompt_is_the_servers(tokenizer, date):
     seen = seen_prompts(engine)
     with (
         serving(engine, dated, date=date) as address,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+        client_of(address) as client,
     ):
         client.chat.completions.create(model=MODEL, messages=[USER], max_tokens=4)
     day = dated.decode(seen[0]).partition("<|start|>")[0]
@@ -507,7 +507,7 @@ def chatml_client():
     engine = FakeEngine(lambda request: [*words.encode(PLAIN_ANSWER), stops[0]], stops)
     with (
         serving(engine, words) as address,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20) as client,
+        client_of(address) as client,
     ):
         yield client
 
@@ -545,7 +545,7 @@ def test_the_plain_arm_has_no_rounds_to_report(tokenizer):
     plain = create_engine(tokenizer, block_size=None, round_tokens=1)
     with (
         serving(plain, tokenizer) as address,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+        client_of(address) as client,
     ):
         reply = client.chat.completions.create(model=MODEL, messages=[USER])
         assert reply.choices[0].message.content == FINAL

@@ -236,16 +236,22 @@ def test_this_machine_needs_none(host):
     require_guarded(host, ApiKeys([]), insecure=False)
 
 
+def asking(address, engine):
+    """A thread whose request runs, and the list in which its reply will be."""
+    replies = []
+    thread = threading.Thread(
+        target=lambda: replies.append(httpx.post(f"{address}/v1/completions", json=BODY, timeout=20))
+    )
+    thread.start()
+    assert until(lambda: engine.num_running == 1)
+    return thread, replies
+
+
 def test_a_server_that_drains_finishes_what_runs_and_takes_no_more(tokenizer):
     engine = create_engine(tokenizer)
     engine.step_seconds = 0.05
     with started(engine, tokenizer, drain_seconds=20.0) as (address, running):
-        replies = []
-        thread = threading.Thread(
-            target=lambda: replies.append(httpx.post(f"{address}/v1/completions", json=BODY, timeout=20))
-        )
-        thread.start()
-        assert until(lambda: engine.num_running == 1)
+        thread, replies = asking(address, engine)
         with httpx.Client(base_url=address) as client:
             assert client.get("/ready").status_code == 200
             running.handle_exit(signal.SIGTERM, None)
@@ -264,12 +270,7 @@ def test_a_second_signal_ends_a_server_at_once(tokenizer):
     engine = create_engine(tokenizer)
     engine.step_seconds = 0.1
     with started(engine, tokenizer, drain_seconds=60.0) as (address, running):
-        replies = []
-        thread = threading.Thread(
-            target=lambda: replies.append(httpx.post(f"{address}/v1/completions", json=BODY, timeout=20))
-        )
-        thread.start()
-        assert until(lambda: engine.num_running == 1)
+        thread, replies = asking(address, engine)
         begun = time.monotonic()
         running.handle_exit(signal.SIGINT, None)
         time.sleep(0.3)

@@ -10,7 +10,7 @@ from pipeline.prompts.chat_format import render_prompt
 from pipeline.serve.errors import ApiError
 from pipeline.serve.response_store import ResponseStore
 from tests.serve.test_api import ANALYSIS, ARGUMENTS, CALLING, FINAL, TOOL, USER, create_engine, seen_prompts
-from tests.support.serving import MODEL, serving
+from tests.support.serving import MODEL, client_of, serving
 
 FLAT = {"type": "function", **TOOL["function"]}
 QUESTION = USER["content"]
@@ -29,7 +29,7 @@ def address(engine, tokenizer):
 
 @pytest.fixture
 def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    with client_of(address) as client:
         yield client
 
 

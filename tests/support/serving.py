@@ -4,6 +4,8 @@ import contextlib
 import socket
 import threading
 
+import openai
+
 from pipeline.serve import server
 from pipeline.serve.api import Api
 from pipeline.serve.app import create_app
@@ -21,6 +23,11 @@ def serving(engine, tokenizer, **options):
     """The address of a server on a free port, until the context ends."""
     with started(engine, tokenizer, **options) as (address, _):
         yield address
+
+
+def client_of(address, **options):
+    """OpenAI's client of a server, which asks once."""
+    return openai.OpenAI(**{"base_url": f"{address}/v1", "api_key": "none", "max_retries": 0, "timeout": 20} | options)
 
 
 @contextlib.contextmanager

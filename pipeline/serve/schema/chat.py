@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from pipeline.engine.sampling_params import SamplingParams
 from pipeline.errors import PipelineError
 from pipeline.model.layers.token_rules import MAX_LOGPROBS
-from pipeline.prompts.messages import EFFORTS
+from pipeline.prompts.messages import EFFORTS, THINKING
 from pipeline.prompts.turns import join_instructions, separate_calls
 from pipeline.serve.errors import ApiError
 from pipeline.serve.schema.fields import Body, Wanted, parse, shown
@@ -154,7 +154,7 @@ def conversation_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _joined(turn: dict[str, Any]) -> dict[str, Any]:
-    thinking = turn.get("thinking") or turn.get("reasoning_content") or turn.get("reasoning")
+    thinking = next((turn[name] for name in THINKING if turn.get(name)), None)
     if not (turn.get("tool_calls") and turn["content"] and thinking):
         return turn
     return {"role": turn["role"], "tool_calls": turn["tool_calls"], "thinking": f"{thinking}\n{turn['content']}"}

@@ -1,40 +1,44 @@
 """The messages of a conversation as clients send them, and as the chat formats take them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from pipeline.prompts.messages import THINKING
+from pipeline.prompts.shapes import TEXT_PARTS
 from pipeline.serve.schema.fields import Body, shown, valid_text
 
 REFUSAL = "refusal"
-TEXT_PARTS = ("text", "input_text", "output_text", REFUSAL)
 
 
-def _content(value: Any) -> str:
-    """Returns a content's text, "" for none; its parts must all be texts."""
+def text_of(value: Any, param: str, kinds: Sequence[str] = TEXT_PARTS) -> str:
+    """Returns a content's text, "" for none; its parts must all be texts of these kinds, or refusals.
+
+    Raises ValueError that says what is wrong with it, and ApiError that names `param` for text that is not Unicode.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
-        return valid_text(value, "messages")
+        return valid_text(value, param)
     if not isinstance(value, list):
         raise ValueError(f"is {shown(value)}; wanted a string or a list of text parts")
-    return "".join(_part(part) for part in value)
+    return "".join(_part(part, param, kinds) for part in value)
 
 
-def _part(part: Any) -> str:
+def _part(part: Any, param: str, kinds: Sequence[str]) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in TEXT_PARTS:
+    if not isinstance(kind, str) or kind not in (*kinds, REFUSAL):
         raise ValueError(f"has the part {shown(part)}; supported: text parts")
     text = part.get(REFUSAL if kind == REFUSAL else "text")
     if not isinstance(text, str):
         raise ValueError(f"has the part {shown(part)}; wanted a string for its text")
-    return valid_text(text, "messages")
+    return valid_text(text, param)
 
 
 Content = Annotated[
     str,
-    PlainValidator(_content),
+    PlainValidator(lambda value: text_of(value, "messages")),
     WithJsonSchema(
         {
             "anyOf": [

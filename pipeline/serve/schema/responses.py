@@ -6,10 +6,12 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, TypeAdapter, WithJsonSchema
 
 from pipeline.model.layers.token_rules import MAX_LOGPROBS
+from pipeline.prompts.shapes import TEXT_PARTS
+from pipeline.prompts.tools import nested
 from pipeline.serve.errors import ApiError
 from pipeline.serve.schema.chat import ChatBody, ChosenEffort, ToolChoice, require_choosable
 from pipeline.serve.schema.fields import Body, Unserved, Wanted, parse, shown, valid_text
-from pipeline.serve.schema.messages import Message
+from pipeline.serve.schema.messages import Message, text_of
 from pipeline.serve.schema.options import Count, Ignored, Number
 
 _UNSERVED: Unserved = {
@@ -22,7 +24,7 @@ _UNSERVED: Unserved = {
     "presence_penalty": ((0,), "use 0 or leave it out"),
     "frequency_penalty": ((0,), "use 0 or leave it out"),
 }
-TEXT_KINDS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
+TEXT_KINDS = (*TEXT_PARTS, "reasoning_text", "summary_text")
 
 
 class TextFormat(Body):
@@ -93,7 +95,7 @@ class ResponseBody(Body):
     @property
     def nested_tools(self) -> list[Any]:
         """The tools in the shape that a chat has."""
-        return [_nested(tool) for tool in self.tools]
+        return [nested(tool) if tool.get("type") == "function" else tool for tool in self.tools]
 
     def as_chat(self, before: Sequence[dict[str, Any]]) -> ChatBody:
         """Returns what a chat would ask, behind the items of earlier responses; raises ApiError."""
@@ -119,12 +121,6 @@ class ResponseBody(Body):
         )
         require_choosable(chat)
         return chat
-
-
-def _nested(tool: dict[str, Any]) -> Any:
-    if tool.get("type") != "function" or "function" in tool:
-        return tool
-    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def messages_of(items: Sequence[dict[str, Any]]) -> list[Message]:
@@ -172,20 +168,10 @@ def _add_call(found: list[dict[str, Any]], call: dict[str, Any]) -> None:
 
 
 def _text(value: Any, name: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return valid_text(value, "input")
-    if not isinstance(value, list):
-        raise ApiError(f"{name} has the content {shown(value)}; wanted a text or a list of text parts", param="input")
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind not in TEXT_KINDS or not isinstance(text, str):
-            raise ApiError(f"{name} has the part {shown(part)}; supported: text parts", param="input")
-        texts.append(valid_text(text, "input"))
-    return "".join(texts)
+    try:
+        return text_of(value, "input", TEXT_KINDS)
+    except ValueError as error:
+        raise ApiError(f"{name}: the content {error}", param="input") from error
 
 
 def _message(value: dict[str, Any], index: int) -> Message:

@@ -11,7 +11,7 @@ from tests.serve.test_api import ARGUMENTS, FINAL, create_engine
 from tests.support.corpus_tokenizer import corpus_tokenizer
 from tests.support.serving import MODEL, serving
 
-pytestmark = pytest.mark.conformance
+pytestmark = [pytest.mark.conformance, pytest.mark.slow]  # in an environment of its own
 
 
 def test_clients_are_answered_unchanged():

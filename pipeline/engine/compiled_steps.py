@@ -28,7 +28,7 @@ class CompiledSteps:
     """Holds the functions of `steps` compiled; each of them donates its state.
 
     `dflash_round` gives the round of a block size; `forced_round` is the one of the draft's own size with forced
-    tokens.
+    tokens. `draft_apart` and `verify_apart` are that round in two programs; the host sees what is drafted between them.
     """
 
     prefill: Step
@@ -36,7 +36,10 @@ class CompiledSteps:
     extend_context: Callable[..., EngineState]
     dflash_round: Callable[[int], Step]
     forced_round: Step
+    draft_apart: Callable[..., jax.Array]
+    verify_apart: Step
     set_history: Callable[..., EngineState]
+    set_masks: Callable[..., EngineState]
 
 
 @functools.cache  # engines of equal models share their programs
@@ -68,6 +71,11 @@ def _compile(
     def with_execution(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return functools.partial(step, execution=execution, **options)
 
+    def verify_apart(
+        target: TargetModel, draft: DraftModel, state: EngineState, tables: Any, drafted: Any, *, execution: Execution
+    ) -> tuple[EngineState, StepOutput]:
+        return steps.dflash_round(target, draft, state, tables, drafted=drafted, execution=execution)
+
     def dflash_round(size: int) -> Step:
         return compiled(with_execution(steps.dflash_round, block_size=size), 2, decoding)
 
@@ -77,6 +85,9 @@ def _compile(
         extend_context=compiled(with_execution(steps.extend_context), 1, (drafts, states, rows), states),
         dflash_round=functools.cache(dflash_round),
         forced_round=compiled(with_execution(steps.dflash_round), 2, (*decoding, rows)),
+        draft_apart=placement.jit_sharded(with_execution(steps.draft_apart), mesh, decoding, placement.REPLICATED),
+        verify_apart=compiled(with_execution(verify_apart), 2, (*decoding, rows)),
+        set_masks=compiled(steps.set_masks, 0, (states, rows, rows), states),
         set_history=compiled(steps.set_history, 0, (states, rows, VOCABULARY, VOCABULARY), states),
     )
 

@@ -23,10 +23,12 @@ from pipeline.engine.in_flight import Dispatched, EngineTimes, InFlight
 from pipeline.engine.layout import rows_of_shard
 from pipeline.engine.page_pool import Key, keys_of
 from pipeline.engine.request import Completion, Request, StepUpdate, TokenLogProb
+from pipeline.engine.request_check import require_runnable
 from pipeline.engine.row_pages import RowPages
 from pipeline.engine.sampling_params import GREEDY, SamplingParams, history_of, set_row
 from pipeline.engine.scheduler import NoRoom, Running, Scheduler
 from pipeline.engine.state import DEFERRED_STEPS, PrefillChunk, StepOutput, block_sizes_of, layout_of
+from pipeline.engine.token_masks import fill_masks
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
@@ -71,6 +73,7 @@ class Engine:
         self.block_size = None if draft is None else draft.config.block_size
         self._choice = BlockChoice(block_sizes_of(draft, config))
         self._num_deferred = 0
+        self._has_masks = False  # on the devices, from a step before
         self.acceptance = acceptance.empty(self.block_size or 1)
         self.smaller_blocks: dict[int, Acceptance] = {}
         self.times = EngineTimes()
@@ -88,6 +91,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._scheduler.running) or self._scheduler.num_waiting > 0
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that the target knows."""
+        return self._target.config.vocab_size
 
     @property
     def num_waiting(self) -> int:
@@ -120,28 +128,7 @@ class Engine:
         It may be empty or too long, hold or name tokens that the target does not know, want more tokens at least than
         at most, or have the id of another request.
         """
-        prompt, new = len(request.prompt_ids), request.max_new_tokens
-        if prompt == 0 or new < 1:
-            raise PipelineError(f"prompt has {prompt} tokens and max_new_tokens is {new}; both must be at least 1")
-        if prompt + new > self.config.max_length:
-            raise PipelineError(
-                f"prompt has {prompt} tokens and {new} more are wanted, {prompt + new} in all; the engine holds "
-                f"{self.config.max_length}: shorten either, or raise its max_length"
-            )
-        vocab_size = self._target.config.vocab_size
-        unknown = [token for token in request.prompt_ids if not 0 <= token < vocab_size]
-        if unknown:
-            raise PipelineError(f"prompt has token ids {unknown[:5]}; the target knows 0..{vocab_size - 1}")
-        named = [token for token in request.sampling.named_tokens if not 0 <= token < vocab_size]
-        if named:
-            raise PipelineError(f"logit_bias or stop_token_ids has {named[:5]}; the target knows 0..{vocab_size - 1}")
-        if request.sampling.min_tokens > new:
-            raise PipelineError(f"min_tokens is {request.sampling.min_tokens} and max_new_tokens {new}")
-        if not self.config.samples and not request.sampling.is_plainly_greedy:
-            raise PipelineError(
-                f"request {request.request_id!r} asks for more than the most likely tokens; the engine "
-                "was made without `samples`"
-            )
+        require_runnable(request, self.config, self.vocab_size)
         if self._scheduler.knows(request.request_id):
             raise PipelineError(f"request id {request.request_id!r} is already in use")
 
@@ -194,9 +181,15 @@ class Engine:
             )
         on_compiled("prefill")
         self._choice = BlockChoice(self._choice.sizes)
+        if self.config.samples:
+            self._set_masks({})
         for size in self._choice.sizes:
             jax.block_until_ready(self._dispatch_round({}, size))  # compiles, where no round has run yet
             on_compiled(f"a round of {size}" if size > 1 else "a plain step")
+            if self.config.samples and size == self.block_size:
+                drafted = np.asarray(self._steps.draft_apart(self._target, self._draft, self._state, self._tables()))
+                jax.block_until_ready(self._verify(drafted))
+                on_compiled("a round under a grammar")
             for _ in range(3):
                 started = time.perf_counter()
                 jax.block_until_ready(self._dispatch_round({}, size))
@@ -243,14 +236,41 @@ class Engine:
 
         A hook: an engine along known answers runs another step.
         """
-        tables = self._tables()
         if self._num_deferred == DEFERRED_STEPS or (size > 1 and self._num_deferred):
-            self._state = self._steps.extend_context(self._draft, self._state, tables)
-            self._num_deferred = 0
+            self._extend_context()
         step = self._steps.dflash_round(size) if size > 1 else self._steps.plain_step
         self._num_deferred += size == 1 and self._draft is not None
-        self._state, output = step(self._target, self._draft, self._state, tables)
+        self._state, output = step(self._target, self._draft, self._state, self._tables())
         return output
+
+    def _extend_context(self) -> None:
+        self._state = self._steps.extend_context(self._draft, self._state, self._tables())
+        self._num_deferred = 0
+
+    def _dispatch_masked(self, constrained: dict[int, Running], size: int) -> StepOutput:
+        """Dispatches a round, with blocks of the draft's own size, or a plain step, in which grammars rule tokens out.
+
+        What may follow a drafted token is known when the host has seen it, so draft and verification run apart.
+        """
+        if size == 1:
+            self._set_masks(constrained)
+            return self._dispatch_round(constrained, 1)
+        if self._num_deferred:
+            self._extend_context()
+        drafted = np.asarray(self._steps.draft_apart(self._target, self._draft, self._state, self._tables()))
+        return self._verify(self._set_masks(constrained, drafted))
+
+    def _verify(self, drafted: np.ndarray | None) -> StepOutput:
+        self._state, output = self._steps.verify_apart(self._target, self._draft, self._state, self._tables(), drafted)
+        return output
+
+    def _set_masks(self, constrained: dict[int, Running], drafted: np.ndarray | None = None) -> np.ndarray | None:
+        """Says which tokens may follow in the next step; returns the drafted tokens, changed where that is known."""
+        vocab_size, length = self.vocab_size, self.block_size or 1
+        words, is_masked, drafted = fill_masks(constrained, drafted, self.config.num_slots, length, vocab_size)
+        self._state = self._steps.set_masks(self._state, words, is_masked)
+        self._has_masks = bool(constrained)
+        return drafted
 
     def _keys_of(self, tokens: Sequence[int], before: Sequence[Key] = ()) -> list[Key]:
         return keys_of(tokens, self.config.page_size, before) if self.config.reuse_prefixes else []
@@ -284,7 +304,7 @@ class Engine:
 
     def _set_history(self, one: Running, slot: int) -> None:
         """Gives the device what a request is penalised for: its prompt, and an answer that was preempted."""
-        vocab_size = self._target.config.vocab_size
+        vocab_size = self.vocab_size
         rows = np.full(self._num_shards, self._slots_of_shard, np.int32)  # past the last slot: dropped
         generated = np.zeros((self._num_shards, vocab_size), np.int32)
         in_prompt = np.zeros((self._num_shards, vocab_size), bool)
@@ -309,6 +329,9 @@ class Engine:
         height = 1 if is_single else self._rows_of_shard
         rows = {shard * height + row: one for shard, row, one in chosen}
         chunk = self._chunk_of(rows, height)
+        ending = {one.slot: one for row, one in rows.items() if chunk.is_last[row] and one.constraint is not None}
+        if ending or self._has_masks:
+            self._set_masks(ending)
         self._state, output = self._steps.prefill(self._target, self._draft, self._state, chunk)
         count = 0
         for row, one in rows.items():
@@ -325,26 +348,41 @@ class Engine:
         """Dispatches a round when any request decodes; returns whether one does.
 
         Each gets pages for all that may be committed by then; if there are too few, what is under way is read first,
-        and then the request that arrived last has to wait.
+        and then the request that arrived last has to wait. Where a grammar rules tokens out, the host must know the
+        answer so far.
         """
         size = None
+        if any(one.constraint is not None and one.is_decoding for one in self._scheduler.running.values()):
+            self._read(0)
         while True:
             by_slot = {slot: one for slot, one in self._scheduler.running.items() if one.is_decoding}
             if all(one.is_surely_done for one in by_slot.values()):
                 return False
-            size = size or self._choice.choose()
+            size = size or self._choose_size()
             if all(self._grow(one, size) for one in by_slot.values()):
                 break
             if self._in_flight:
                 self._read(0)
             else:
                 self._preempt()
-        output = self._dispatch_round(by_slot, size)
+        constrained = {slot: one for slot, one in by_slot.items() if one.constraint is not None}
+        if constrained:
+            output = self._dispatch_masked(constrained, size)
+        else:
+            if self._has_masks:
+                self._set_masks({})
+            output = self._dispatch_round(by_slot, size)
         for one in by_slot.values():
             one.rounds_ahead += 1
             one.tokens_ahead += size
-        self._in_flight.add(Dispatched(output, by_slot, size))
+        self._in_flight.add(Dispatched(output, by_slot, size, is_masked=bool(constrained)))
         return True
+
+    def _choose_size(self) -> int:
+        size = self._choice.choose()
+        if size > 1 and any(one.constraint is not None for one in self._scheduler.running.values()):
+            return self.block_size or 1  # the one size that drafts and verifies apart
+        return size
 
     def _grow(self, one: Running, size: int) -> bool:
         """Takes pages for what the next round may commit; returns False when there are too few."""
@@ -392,6 +430,8 @@ class Engine:
         """Adds a row's tokens to what is known of a request, and ends it when they are its last ones."""
         new = tuple(output.token_ids[row_of_output, : output.num_tokens[row_of_output]].tolist())
         one.tokens += new
+        if one.constraint is not None:
+            one.constraint.advance(new)
         pages, row = self._pages_of(one), self._row_of(one)
         pages.commit(row, one.tokens, len(one.tokens) - 1, num_pending=self._num_deferred)
         reason = None
@@ -430,7 +470,8 @@ class Engine:
         )
         if not accepted:
             return
-        self._choice.took(size, seconds)
+        if not step.is_masked:
+            self._choice.took(size, seconds)
         self._choice.accepted(size, accepted)
         if size == self.block_size:
             self.acceptance += Acceptance.of(accepted, size)

@@ -15,13 +15,15 @@ from pipeline.engine.state import StepOutput
 class Dispatched:
     """Holds a step that the devices will have run, and whose row each request has in it.
 
-    `block_size` is a round's, 1 for a plain step and None for a prefill, which computes `num_tokens` tokens.
+    `block_size` is a round's, 1 for a plain step and None for a prefill, which computes `num_tokens` tokens. A step
+    `is_masked` when the host had to see the tokens before it first, so that its time says nothing of other steps.
     """
 
     output: StepOutput
     by_row: Mapping[int, Running]
     block_size: int | None
     num_tokens: int = 0
+    is_masked: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

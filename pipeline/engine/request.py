@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from pipeline.engine.grammar import Grammar
 from pipeline.engine.sampling_params import GREEDY, SamplingParams
 
 
@@ -16,12 +17,16 @@ class TokenLogProb:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """Holds a prompt to continue by at most `max_new_tokens` tokens, chosen as `sampling` says."""
+    """Holds a prompt to continue by at most `max_new_tokens` tokens, chosen as `sampling` says.
+
+    A `grammar` rules out what its answers do not have.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams = GREEDY
+    grammar: Grammar | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from pipeline.engine.grammar import Constraint
 from pipeline.engine.page_pool import Key
 from pipeline.engine.request import Request
 
@@ -15,13 +16,14 @@ class Running:
     are to be in the cache before the request decodes. `keys` are those of the pages that the tokens filled when the
     request was queued. `num_reused` of the prompt's tokens were computed for earlier requests. `num_prefilled` counts
     the tokens that prefill has dispatched, `rounds_ahead` the rounds that were dispatched and not read yet, and
-    `tokens_ahead` what these yield at most.
+    `tokens_ahead` what these yield at most. `constraint` has taken the tokens of the answer that are known.
     """
 
     request: Request
     order: int
     tokens: list[int]
     keys: list[Key]
+    constraint: Constraint | None = None
     slot: int = -1
     num_reused: int = 0
     num_prefilled: int = 0
@@ -68,7 +70,10 @@ class Scheduler:
 
     def add(self, request: Request, keys: list[Key]) -> None:
         """Queues a request, with the keys of the pages that its prompt fills."""
-        self._waiting[request.request_id] = Running(request, self._num_added, list(request.prompt_ids), keys)
+        constraint = None if request.grammar is None else request.grammar.start()
+        self._waiting[request.request_id] = Running(
+            request, self._num_added, list(request.prompt_ids), keys, constraint
+        )
         self._num_added += 1
 
     def admit(self, slot_for: Callable[[Running, list[int]], int | None]) -> None:
@@ -113,7 +118,7 @@ class Scheduler:
     def preempt(self, one: Running, keys: list[Key]) -> None:
         """Takes a request's slot; it will go on later from the tokens that it has, which fill pages with these keys."""
         self.release(one.slot)
-        again = Running(one.request, one.order, one.tokens, keys, num_reused=one.num_reused)
+        again = Running(one.request, one.order, one.tokens, keys, one.constraint, num_reused=one.num_reused)
         waiting = [*self._waiting.values(), again]
         self._waiting = {each.request.request_id: each for each in sorted(waiting, key=lambda each: each.order)}
 

@@ -13,7 +13,7 @@ from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.layers.kv_pages import PagedCache, PageTables
 from pipeline.model.layers.pytree import pytree_dataclass
-from pipeline.model.layers.token_rules import LogProbs, TokenHistory, TokenRules, greedy_rules
+from pipeline.model.layers.token_rules import LogProbs, TokenHistory, TokenMasks, TokenRules, greedy_rules, no_masks
 
 DEFERRED_STEPS = 16  # plain steps whose features go to the draft's cache together: its weights are read once for them
 
@@ -24,7 +24,8 @@ class EngineState:
 
     `length` counts a slot's committed positions; `anchor` is the token at that position, certain but not yet in any
     cache; `remaining` is how many more tokens the request may get; `rules` say how each request chooses its tokens, and
-    `history` has what they are penalised for; None where every token is the most likely one. `features` are those of
+    `history` has what they are penalised for and `masks` which tokens may follow in the next step; both are None where
+    every token is the most likely one. `features` are those of
     the last `num_features` committed positions, which are not in the draft's cache yet; None where every step puts
     them there.
     """
@@ -37,6 +38,7 @@ class EngineState:
     active: Bool[Array, " B"]
     rules: TokenRules
     history: TokenHistory | None
+    masks: TokenMasks | None
     features: Float[Array, "B F LD"] | None = None
     num_features: Int[Array, " B"] | None = None
 
@@ -82,8 +84,9 @@ def empty_state(
     layout = layout_of(target, draft, config, num_shards)
     spare = num_shards - 1  # each shard has a spare page behind its own
     num_pages, num_sliding = layout.num_pages * num_shards + spare, layout.num_sliding_pages * num_shards + spare
-    history = None
+    history, masks = None, None
     if config.samples:
+        masks = no_masks(slots, 1 if draft is None else draft.config.block_size, target.config.vocab_size)
         seen = (slots, target.config.vocab_size)
         history = TokenHistory(jnp.zeros(seen, jnp.int32), jnp.zeros(seen, bool))
     features = None
@@ -99,6 +102,7 @@ def empty_state(
         active=jnp.zeros(slots, bool),
         rules=greedy_rules(slots),
         history=history,
+        masks=masks,
         features=features,
         num_features=None if features is None else jnp.zeros(slots, jnp.int32),
     )

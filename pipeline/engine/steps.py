@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pipeline.dflash import acceptance, blocks
 from pipeline.engine.state import EngineState, PrefillChunk, StepOutput
@@ -21,7 +21,7 @@ from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.layers import kv_pages, token_rules
 from pipeline.model.layers.kv_pages import PageTables
-from pipeline.model.layers.token_rules import TokenHistory
+from pipeline.model.layers.token_rules import TokenHistory, TokenMasks
 from pipeline.model.parallel.execution import Execution
 from pipeline.model.parallel.shards import Shards
 
@@ -64,7 +64,9 @@ def prefill(
         chosen = shards.argmax(logits)
     else:
         of_rows = token_rules.rows_of(history, rows)
-        chosen = token_rules.choose(logits, chunk.rules, of_rows, chunk.token_ids[:, :1], start + counts - 1, shards)
+        masks = None if state.masks is None else token_rules.rows_of(state.masks, rows)
+        before = start + counts - 1
+        chosen = token_rules.choose(logits, chunk.rules, of_rows, chunk.token_ids[:, :1], before, shards, masks)
     first = jnp.where(chunk.first_ids < 0, chosen[:, 0], chunk.first_ids)
     finished = chunk.is_last & ((first[:, None] == chunk.rules.stop_ids).any(-1) | (chunk.budget <= 1))
     num_chosen = chunk.is_last.astype(jnp.int32)
@@ -80,6 +82,7 @@ def prefill(
         active=state.active.at[rows].set(chunk.is_last & ~finished, mode="drop"),
         rules=jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), state.rules, chunk.rules),
         history=history,
+        masks=state.masks,
         features=state.features,
         num_features=None if state.num_features is None else state.num_features.at[rows].set(0, mode="drop"),
     )
@@ -138,6 +141,7 @@ def dflash_round(
     state: EngineState,
     tables: PageTables,
     forced_ids: Int[Array, "B K"] | None = None,
+    drafted: Int[Array, "B drafted"] | None = None,
     *,
     execution: Execution,
     block_size: int | None = None,
@@ -148,15 +152,16 @@ def dflash_round(
 
     Both caches are written for the whole block and `length` advances by what was accepted, which drops the rest: their
     positions are written again before anything sees them. `forced_ids` are the tokens that follow each anchor in a
-    known answer and stand for what the target would choose (forced_decoding.py). Returns the new state and the tokens
-    [B, K], of which 1..K of each row count.
+    known answer and stand for what the target would choose (forced_decoding.py), and `drafted` the tokens of a draft
+    that has run already. Returns the new state and the tokens [B, K], of which 1..K of each row count.
     """
     assert state.draft_cache is not None
     if block_size is not None:
         draft = dataclasses.replace(draft, config=dataclasses.replace(draft.config, block_size=block_size))
     config, shards = draft.config, execution.shards
     tables, start = kv_pages.active_only(tables, state.active), _start(state)
-    drafted = draft_block(target, draft, state, tables.whole, execution)
+    if drafted is None:
+        drafted = draft_block(target, draft, state, tables.whole, execution)
     block = jnp.concatenate([state.anchor[:, None], drafted], axis=1)
     out = gpt_oss.forward(target, block, start, state.cache, config.tapped_layers, tables=tables, execution=execution)
     assert out.cache is not None
@@ -167,6 +172,14 @@ def dflash_round(
     if forced_ids is not None:
         choice = choice._replace(tokens=forced_ids)
     return _commit(state, choice, acceptance.count_accepted(drafted, choice.tokens[:, :-1]) + 1, shards)
+
+
+def draft_apart(
+    target: TargetModel, draft: DraftModel, state: EngineState, tables: PageTables, *, execution: Execution
+) -> Int[Array, "B drafted"]:
+    """Returns the tokens of all shards' drafts, for the host to read before they are verified."""
+    tables = kv_pages.active_only(tables, state.active)
+    return execution.shards.all_rows(draft_block(target, draft, state, tables.whole, execution))
 
 
 def draft_block(
@@ -207,7 +220,8 @@ def _choice(
     logits = gpt_oss.logits(target.weights, hidden)
     if state.history is None:
         return _Choice(shards.argmax(logits), None)
-    return _Choice(token_rules.choose(logits, state.rules, state.history, block, _start(state), shards), logits)
+    tokens = token_rules.choose(logits, state.rules, state.history, block, _start(state), shards, state.masks)
+    return _Choice(tokens, logits)
 
 
 def _commit(
@@ -247,6 +261,11 @@ def set_history(
         state.history.in_prompt.at[rows].set(in_prompt, mode="drop"),
     )
     return dataclasses.replace(state, history=history)
+
+
+def set_masks(state: EngineState, words: UInt32[Array, "B K words"], is_masked: Bool[Array, " B"]) -> EngineState:
+    """Sets which tokens may follow in the next step."""
+    return dataclasses.replace(state, masks=TokenMasks(words, is_masked))
 
 
 def _replicate(output: StepOutput, shards: Shards) -> StepOutput:

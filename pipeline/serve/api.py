@@ -22,6 +22,7 @@ from pipeline.serve.channel_reader import chat_reader
 from pipeline.serve.engine_thread import EngineThread, Unavailable
 from pipeline.serve.errors import ApiError
 from pipeline.serve.generation import Events, EventStream, Generation, unavailable
+from pipeline.serve.grammars import CompiledGrammar, Grammars
 from pipeline.serve.limits import DEFAULT, Limits
 from pipeline.serve.request_reader import CLIENT_CLOSED_REQUEST, RequestReader, ServedModel, read_json
 from pipeline.serve.response_objects import ResponseObjects
@@ -54,7 +55,8 @@ class Api:
         self._tokenizer = tokenizer
         self._created = int(time.time())
         self._stored = ResponseStore(limits.max_stored_bytes)
-        self._reader = RequestReader(tokenizer, served, limits.max_body_bytes)
+        grammars = Grammars(tokenizer, engine.vocab_size)
+        self._reader = RequestReader(tokenizer, served, grammars, limits.max_body_bytes)
 
     async def completions(self, http: HttpRequest) -> Response:
         """Answers POST /v1/completions: text or tokens are continued as they are."""
@@ -91,7 +93,8 @@ class Api:
             )
             for _ in range(len(prompts) * body.n)
         ]
-        return await self._answer(http, body, prompts, body.max_tokens, answers, responses)
+        grammar = await asyncio.to_thread(self._reader.text_grammar, body) if body.form is not None else None
+        return await self._answer(http, body, prompts, body.max_tokens, answers, responses, grammar)
 
     async def chat(self, http: HttpRequest) -> Response:
         """Answers POST /v1/chat/completions: messages in the target's chat format; its channels come apart."""
@@ -170,7 +173,10 @@ class Api:
             )
             for _ in range(body.n)
         ]
-        return await self._answer(http, body, [(*prompt, *opening)], body.limit, answers, responses)
+        grammar = None
+        if body.form is not None or body.offered:
+            grammar = await asyncio.to_thread(self._reader.chat_grammar, body)
+        return await self._answer(http, body, [(*prompt, *opening)], body.limit, answers, responses, grammar)
 
     async def tokenize(self, http: HttpRequest) -> JSONResponse:
         """Answers POST /tokenize, vLLM's: the tokens of a text, or of messages as a chat would see them."""
@@ -256,6 +262,7 @@ class Api:
         limit: int | None,
         answers: Sequence[Answer],
         responses: Responses | ResponseObjects,
+        grammar: CompiledGrammar | None,
     ) -> Response:
         """Runs `body.n` answers of each prompt, of at most `limit` tokens each, and returns the reply."""
         sampling = body.sampling(self.engine.config.stop_token_ids, self.served.temperature)
@@ -266,6 +273,7 @@ class Api:
                 prompt_ids=prompts[index // body.n],
                 max_new_tokens=self._room(prompts[index // body.n], limit, responses.prompt_param),
                 sampling=dataclasses.replace(sampling, key=sampling_key(seed, f"prompt {index}")),
+                grammar=grammar,
             )
             for index in range(len(answers))
         ]

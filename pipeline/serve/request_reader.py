@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,12 +11,15 @@ from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
 
 from pipeline.errors import PipelineError
-from pipeline.prompts.chat_format import chat_format_of, render_prompt
+from pipeline.prompts.chat_format import chat_format_of, render_prompt, stop_token_ids
 from pipeline.prompts.harmony import CONSTRAIN
 from pipeline.prompts.tokenizer import Tokenizer
 from pipeline.prompts.tools import tools_problem
+from pipeline.serve import answer_grammar
 from pipeline.serve.errors import ApiError
+from pipeline.serve.grammars import CompiledGrammar, Grammars
 from pipeline.serve.schema.chat import ChatBody
+from pipeline.serve.schema.completion import CompletionBody
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 SHORT_TEXT = 2**14  # bytes of text that are encoded at once; more would hold up everybody's streams
@@ -35,7 +39,8 @@ class ServedModel:
 class RequestReader:
     """Reads bodies of at most `max_body_bytes`, and makes prompts of them in the tokenizer's chat format."""
 
-    def __init__(self, tokenizer: Tokenizer, served: ServedModel, max_body_bytes: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, served: ServedModel, grammars: Grammars, max_body_bytes: int) -> None:
+        self._grammars = grammars
         self._tokenizer, self._served, self._max_body_bytes = tokenizer, served, max_body_bytes
         self._encoding = asyncio.Lock()  # of long texts, one at a time: each takes much memory
 
@@ -92,6 +97,39 @@ class RequestReader:
         name = f".{function} {CONSTRAIN}json<|message|>" if function else ""
         text = f"<|channel|>commentary to=functions{name}"
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def chat_grammar(self, body: ChatBody) -> CompiledGrammar | None:
+        """Returns the grammar of a chat's answer, None where anything may be answered; raises ApiError.
+
+        A call that is demanded has the arguments that its function takes; where its schema cannot be followed and need
+        not be, a JSON object.
+        """
+        tools = body.offered
+        if body.must_call is not None:
+            wanted = [tool for tool in tools if body.must_call in ("", tool["function"]["name"])]
+            followed = functools.partial(answer_grammar.call_grammar, wanted, is_named=bool(body.must_call))
+            try:
+                return self._compiled(followed(with_schemas=True), "tools")
+            except ApiError:
+                return self._compiled(followed(with_schemas=False), "tools")
+        if body.form is None and not any(map(answer_grammar.is_strict, tools)):
+            return None
+        if not chat_format_of(self._tokenizer).has_channels:
+            return self.text_grammar(body)
+        return self._compiled(answer_grammar.harmony_grammar(body.form, tools), body.form_param or "tools")
+
+    def text_grammar(self, body: ChatBody | CompletionBody) -> CompiledGrammar | None:
+        """Returns the grammar of an answer that is text alone, None where any may be answered; raises ApiError."""
+        if body.form is None:
+            return None
+        text = answer_grammar.plain_grammar(body.form, stop_token_ids(self._tokenizer))
+        return self._compiled(text, body.form_param)
+
+    def _compiled(self, grammar: str, param: str | None) -> CompiledGrammar:
+        try:
+            return self._grammars.compiled(grammar)
+        except PipelineError as error:
+            raise ApiError(f"{param} cannot be followed: {error}; change it", param=param) from error
 
     def refuse_unknown(self, body: ChatBody) -> None:
         """Raises ApiError for what the target's chat format does not know, and for tools that are malformed."""

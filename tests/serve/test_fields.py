@@ -237,8 +237,8 @@ def test_fields_that_change_nothing_are_taken(client):
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"guided_decoding_backend": "outlines"}, "guided_decoding_backend"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),

@@ -54,6 +54,10 @@ class FakeEngine(Engine):
         return bool(self.waiting or self.running)
 
     @property
+    def vocab_size(self) -> int:
+        return VOCABULARY
+
+    @property
     def num_waiting(self) -> int:
         return len(self.waiting)
 

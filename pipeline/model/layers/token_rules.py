@@ -11,6 +11,7 @@ docs/dflash.md#inference-loop).
 """
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ MAX_STOPS = 16  # stop tokens of a row
 MAX_BIASES = 300  # tokens with a bias of a row, as many as OpenAI takes
 MAX_LOGPROBS = 20  # most likely tokens that are reported with a token
 NO_TOKEN = -1  # fills rows of tokens
+WORD_BITS = 32  # tokens of a word of a mask, the lowest bit first
 
 
 @pytree_dataclass()
@@ -64,6 +66,17 @@ class TokenHistory:
 
 
 @pytree_dataclass()
+class TokenMasks:
+    """Holds which tokens may follow each of T positions, as bits, right where a row is masked; else all may."""
+
+    words: UInt32[Array, "B T words"]
+    is_masked: Bool[Array, " B"]
+
+
+Rows = TypeVar("Rows", TokenHistory, TokenMasks)
+
+
+@pytree_dataclass()
 class LogProbs:
     """Holds the logarithms of chosen tokens' probabilities, and of the most likely tokens', before any rule."""
 
@@ -93,9 +106,19 @@ def greedy_rules(num_rows: int) -> TokenRules:
     )
 
 
-def rows_of(history: TokenHistory, rows: Int[Array, " R"]) -> TokenHistory:
-    """Returns the history of some rows; of a row past the last one, any."""
-    return jax.tree.map(lambda one: jnp.take(one, rows, axis=0, mode="clip"), history)
+def num_words(vocab_size: int) -> int:
+    """Returns the words of a mask over a vocabulary."""
+    return -(-vocab_size // WORD_BITS)
+
+
+def no_masks(num_rows: int, length: int, vocab_size: int) -> TokenMasks:
+    """Returns masks that no row has."""
+    return TokenMasks(jnp.zeros((num_rows, length, num_words(vocab_size)), jnp.uint32), jnp.zeros(num_rows, bool))
+
+
+def rows_of(of_all: Rows, rows: Int[Array, " R"]) -> Rows:
+    """Returns the history or masks of some rows; of a row past the last one, any."""
+    return jax.tree.map(lambda one: jnp.take(one, rows, axis=0, mode="clip"), of_all)
 
 
 def choose(
@@ -105,13 +128,18 @@ def choose(
     block: Int[Array, "B T"],
     start: Int[Array, " B"],
     shards: Shards,
+    masks: TokenMasks | None = None,
 ) -> Int[Array, "B T"]:
     """Returns the token behind each of T tokens of a row, `block`, of which the first is at position `start`.
 
-    The first token of a block is in the history already; the others count in what follows them.
+    The first token of a block is in the history already; the others count in what follows them. Masks may be longer
+    than the block.
     """
     positions = start[:, None] + 1 + jnp.arange(block.shape[1])
-    return _drawn(_adjusted(logits, rules, history, block, positions, shards), rules, positions, shards)
+    logits = _adjusted(logits, rules, history, block, positions, shards)
+    if masks is not None:
+        logits = _changed(logits, [(masks.is_masked.any(), lambda values: _masked(values, masks, shards))])
+    return _drawn(logits, rules, positions, shards)
 
 
 def with_tokens(
@@ -248,6 +276,15 @@ def _adjusted(
         ((positions < rules.least_length[:, None]).any(), unfinished),
     )
     return _changed(logits, wanted)
+
+
+def _masked(values: Float[Array, "B T local"], masks: TokenMasks, shards: Shards) -> Float[Array, "B T local"]:
+    """Returns the logits without the tokens that the rows' masks rule out."""
+    num_rows, length, num_local = values.shape
+    bits = (masks.words[:, :length, :, None] >> jnp.arange(WORD_BITS, dtype=jnp.uint32)) & 1
+    bits = bits.reshape(num_rows, length, -1)
+    local = jax.lax.dynamic_slice_in_dim(bits, shards.over().offset(num_local), num_local, axis=-1)
+    return jnp.where((local == 1) | ~masks.is_masked[:, None, None], values, -jnp.inf)
 
 
 def _changed(values: Array, changes: Iterable[tuple[Bool[Array, ""], Callable[[Array], Array]]]) -> Array:

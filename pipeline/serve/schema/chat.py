@@ -21,7 +21,6 @@ _UNSERVED = {
     **UNSERVED,
     "functions": (([],), "this older form is not supported: use tools"),
     "function_call": (("none", "auto"), "this older form is not supported: use tool_choice"),
-    "response_format": (({"type": "text"},), _TEXT_ALONE),
     "modalities": ((["text"],), _TEXT_ALONE),
     "audio": ((), _TEXT_ALONE),
     "prediction": ((), "predicted outputs come from the draft alone: leave it out"),

@@ -8,9 +8,25 @@ from pipeline.engine.sampling_params import SamplingParams
 from pipeline.errors import PipelineError
 from pipeline.serve.errors import ApiError
 from pipeline.serve.schema.fields import Body, Unserved, Wanted, shown, valid_text
+from pipeline.serve.schema.format_fields import (
+    GuidedChoice,
+    GuidedGrammar,
+    GuidedJson,
+    GuidedRegex,
+    ResponseFormat,
+    StructuredOutputs,
+)
 
 MAX_STOP_STRINGS = 16
 MAX_ANSWERS = 128  # of one request, over all its prompts
+FORMS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 NUMBERS = ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens")
 
 UNSERVED: Unserved = {
@@ -23,11 +39,7 @@ UNSERVED: Unserved = {
     "spaces_between_special_tokens": ((True, False), "leave it out"),
     "detokenize": ((True,), "answers are text: use true or leave it out; return_token_ids adds their tokens"),
     "priority": ((0,), "requests have no priorities: use 0 or leave it out"),
-    "guided_json": ((), "answers cannot be forced into a format: leave it out"),
-    "guided_regex": ((), "answers cannot be forced into a format: leave it out"),
-    "guided_choice": ((), "answers cannot be forced into a format: leave it out"),
-    "guided_grammar": ((), "answers cannot be forced into a format: leave it out"),
-    "structured_outputs": ((), "answers cannot be forced into a format: leave it out"),
+    "guided_decoding_backend": (("auto", "guidance"), "llguidance is used: leave it out"),
 }
 
 
@@ -112,6 +124,12 @@ class Options(Body):
     logit_bias: Biases = ()
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[int], Wanted("a list of token ids")] = Field(default_factory=list)
+    response_format: ResponseFormat = None
+    structured_outputs: StructuredOutputs = None
+    guided_json: GuidedJson = None
+    guided_regex: GuidedRegex = None
+    guided_choice: GuidedChoice = None
+    guided_grammar: GuidedGrammar = None
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     user: Ignored = None
@@ -122,6 +140,16 @@ class Options(Body):
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
     request_id: Ignored = None
+
+    @property
+    def form(self) -> str | None:
+        """The form that the answer's text must have (`forms`), None for any."""
+        return None if self.form_param is None else getattr(self, self.form_param)
+
+    @property
+    def form_param(self) -> str | None:
+        """The field that says which form; None where none does."""
+        return next((name for name in FORMS if getattr(self, name) is not None), None)
 
     @property
     def streams_usage(self) -> bool:
@@ -144,6 +172,13 @@ def require_consistent(options: Options, num_prompts: int) -> None:
             "use the same number, or leave best_of out",
             param="best_of",
             code="unsupported_value",
+        )
+    given = [name for name in FORMS if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ApiError(f"{' and '.join(given)} each say what form the answer has; give one of them", param=given[1])
+    if given and options.ignore_eos:
+        raise ApiError(
+            f"ignore_eos is true and {given[0]} says where the answer ends; leave either out", param="ignore_eos"
         )
     if options.n * num_prompts > MAX_ANSWERS:
         raise ApiError(

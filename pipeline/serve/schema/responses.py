@@ -11,6 +11,7 @@ from pipeline.prompts.tools import nested
 from pipeline.serve.errors import ApiError
 from pipeline.serve.schema.chat import ChatBody, ChosenEffort, ToolChoice, require_choosable
 from pipeline.serve.schema.fields import Body, Unserved, Wanted, parse, shown, valid_text
+from pipeline.serve.schema.format_fields import response_form
 from pipeline.serve.schema.messages import Message, text_of
 from pipeline.serve.schema.options import Count, Ignored, Number
 
@@ -28,7 +29,7 @@ TEXT_KINDS = (*TEXT_PARTS, "reasoning_text", "summary_text")
 
 
 class TextFormat(Body):
-    """How the text of an answer is formed: as text."""
+    """How the text of an answer is formed: as any text, or as JSON."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
@@ -110,6 +111,7 @@ class ResponseBody(Body):
             "reasoning_effort": self.effort,
             "tool_choice": self.tool_choice,
             "top_logprobs": self.top_logprobs,
+            "response_format": self.text and self.text.format,
         }
         chat = ChatBody(
             model=self.model,
@@ -186,13 +188,8 @@ def _message(value: dict[str, Any], index: int) -> Message:
 def read_response(body: Any, model: str) -> ResponseBody:
     """Returns the body of a request to /v1/responses for the served `model`; raises ApiError."""
     found = parse(ResponseBody, body, model, _UNSERVED, required=("input",))
-    wanted = found.text.format if found.text is not None else None
-    if wanted is not None and wanted != {"type": "text"}:
-        raise ApiError(
-            f"text.format is {shown(wanted)}; only text answers are supported: leave it out",
-            param="text",
-            code="unsupported_value",
-        )
+    if found.text is not None and found.text.format is not None:
+        response_form(found.text.format, "text")
     if found.text is not None and found.text.verbosity not in (None, "medium"):
         raise ApiError("text.verbosity is not supported: use medium or leave it out", param="text")
     if not 0 <= (found.top_logprobs or 0) <= MAX_LOGPROBS:

@@ -23,7 +23,9 @@ class Constraint(Protocol):
 
 @runtime_checkable
 class Grammar(Protocol):
-    """Can be started for any number of answers."""
+    """Can be started for any number of answers; other hosts make the same one of its `text`."""
+
+    text: str
 
     def start(self) -> Constraint:
         """Returns the constraint of an answer that begins."""

@@ -1,12 +1,13 @@
 """An engine over several hosts: the primary takes requests, and the others repeat its steps."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline import distributed
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
+from pipeline.engine.grammar import Grammar
 from pipeline.engine.request import Request, StepUpdate
 from pipeline.engine.sampling_params import SamplingParams
 from pipeline.model.dflash.model import DraftModel
@@ -37,7 +38,7 @@ class PrimaryEngine(Engine):
         """Does what `Engine.add_all` does, on all hosts."""
         super().add_all(requests)
         if self._is_broadcasting:
-            self._orders += [[ADD, dataclasses.asdict(request)] for request in requests]
+            self._orders += [[ADD, _fields(request)] for request in requests]
 
     def cancel(self, request_id: str) -> None:
         """Does what `Engine.cancel` does, on all hosts."""
@@ -62,13 +63,16 @@ class PrimaryEngine(Engine):
         distributed.broadcast_from_primary([[END, None]])
 
 
-def follow_primary(engine: Engine) -> None:
-    """Repeats on this host's engine what the primary's does, until `shut_down_followers`."""
+def follow_primary(engine: Engine, compile_grammar: Callable[[str], Grammar]) -> None:
+    """Repeats on this host's engine what the primary's does, until `shut_down_followers`.
+
+    `compile_grammar` makes a request's grammar of the text that the primary's was made of.
+    """
     while True:
         orders = distributed.broadcast_from_primary(None)
         for order, value in orders:
             if order == ADD:
-                engine.add(_request(value))
+                engine.add(_request(value, compile_grammar))
             elif order == CANCEL:
                 engine.cancel(value)
             elif order == END:
@@ -77,7 +81,14 @@ def follow_primary(engine: Engine) -> None:
             engine.step()
 
 
-def _request(value: dict[str, Any]) -> Request:
+def _fields(request: Request) -> dict[str, Any]:
+    """Returns a request as JSON has it."""
+    grammar = request.grammar
+    fields = dataclasses.asdict(dataclasses.replace(request, grammar=None))
+    return fields | {"grammar": None if grammar is None else grammar.text}
+
+
+def _request(value: dict[str, Any], compile_grammar: Callable[[str], Grammar]) -> Request:
     sampling: dict[str, Any] = {
         name: _tuples(one) if isinstance(one, list) else one for name, one in value["sampling"].items()
     }
@@ -86,6 +97,7 @@ def _request(value: dict[str, Any]) -> Request:
         prompt_ids=tuple(value["prompt_ids"]),
         max_new_tokens=value["max_new_tokens"],
         sampling=SamplingParams(**sampling),
+        grammar=None if value["grammar"] is None else compile_grammar(value["grammar"]),
     )
 
 

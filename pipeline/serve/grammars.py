@@ -43,7 +43,7 @@ class Grammars:
         matcher = LLMatcher(self._vocabulary, text, log_level=0)
         if matcher.is_error():
             raise PipelineError(_POSITION.sub("", matcher.get_error().strip().splitlines()[0]))
-        return CompiledGrammar(matcher)
+        return CompiledGrammar(text, matcher)
 
     @functools.cached_property
     def _vocabulary(self) -> LLTokenizer:
@@ -55,7 +55,8 @@ class Grammars:
 class CompiledGrammar:
     """A grammar at its beginning (an engine's `Grammar`)."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, text: str, matcher: LLMatcher) -> None:
+        self.text = text
         self._matcher = matcher
 
     def start(self) -> "AnswerConstraint":

@@ -15,6 +15,7 @@ from pipeline.serve import auth, server
 from pipeline.serve.api import Api
 from pipeline.serve.app import create_app
 from pipeline.serve.engine_thread import EngineThread
+from pipeline.serve.grammars import Grammars
 from pipeline.serve.limits import Limits
 from pipeline.serve.loading import engine_of
 from pipeline.serve.request_reader import ServedModel
@@ -35,7 +36,7 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     if not distributed.is_primary():
         engine = engine_of(workspace, with_draft=is_dflash)
         engine.warm_up()
-        follow_primary(engine)
+        follow_primary(engine, Grammars(workspace.tokenizer, engine.vocab_size).compiled)
         return
     keys = auth.read_keys(wanted.api_keys)
     auth.require_guarded(wanted.host, keys, insecure=wanted.insecure)

@@ -35,7 +35,7 @@ class Residues:
         self.allowed = random.random((7, vocab_size)) < 0.3
         self.allowed[:, :7] = True  # something always may follow
         self.allowed[:, STOP] = False
-        self.most, self.knows = most, knows
+        self.most, self.knows, self.text = most, knows, f"residues {seed}"
 
     def start(self):
         return Follower(self, [])
@@ -218,7 +218,7 @@ class Three:
     """Texts of three tokens, of which each is one of a few that depend on those before it."""
 
     def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
+        self.vocab_size, self.text = vocab_size, "three"
 
     def start(self):
         return Follower(self, [])

@@ -12,6 +12,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from tests.support.compiled import QUICKLY
 from tests.support.fitted import fitted
+from tests.support.grammars import constrained
 from tests.support.paths import PROGRAMS, ROOT
 from tests.support.ports import free_port
 
@@ -23,10 +24,12 @@ NUM_PROMPTS = 6
 def test_two_hosts_give_the_tokens_of_one(tmp_path, mesh):
     models = fitted()
     prompts = models.prompts[:NUM_PROMPTS]
-    config = EngineConfig(num_slots=4, max_length=80, prefill_chunk=16, stop_token_ids=(5, 71))
+    config = EngineConfig(num_slots=4, max_length=80, prefill_chunk=16, stop_token_ids=(5, 71), samples=True)
     alone = Engine(models.target, models.draft, config)
     asked = [Request(request_id=str(i), prompt_ids=tuple(ids), max_new_tokens=24) for i, ids in enumerate(prompts)]
     expected = {one.request_id: list(one.token_ids) for one in alone.generate(asked)}
+    masked = {one.request_id: list(one.token_ids) for one in alone.generate(constrained(asked))}
+    assert all(token % 3 == 0 for answer in masked.values() for token in answer)
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     command = [sys.executable, str(PROGRAMS / "engine_on_two_hosts.py")]
     given = [str(free_port()), str(models.target_path), str(models.draft_path), str(tmp_path / "prompts.json"), mesh]
@@ -43,4 +46,5 @@ def test_two_hosts_give_the_tokens_of_one(tmp_path, mesh):
         printed.append(json.loads(out.splitlines()[-1]))
     assert printed[0]["alike"] == printed[1]["alike"] == expected
     assert printed[0]["broadcast"] == expected
+    assert printed[0]["constrained"] == masked
     assert printed[0]["followed_rounds"] == printed[1]["followed_rounds"] > 0

@@ -75,13 +75,13 @@ KINDS: Mapping[str, Callable[[Any, str], str | None]] = {
 
 def _structured(value: Any) -> str | None:
     """Returns the form that vLLM's structured_outputs asks for; raises ApiError."""
-    given = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
-    if len(given) != 1 or not given.keys() <= KINDS.keys():
+    asked = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    if len(asked) != 1 or not asked.keys() <= KINDS.keys():
         raise ApiError(
             f"structured_outputs is {shown(value)}; wanted an object with one of {', '.join(KINDS)}",
             param="structured_outputs",
         )
-    kind, item = next(iter(given.items()))
+    kind, item = next(iter(asked.items()))
     return KINDS[kind](item, "structured_outputs")
 
 

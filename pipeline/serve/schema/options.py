@@ -165,7 +165,7 @@ class Options(Body):
 def require_consistent(options: Options, num_prompts: int) -> None:
     """Raises ApiError for fields that contradict each other."""
     if options.stream_options is not None and options.stream_options.model_fields_set and not options.stream:
-        raise ApiError("stream_options is given without stream; set stream to true", param="stream_options")
+        raise ApiError("stream_options is asked without stream; set stream to true", param="stream_options")
     if options.best_of not in (None, options.n):
         raise ApiError(
             f"best_of is {options.best_of} and n is {options.n}; answers are not chosen from more than are returned: "
@@ -173,12 +173,12 @@ def require_consistent(options: Options, num_prompts: int) -> None:
             param="best_of",
             code="unsupported_value",
         )
-    given = [name for name in FORMS if getattr(options, name) is not None]
-    if len(given) > 1:
-        raise ApiError(f"{' and '.join(given)} each say what form the answer has; give one of them", param=given[1])
-    if given and options.ignore_eos:
+    asked = [name for name in FORMS if getattr(options, name) is not None]
+    if len(asked) > 1:
+        raise ApiError(f"{' and '.join(asked)} each say what form the answer has; give one of them", param=asked[1])
+    if asked and options.ignore_eos:
         raise ApiError(
-            f"ignore_eos is true and {given[0]} says where the answer ends; leave either out", param="ignore_eos"
+            f"ignore_eos is true and {asked[0]} says where the answer ends; leave either out", param="ignore_eos"
         )
     if options.n * num_prompts > MAX_ANSWERS:
         raise ApiError(

@@ -29,6 +29,7 @@ from pipeline.model.hf.directory import read_config, read_draft, read_draft_conf
 from pipeline.model.parallel.execution import Execution
 from pipeline.model.parallel.runtime import Runtime
 from pipeline.model.parallel.shards import Shards
+from tests.support.grammars import Multiples, constrained
 
 
 def requests(prompts):
@@ -52,7 +53,7 @@ def main() -> None:
             Path(drafted), "float32", placement.draft_shardings(read_draft_config(Path(drafted)), "float32", mesh)
         ),
     )
-    config = EngineConfig(num_slots=4, max_length=80, prefill_chunk=16, stop_token_ids=(5, 71))
+    config = EngineConfig(num_slots=4, max_length=80, prefill_chunk=16, stop_token_ids=(5, 71), samples=True)
     runtime = Runtime(Execution(shards), mesh)
     asked = requests(json.loads(Path(prompts).read_text()))
     alike = Engine(*models, config, runtime)
@@ -60,7 +61,7 @@ def main() -> None:
     if not distributed.is_primary():
         engine = Engine(*models, config, runtime)
         engine.warm_up()
-        follow_primary(engine)
+        follow_primary(engine, Multiples)
         print(json.dumps({"alike": answers, "followed_rounds": engine.acceptance.num_rounds}))
         return
     engine = PrimaryEngine(*models, config, runtime)
@@ -72,8 +73,10 @@ def main() -> None:
     engine.step()
     engine.cancel("given up")
     broadcast = {one.request_id: list(one.token_ids) for one in engine.generate(asked)}
+    masked = {one.request_id: list(one.token_ids) for one in engine.generate(constrained(asked))}
     engine.shut_down_followers()
-    print(json.dumps({"alike": answers, "broadcast": broadcast, "followed_rounds": engine.acceptance.num_rounds}))
+    rounds = engine.acceptance.num_rounds
+    print(json.dumps({"alike": answers, "broadcast": broadcast, "constrained": masked, "followed_rounds": rounds}))
 
 
 if __name__ == "__main__":

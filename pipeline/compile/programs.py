@@ -23,7 +23,7 @@ from pipeline.model.layers.kv_pages import PageTables
 from pipeline.model.layers.token_rules import greedy_rules
 from pipeline.model.parallel.runtime import Runtime
 
-PREFILL, DECODE, DEFERRING, CONTEXT = "prefill", "decode", "decode beside a draft", "context"
+PREFILL, DECODE, DEFERRING, CONTEXT, DRAFT = "prefill", "decode", "decode beside a draft", "context", "draft"
 DTYPE = "bfloat16"
 
 
@@ -43,7 +43,8 @@ def lower_serving_steps(
     """Yields each step's name and the function that lowers it.
 
     They are prefill, plain decode without a draft, and a round for each block size; where block sizes adapt, also plain
-    decode beside a draft, and what gives the draft the features of that.
+    decode beside a draft, and what gives the draft the features of that; where requests may have grammars, a round in
+    two parts.
     """
     target = _target(sizes)
     chunk, whole, tables = _chunk(sizes), _draft(sizes, draft), _tables(sizes, sizes.engine.num_slots)
@@ -55,6 +56,9 @@ def lower_serving_steps(
     for size in block_sizes:
         drafted = _draft(sizes, dataclasses.replace(draft, block_size=size))
         yield f"dflash {size}", functools.partial(_lower_round, sizes, target, drafted)
+    if sizes.engine.samples:  # a round under a grammar
+        yield f"{DRAFT} {draft.block_size}", functools.partial(_lower_draft_apart, sizes, target, whole)
+        yield f"verify {draft.block_size}", functools.partial(_lower_verify_apart, sizes, target, whole)
 
 
 def _lower_round(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:
@@ -63,6 +67,18 @@ def _lower_round(sizes: ServingSizes, target: TargetModel, draft: DraftModel) ->
         .dflash_round(draft.config.block_size)
         .lower(target, draft, _state(sizes, draft), _tables(sizes, sizes.engine.num_slots))
     )
+
+
+def _lower_draft_apart(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:
+    tables = _tables(sizes, sizes.engine.num_slots)
+    return _compiled(sizes, draft).draft_apart.lower(target, draft, _state(sizes, draft), tables)
+
+
+def _lower_verify_apart(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:
+    slots = sizes.engine.num_slots
+    drafted = _array(_mesh(sizes), (slots, draft.config.block_size - 1), jnp.int32, placement.ROWS)
+    state, tables = _state(sizes, draft), _tables(sizes, slots)
+    return _compiled(sizes, draft).verify_apart.lower(target, draft, state, tables, drafted)
 
 
 def lower_feature_pass(sizes: ServingSizes, draft: DFlashConfig, *, num_rows: int, num_positions: int) -> Any:
@@ -115,8 +131,8 @@ def _state(sizes: ServingSizes, draft: DraftModel | None) -> EngineState:
 def _chunk(sizes: ServingSizes) -> PrefillChunk:
     num_shards = sizes.runtime.execution.shards.data
     rows = num_shards * rows_of_shard(sizes.engine.num_slots // num_shards, sizes.engine)
-    shapes = {"token_ids": (rows, sizes.engine.prefill_chunk)}
-    kinds = {"is_last": jnp.bool_}
+    shapes = dict.fromkeys(("token_ids", "following"), (rows, sizes.engine.prefill_chunk))
+    kinds = dict.fromkeys(("is_last", "scored"), jnp.bool_)
     fields = [field.name for field in dataclasses.fields(PrefillChunk) if field.name not in ("rules", "tables")]
     arrays: dict[str, Any] = {
         name: _array(_mesh(sizes), shapes.get(name, (rows,)), kinds.get(name, jnp.int32), placement.ROWS)

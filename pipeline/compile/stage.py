@@ -14,7 +14,7 @@ from pipeline import hub
 from pipeline.artifacts.files import disk_errors, write_json
 from pipeline.compile import programs, report, topology
 from pipeline.compile.hlo import parse
-from pipeline.compile.programs import CONTEXT, DECODE, DEFERRING, PREFILL, ServingSizes
+from pipeline.compile.programs import CONTEXT, DECODE, DEFERRING, DRAFT, PREFILL, ServingSizes
 from pipeline.compile.report import Costs, ProgramReport
 from pipeline.compile.topology import Slice
 from pipeline.config.choices import FeatureSource
@@ -193,6 +193,8 @@ def _floor(name: str, flops: float, sizes: ServingSizes, draft: DFlashConfig, fo
     elif name not in (DECODE, DEFERRING):
         tokens = int(name.split()[1])
         drafted = memory_traffic.draft_bytes(draft, rows, context)
+    if name.startswith(DRAFT):
+        return max(drafted / shards.model / found.chip.bytes_per_second, flops / found.chip.flops_per_second)
     read = memory_traffic.target_bytes(sizes.model, rows, tokens, context, packed=sizes.weight_format.packed) + drafted
     return max(read / shards.model / found.chip.bytes_per_second, flops / found.chip.flops_per_second)
 

@@ -141,7 +141,8 @@ class Engine:
         for request in requests:
             self.check(request)
         for request in requests:
-            self._scheduler.add(request, self._keys_of(request.prompt_ids))
+            is_scored = request.sampling.prompt_logprobs is not None  # so all of the prompt must be computed
+            self._scheduler.add(request, [] if is_scored else self._keys_of(request.prompt_ids))
 
     def cancel(self, request_id: str) -> None:
         """Forgets a request, waiting or running; an unknown id is no error, for the request may just have finished."""
@@ -333,15 +334,12 @@ class Engine:
         if ending or self._has_masks:
             self._set_masks(ending)
         self._state, output = self._steps.prefill(self._target, self._draft, self._state, chunk)
-        count = 0
         for row, one in rows.items():
-            num_tokens = int(chunk.num_tokens[row])
-            count += num_tokens
-            one.num_prefilled += num_tokens
+            one.num_prefilled += int(chunk.num_tokens[row])
             one.last_prefill = self._num_steps
             one.is_decoding = bool(chunk.is_last[row])
             self._pages_of(one).commit(self._row_of(one), one.tokens, one.num_prefilled)
-        self._in_flight.add(Dispatched(output, rows, None, count))
+        self._in_flight.add(Dispatched(output, rows, None, {row: int(chunk.num_tokens[row]) for row in rows}))
         return True
 
     def _decode(self) -> bool:
@@ -418,6 +416,8 @@ class Engine:
                 if size is not None:
                     one.rounds_ahead -= 1
                     one.tokens_ahead -= size
+                elif one.request.sampling.prompt_logprobs is not None and not one.num_generated:
+                    one.prompt_log_probs += _prompt_log_probs(one, output.prompt_log_probs, row, step.num_columns[row])
                 count = int(output.num_tokens[row])
                 if count == 0 or (size is None and one.num_generated):  # a prompt that goes on, or a preempted answer
                     continue
@@ -447,7 +447,8 @@ class Engine:
                 finish_reason=reason,
                 num_accepted=len(new) - 1 if num_drafted else None,
                 num_drafted=num_drafted or None,
-                log_probs=_log_probs(one.request, new, output.log_probs, row_of_output),
+                log_probs=_log_probs(one.request.sampling.logprobs, new, output.log_probs, row_of_output),
+                prompt_log_probs=tuple(one.prompt_log_probs) if one.num_generated == len(new) else (),
                 num_reused=one.num_reused,
             )
         )
@@ -457,7 +458,7 @@ class Engine:
         if size is None:
             self.times = dataclasses.replace(
                 times,
-                prefill_tokens=times.prefill_tokens + step.num_tokens,
+                prefill_tokens=times.prefill_tokens + sum(step.num_columns.values()),
                 prefill_seconds=times.prefill_seconds + seconds,
                 wait_seconds=wait_seconds,
             )
@@ -492,6 +493,8 @@ class Engine:
             budget=full(rows, 0, np.int32),
             is_last=full(rows, False, bool),
             first_ids=full(rows, -1, np.int32),
+            following=full((rows, columns), 0, np.int32),
+            scored=full(rows, False, bool),
             tables=PageTables(*tables),
             rules=jax.tree.map(lambda one: np.repeat(one, rows, axis=0), self._greedy),
         )
@@ -507,6 +510,10 @@ class Engine:
             chunk.budget[row] = one.request.max_new_tokens - max(one.num_generated - 1, 0)
             chunk.is_last[row] = start + len(part) == one.num_to_prefill
             chunk.first_ids[row] = self._first_id(one)
+            if one.request.sampling.prompt_logprobs is not None:
+                behind = one.tokens[start + 1 : start + 1 + len(part)]
+                chunk.following[row, : len(behind)] = behind
+                chunk.scored[row] = True
             tables[:, row] = self._pages_of(one).row_tables(slot)
             set_row(chunk.rules, row, one.request.sampling, self._stops_of(one), len(one.request.prompt_ids))
         return chunk
@@ -534,15 +541,25 @@ def _require_fitting(target: TargetModel, config: EngineConfig, num_shards: int)
         raise PipelineError(f"the engine has {config.num_slots} slots for mesh.data={num_shards}; make it a multiple")
 
 
-def _log_probs(request: Request, tokens: Sequence[int], found: LogProbs | None, row: int) -> tuple[TokenLogProb, ...]:
-    count = request.sampling.logprobs
-    if count is None or found is None:
+def _log_probs(
+    num_top: int | None, tokens: Sequence[int], found: LogProbs | None, row: int
+) -> tuple[TokenLogProb, ...]:
+    if num_top is None or found is None:
         return ()
     return tuple(
         TokenLogProb(
             token,
             float(found.chosen[row, index]),
-            tuple(zip(found.top_ids[row, index, :count].tolist(), found.top[row, index, :count].tolist(), strict=True)),
+            tuple(
+                zip(found.top_ids[row, index, :num_top].tolist(), found.top[row, index, :num_top].tolist(), strict=True)
+            ),
         )
         for index, token in enumerate(tokens)
     )
+
+
+def _prompt_log_probs(one: Running, found: LogProbs | None, row: int, num_columns: int) -> tuple[TokenLogProb, ...]:
+    """Returns those of the tokens of a prompt that follow the next `num_columns` ones."""
+    start = len(one.prompt_log_probs) + 1
+    tokens = one.request.prompt_ids[start : start + num_columns]
+    return _log_probs(one.request.sampling.prompt_logprobs, tokens, found, row)

@@ -10,19 +10,21 @@ import jax
 from pipeline.engine.scheduler import Running
 from pipeline.engine.state import StepOutput
 
+LOG_PROBS = ("logprobs", "prompt_logprobs")
+
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
     """Holds a step that the devices will have run, and whose row each request has in it.
 
-    `block_size` is a round's, 1 for a plain step and None for a prefill, which computes `num_tokens` tokens. A step
+    `block_size` is a round's, 1 for a plain step and None for a prefill, which computes `num_columns` of a row. A step
     `is_masked` when the host had to see the tokens before it first, so that its time says nothing of other steps.
     """
 
     output: StepOutput
     by_row: Mapping[int, Running]
     block_size: int | None
-    num_tokens: int = 0
+    num_columns: Mapping[int, int] = dataclasses.field(default_factory=dict)
     is_masked: bool = False
 
 
@@ -70,13 +72,16 @@ class InFlight:
         """
         step = self._steps.popleft()
         out = step.output
-        wants = any(one.request.sampling.logprobs is not None for one in step.by_row.values())
-        values = (out.token_ids, out.num_tokens, out.finished, out.log_probs if wants else None)
+        wanted = [one.request.sampling for one in step.by_row.values()]
+        wants, scores = (any(getattr(one, name) is not None for one in wanted) for name in LOG_PROBS)
+        values = dataclasses.replace(
+            out, log_probs=out.log_probs if wants else None, prompt_log_probs=out.prompt_log_probs if scores else None
+        )
         asked = time.perf_counter()
-        tokens, counts, finished, log_probs = jax.device_get(values)
+        found = jax.device_get(values)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        return step, StepOutput(tokens, counts, finished, log_probs), seconds, now - asked
+        return step, found, seconds, now - asked
 
     def clear(self) -> None:
         """Forgets all steps, when nobody waits for what they give."""

@@ -42,8 +42,9 @@ class StepUpdate:
 
     `finish_reason` is "stop" or "length", or None while the request goes on. `num_accepted`
     counts the drafted tokens that a DFLASH round accepted, of `num_drafted`; None for prefill and plain steps.
-    `log_probs` has one for each token where the request asked for them. Of the prompt's tokens `num_reused` were
-    computed for earlier requests.
+    `log_probs` has one for each token where the request asked for them, and `prompt_log_probs`, beside the first token,
+    one for each token of the prompt but the first. Of the prompt's tokens `num_reused` were computed for earlier
+    requests.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class StepUpdate:
     num_accepted: int | None
     num_drafted: int | None = None
     log_probs: tuple[TokenLogProb, ...] = ()
+    prompt_log_probs: tuple[TokenLogProb, ...] = ()
     num_reused: int = 0
 
 

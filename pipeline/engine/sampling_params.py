@@ -17,8 +17,8 @@ class SamplingParams:
 
     Names and ranges are OpenAI's and vLLM's. `key` decides what is drawn, with the model and the prompt
     (`sampling.sampling_key`). `stop_token_ids` None are the engine's own; `min_tokens` are generated before one of them
-    may be. `logprobs` is how many of the most likely tokens are reported with each one, None for nothing. Raises
-    PipelineError that lists every value out of its range.
+    may be. `logprobs` is how many of the most likely tokens are reported with each one, None for nothing, and
+    `prompt_logprobs` the same for the prompt's tokens. Raises PipelineError that lists every value out of its range.
     """
 
     temperature: float = 0.0
@@ -32,6 +32,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     key: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
@@ -45,8 +46,10 @@ class SamplingParams:
             "presence_penalty": (self.presence_penalty, -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             "repetition_penalty": (self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
             "min_tokens": (self.min_tokens, self.min_tokens >= 0, "0 or more"),
-            "logprobs": (self.logprobs, 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
         }
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            values[name] = (value, 0 <= (value or 0) <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
         wrong = [f"{name} is {value}; it must be {text}" for name, (value, holds, text) in values.items() if not holds]
         if len(self.logit_bias) > MAX_BIASES:
             wrong.append(f"logit_bias has {len(self.logit_bias)} tokens; it may have {MAX_BIASES}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from pipeline.engine.grammar import Constraint
 from pipeline.engine.page_pool import Key
-from pipeline.engine.request import Request
+from pipeline.engine.request import Request, TokenLogProb
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,6 +31,7 @@ class Running:
     is_decoding: bool = False
     rounds_ahead: int = 0
     tokens_ahead: int = 0
+    prompt_log_probs: list[TokenLogProb] = dataclasses.field(default_factory=list)
 
     @property
     def num_generated(self) -> int:

@@ -49,7 +49,8 @@ class PrefillChunk:
 
     `start` is the position of the first column. `is_last` marks prompts that end in this chunk: they start decoding
     with a `budget` of tokens, from the token `first_ids`, which is certain, or where that is negative from the
-    target's own. Rows that are not needed carry a number past the shard's last slot, and have no pages.
+    target's own. Rows that are not needed carry a number past the shard's last slot, and have no pages. `following` are
+    the prompts' tokens behind those of the chunk, whose log probabilities are wanted in rows that are `scored`.
     """
 
     rows: Int[Array, " R"]
@@ -59,6 +60,8 @@ class PrefillChunk:
     budget: Int[Array, " R"]
     is_last: Bool[Array, " R"]
     first_ids: Int[Array, " R"]
+    following: Int[Array, "R C"]
+    scored: Bool[Array, " R"]
     tables: PageTables
     rules: TokenRules
 
@@ -67,13 +70,15 @@ class PrefillChunk:
 class StepOutput:
     """Holds what a step returns to the host: tokens, how many of each row count, which rows are finished.
 
-    `log_probs` are None where no request may ask for them.
+    `log_probs`, and of prefill those of the prompts' tokens behind each column, are None where no request may ask for
+    them.
     """
 
     token_ids: Int[Array, "B K"]
     num_tokens: Int[Array, " B"]
     finished: Bool[Array, " B"]
     log_probs: LogProbs | None
+    prompt_log_probs: LogProbs | None = None
 
 
 def empty_state(

@@ -7,6 +7,7 @@ docs/dflash.md#inference-loop.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -59,10 +60,13 @@ def prefill(
         draft_cache = dflash.extend(draft_cache, new, chunk.tables.whole, start, counts, execution=execution)
     last = jnp.take_along_axis(out.hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
     logits = gpt_oss.logits(target.weights, last)[:, None]
-    history, log_probs = state.history, None
+    history, log_probs, of_prompts = state.history, None, None
     if history is None:
         chosen = shards.argmax(logits)
     else:
+        of_prompts = token_rules.text_log_probs(
+            functools.partial(gpt_oss.logits, target.weights), out.hidden, chunk.following, chunk.scored, shards
+        )
         of_rows = token_rules.rows_of(history, rows)
         masks = None if state.masks is None else token_rules.rows_of(state.masks, rows)
         before = start + counts - 1
@@ -86,7 +90,7 @@ def prefill(
         features=state.features,
         num_features=None if state.num_features is None else state.num_features.at[rows].set(0, mode="drop"),
     )
-    return state, _replicate(StepOutput(first[:, None], num_chosen, finished, log_probs), shards)
+    return state, _replicate(StepOutput(first[:, None], num_chosen, finished, log_probs, of_prompts), shards)
 
 
 def plain_step(

@@ -15,7 +15,8 @@ class Answer:
 
     Stop strings are looked for in `content_channel` alone; the token that completes one is the answer's last, and the
     rest of its round is dropped. `log_probs` are those of that channel's tokens, where the request asked for them.
-    `opening` are tokens of the answer that its prompt has already. With `ignores_end` it goes on to its limit.
+    `opening` are tokens of the answer that its prompt has already. With `ignores_end` it goes on to its limit. With
+    `prompt_alone` what is generated is dropped.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class Answer:
         opening: Sequence[int] = (),
         ignores_end: bool = False,
         has_draft: bool,
+        prompt_alone: bool = False,
     ) -> None:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.texts: dict[TextChannel, str] = {}
         self.log_probs: list[TokenLogProb] = []
+        self.prompt_log_probs: tuple[TokenLogProb, ...] = ()  # of all tokens of the prompt but the first
         self.has_draft = has_draft
         self.num_accepted = 0
         self.num_drafted = 0
@@ -39,6 +42,7 @@ class Answer:
         self._stop = StopStrings(stop) if stop else None
         self._content_channel = content_channel
         self._ignores_end = ignores_end
+        self._prompt_alone = prompt_alone
         self._unread: list[TokenLogProb] = []  # of tokens that may still turn out to be content
         self._opened = list(reader.push(opening)) if opening else []
 
@@ -54,6 +58,10 @@ class Answer:
 
     def take(self, update: StepUpdate) -> list[tuple[TextChannel, str]]:
         """Returns the new pieces of text, each with its channel; they are the last when `finish_reason` is set."""
+        self.prompt_log_probs = update.prompt_log_probs or self.prompt_log_probs
+        if self._prompt_alone:
+            self.finish_reason = "length"
+            return []
         pieces, self._opened = self._opened, []
         before = len(self.token_ids)
         # one by one, to know which token completes a stop string or belongs to the content; all at once is quicker

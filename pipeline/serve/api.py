@@ -82,6 +82,7 @@ class Api:
             token_ids=body.return_token_ids,
             log_probs=body.logprobs is not None,
             echoed=echoed,
+            prompts=[prompt for prompt in prompts for _ in range(body.n)],
         )
         answers = [
             Answer(
@@ -90,11 +91,15 @@ class Api:
                 stop=body.stop,
                 ignores_end=body.ignore_eos,
                 has_draft=self.engine.block_size is not None,
+                prompt_alone=body.max_tokens == 0,
             )
             for _ in range(len(prompts) * body.n)
         ]
         grammar = await asyncio.to_thread(self._reader.text_grammar, body) if body.form is not None else None
-        return await self._answer(http, body, prompts, body.max_tokens, answers, responses, grammar)
+        limit = body.max_tokens
+        if limit == 0 and body.logprobs is not None:
+            limit = 1  # the prompt is computed for its log probabilities
+        return await self._answer(http, body, prompts, limit, answers, responses, grammar)
 
     async def chat(self, http: HttpRequest) -> Response:
         """Answers POST /v1/chat/completions: messages in the target's chat format; its channels come apart."""

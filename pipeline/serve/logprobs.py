@@ -19,14 +19,20 @@ def chat_logprobs(tokenizer: Tokenizer, found: Sequence[TokenLogProb]) -> dict[s
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer: Tokenizer, found: Sequence[TokenLogProb], offset: int) -> dict[str, Any]:
-    """Returns the `logprobs` object of a completion's choice, whose text begins at `offset`."""
-    texts = [_shown(tokenizer, one.token_id) for one in found]
+def completion_logprobs(tokenizer: Tokenizer, found: Sequence[TokenLogProb | int], offset: int) -> dict[str, Any]:
+    """Returns the `logprobs` object of a completion's choice, whose text begins at `offset`.
+
+    The first token of a text has no log probability: it is its id alone.
+    """
+    texts = [_shown(tokenizer, one if isinstance(one, int) else one.token_id) for one in found]
     lengths = [len(text) for text in texts]
     return {
         "tokens": texts,
-        "token_logprobs": [_finite(one.log_prob) for one in found],
-        "top_logprobs": [{_shown(tokenizer, token): _finite(value) for token, value in one.top} for one in found],
+        "token_logprobs": [None if isinstance(one, int) else _finite(one.log_prob) for one in found],
+        "top_logprobs": [
+            None if isinstance(one, int) else {_shown(tokenizer, token): _finite(value) for token, value in one.top}
+            for one in found
+        ],
         "text_offset": [offset + sum(lengths[:index]) for index in range(len(found))],
     }
 

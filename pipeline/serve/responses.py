@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from pipeline.engine.request import TokenLogProb
 from pipeline.prompts.tokenizer import Tokenizer
 from pipeline.serve.answer import Answer
 from pipeline.serve.errors import ApiError
@@ -16,7 +17,7 @@ class CompletionResponses:
     """Writes the replies of /v1/completions.
 
     With `token_ids` each choice carries its tokens too, as vLLM's does, and with `log_probs` theirs. `echoed` are the
-    texts that stand before the answers', one for each.
+    texts that stand before the answers', one for each, and `prompts` their tokens.
     """
 
     prompt_param = "prompt"
@@ -30,6 +31,7 @@ class CompletionResponses:
         token_ids: bool = False,
         log_probs: bool = False,
         echoed: Sequence[str] = (),
+        prompts: Sequence[Sequence[int]] = (),
     ) -> None:
         self.reply_id = reply_id
         self._model = model
@@ -38,6 +40,7 @@ class CompletionResponses:
         self._token_ids = token_ids
         self._log_probs = log_probs
         self._echoed = echoed
+        self._prompts = prompts
         self._sent: dict[int, tuple[int, int, int]] = {}  # tokens, log probabilities and characters sent, by choice
 
     def whole(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
@@ -47,6 +50,8 @@ class CompletionResponses:
 
     def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
         """Yields the chunks sent before any text: the prompts, where they are echoed."""
+        if self._log_probs:
+            return  # those of the prompts come with the first tokens
         for index, text in enumerate(self._echoed):
             yield self.chunk([{"index": index, "text": text, "logprobs": None, "finish_reason": None}])
             self._sent[index] = (0, 0, len(text))
@@ -70,10 +75,13 @@ class CompletionResponses:
     def _choice(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
         """Returns a choice with a text and what else the answer has that was not sent yet."""
         num_tokens, num_log_probs, offset = self._sent.get(index, (0, 0, 0))
+        new: list[TokenLogProb | int] = list(answer.log_probs[num_log_probs:])
         if not (num_tokens or offset) and self._echoed:
             text = self._echoed[index] + text
-            offset = len(self._echoed[index])
-        new = answer.log_probs[num_log_probs:]
+            if self._log_probs:
+                new = [*self._prompts[index][:1], *answer.prompt_log_probs, *new]
+            else:
+                offset = len(self._echoed[index])
         found = completion_logprobs(self._tokenizer, new, offset) if self._log_probs else None
         choice = {"index": index, "text": text, "logprobs": found, "finish_reason": answer.finish_reason}
         if self._token_ids:

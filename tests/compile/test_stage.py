@@ -114,7 +114,7 @@ def test_gpt_oss_20b_at_reduced_depth_compiles_for_a_slice(tmp_path):
     found = run(tmp_path, "target=gpt_oss_20b", "compile.topology=v6e:2x4", *REDUCED)
     assert found.returncode == 0, found.stderr[-3000:]
     reports = json.loads((tmp_path / "compile" / "gpt_oss_20b-v6e-2x4.json").read_text())["programs"]
-    names = ["prefill", "decode", "decode beside a draft", "context", "dflash 8", "train"]
+    names = ["prefill", "decode", "decode beside a draft", "context", "dflash 8", "draft 8", "verify 8", "train"]
     assert [one["name"] for one in reports] == names
     for one in reports:
         assert one["problems"] == []

@@ -322,3 +322,41 @@ def test_what_the_engine_cannot_do_is_refused_and_requests_go_on(target, request
             tokens[update.request_id] += update.token_ids
     found = {name: text[-len(gold[name]) + 1 :] for name, text in tokens.items() if len(gold[name]) > 1}
     assert all(gold[name][1:] == text for name, text in found.items())
+
+
+@pytest.mark.parametrize("with_draft", [False, True], ids=["plain", "DFLASH"])
+def test_log_probabilities_of_prompts_are_those_of_a_whole_forward(target, draft, requests, with_draft):
+    """Prompts of 1 to 25 tokens, in chunks of 8, also where their pages are there already, and with few pages."""
+    scored = [
+        Request(
+            request_id=one.request_id,
+            prompt_ids=one.prompt_ids,
+            max_new_tokens=3,
+            sampling=SamplingParams(prompt_logprobs=index % 4),
+        )
+        for index, one in enumerate(requests)
+    ]
+    engine = make(target, 3, draft if with_draft else None, cache_tokens=64, reuse_prefixes=True)
+    answers_of(engine, requests)
+    found = dict.fromkeys(answers_of(engine, requests))
+    for one in scored:
+        engine.add(one)
+    answers = dict.fromkeys(found, ())
+    while engine.has_work:
+        for update in engine.step():
+            assert found[update.request_id] is None or not update.prompt_log_probs
+            answers[update.request_id] += update.token_ids
+            if found[update.request_id] is None:
+                found[update.request_id] = update.prompt_log_probs
+    free = [Request(request_id=one.request_id, prompt_ids=one.prompt_ids, max_new_tokens=3) for one in requests]
+    assert answers == answers_of(make(target, 3), free)
+    for index, one in enumerate(scored):
+        tokens = np.array(one.prompt_ids, np.int32)
+        hidden = gpt_oss.forward(target, jnp.asarray(tokens[None]), jnp.zeros(1, jnp.int32), None).hidden
+        wanted = np.asarray(jax.nn.log_softmax(gpt_oss.logits(target.weights, hidden[0])))[:-1]
+        assert [each.token_id for each in found[one.request_id]] == tokens[1:].tolist()
+        chosen = [each.log_prob for each in found[one.request_id]]
+        np.testing.assert_allclose(chosen, wanted[np.arange(len(wanted)), tokens[1:]], atol=2e-4)
+        for each, row in zip(found[one.request_id], wanted, strict=True):
+            assert [value for _, value in each.top] == pytest.approx(np.sort(row)[::-1][: index % 4], abs=2e-4)
+            assert [row[token] for token, _ in each.top] == pytest.approx([value for _, value in each.top], abs=2e-4)

@@ -197,6 +197,28 @@ def test_an_effort_goes_by_either_name(client, engine, tokenizer, field):
     assert seen == [tuple(render_prompt(tokenizer, [USER], "high"))]
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 100])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_has_its_log_probabilities(client, tokenizer, stream, max_tokens):
+    prompts = ["Go: é", "Then "]
+    reply = client.completions.create(
+        model=MODEL, prompt=prompts, max_tokens=max_tokens, echo=True, logprobs=1, stream=stream
+    )
+    choices = [choice for chunk in reply for choice in chunk.choices] if stream else reply.choices
+    generated = tokenizer.encode("the text é goes on and on", add_special_tokens=False)[:max_tokens]
+    for index, prompt in enumerate(prompts):
+        found = [choice.logprobs for choice in choices if choice.index == index and choice.logprobs]
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        values = [value for one in found for value in one.token_logprobs]
+        assert values == [None, *(-token / 1000 for token in [*prompt_ids[1:], *generated])]
+        assert next(top for one in found for top in one.top_logprobs) is None
+        texts = [token for one in found for token in one.tokens]
+        offsets = [offset for one in found for offset in one.text_offset]
+        assert offsets == [sum(map(len, texts[:each])) for each in range(len(texts))]
+        text = "".join(choice.text for choice in choices if choice.index == index)
+        assert text == prompt + tokenizer.decode(generated)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_is_echoed_in_front_of_its_answer(client, stream):
     reply = client.completions.create(model=MODEL, prompt="Go: ", max_tokens=100, echo=True, stream=stream)

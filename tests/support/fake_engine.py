@@ -126,6 +126,9 @@ class FakeEngine(Engine):
             num_accepted=num_accepted,
             num_drafted=self.block_size - 1 if is_round and self.block_size is not None else None,
             log_probs=log_probs_of(new, one.request.sampling.logprobs),
+            prompt_log_probs=()
+            if is_round
+            else log_probs_of(one.request.prompt_ids[1:], one.request.sampling.prompt_logprobs),
         )
 
 

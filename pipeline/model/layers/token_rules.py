@@ -10,6 +10,7 @@ Speculative Decoding", where the draft draws with the same noise; here it propos
 docs/dflash.md#inference-loop).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from pipeline.model.parallel.shards import Shards
 
 MAX_STOPS = 16  # stop tokens of a row
 MAX_BIASES = 300  # tokens with a bias of a row, as many as OpenAI takes
+SCORED_AT_ONCE = 16  # positions of a text whose logits are held together
 MAX_LOGPROBS = 20  # most likely tokens that are reported with a token
 NO_TOKEN = -1  # fills rows of tokens
 WORD_BITS = 32  # tokens of a word of a mask, the lowest bit first
@@ -172,21 +174,47 @@ def log_probs(
 
     `logits` are the target's own, to which no rule was applied.
     """
-    top = min(MAX_LOGPROBS, logits.shape[-1])
+    nothing = _no_log_probs(tokens.shape, logits.shape[-1])
+    wanted = (rules.num_logprobs >= 0).any()
+    return jax.lax.cond(wanted, lambda: _log_probs(logits, tokens, shards), lambda: nothing)
+
+
+def text_log_probs(
+    logits_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T local"]],
+    hidden: Float[Array, "B T D"],
+    following: Int[Array, "B T"],
+    scored: Bool[Array, " B"],
+    shards: Shards,
+) -> LogProbs:
+    """Returns the log probabilities of the tokens `following` each of T hidden states, zeros where no row is scored.
+
+    Logits are computed for a few positions at a time, because those of a whole text need too much memory.
+    """
+    num_rows, length, width = hidden.shape
+    size = math.gcd(length, SCORED_AT_ONCE)
+    num_local = jax.eval_shape(logits_of, hidden[:, :size]).shape[-1]
 
     def computed() -> LogProbs:
-        peak = shards.over().max(logits.max(axis=-1))
-        total = peak + jnp.log(shards.sum(jnp.exp(logits - peak[..., None]).sum(axis=-1)))
-        values, ids = shards.largest(logits, top)
-        chosen = shards.over().take(logits, tokens)
-        return LogProbs(chosen - total, ids, values - total[..., None])
+        parts = hidden.reshape(num_rows, -1, size, width), following.reshape(num_rows, -1, size)
+        found = jax.lax.map(
+            lambda part: _log_probs(logits_of(part[0]), part[1], shards),
+            jax.tree.map(lambda one: jnp.moveaxis(one, 1, 0), parts),
+        )
+        return jax.tree.map(lambda one: jnp.moveaxis(one, 0, 1).reshape(num_rows, length, *one.shape[3:]), found)
 
-    nothing = LogProbs(
-        jnp.zeros(tokens.shape, jnp.float32),
-        jnp.zeros((*tokens.shape, top), jnp.int32),
-        jnp.zeros((*tokens.shape, top), jnp.float32),
-    )
-    return jax.lax.cond((rules.num_logprobs >= 0).any(), computed, lambda: nothing)
+    return jax.lax.cond(scored.any(), computed, lambda: _no_log_probs(following.shape, num_local))
+
+
+def _log_probs(logits: Float[Array, "B T local"], tokens: Int[Array, "B T"], shards: Shards) -> LogProbs:
+    peak = shards.over().max(logits.max(axis=-1))
+    total = peak + jnp.log(shards.sum(jnp.exp(logits - peak[..., None]).sum(axis=-1)))
+    values, ids = shards.largest(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return LogProbs(shards.over().take(logits, tokens) - total, ids, values - total[..., None])
+
+
+def _no_log_probs(shape: tuple[int, ...], num_local: int) -> LogProbs:
+    several = (*shape, min(MAX_LOGPROBS, num_local))
+    return LogProbs(jnp.zeros(shape, jnp.float32), jnp.zeros(several, jnp.int32), jnp.zeros(several, jnp.float32))
 
 
 def _drawn(

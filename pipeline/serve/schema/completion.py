@@ -1,5 +1,6 @@
 """Bodies of /v1/completions: each prompt is a text or tokens, continued as it is."""
 
+import dataclasses
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
@@ -69,7 +70,8 @@ class CompletionBody(Options):
 
     def sampling(self, stops: tuple[int, ...], default_temperature: float) -> SamplingParams:
         """Returns how tokens are chosen, without a key; raises ApiError."""
-        return sampling_of(self, stops, default_temperature, self.logprobs)
+        found = sampling_of(self, stops, default_temperature, self.logprobs)
+        return dataclasses.replace(found, prompt_logprobs=self.logprobs) if self.echo else found
 
 
 def read_completion(body: Any, model: str) -> CompletionBody:
@@ -78,10 +80,4 @@ def read_completion(body: Any, model: str) -> CompletionBody:
     require_consistent(found, len(found.prompt))
     if found.max_tokens == 0 and not found.echo:
         raise ApiError("max_tokens is 0; wanted a whole number of at least 1", param="max_tokens")
-    if found.echo and found.logprobs is not None:
-        raise ApiError(
-            "echo is true and logprobs is set; a prompt's own log probabilities are not supported: leave either out",
-            param="echo",
-            code="unsupported_value",
-        )
     return found

@@ -33,7 +33,7 @@ UNSERVED: Unserved = {
     "length_penalty": ((1,), "beams are not searched: use 1 or leave it out"),
     "use_beam_search": ((False,), "beams are not searched: use false or leave it out"),
     "early_stopping": ((False,), "beams are not searched: use false or leave it out"),
-    "prompt_logprobs": ((), "the prompt's log probabilities are not supported: leave it out"),
+    "prompt_logprobs": ((), "a prompt's log probabilities come with echo and logprobs of /v1/completions"),
     "include_stop_str_in_output": ((False,), "a stop string is never part of an answer: use false or leave it out"),
     "truncate_prompt_tokens": ((), "prompts are not truncated: shorten the prompt, or leave it out"),
     "spaces_between_special_tokens": ((True, False), "leave it out"),
@@ -165,7 +165,7 @@ class Options(Body):
 def require_consistent(options: Options, num_prompts: int) -> None:
     """Raises ApiError for fields that contradict each other."""
     if options.stream_options is not None and options.stream_options.model_fields_set and not options.stream:
-        raise ApiError("stream_options is asked without stream; set stream to true", param="stream_options")
+        raise ApiError("stream_options is given without stream; set stream to true", param="stream_options")
     if options.best_of not in (None, options.n):
         raise ApiError(
             f"best_of is {options.best_of} and n is {options.n}; answers are not chosen from more than are returned: "

@@ -318,6 +318,7 @@ class ServeConfig:
     `tls_certificate` and `tls_key` (files in PEM) it speaks HTTPS. `cors_origins` are web pages that may use it.
     `client_seconds` is how long a client may take to send its headers, its body, and to read what it is sent. After
     SIGTERM, requests that run have `drain_seconds`. `log_requests` writes a line for each request, without its content.
+    With `compare` the target answers alone too, under /plain, from an engine of its own.
     """
 
     mode: ServeMode = setting(ServeMode.dflash, key=None)
@@ -338,6 +339,7 @@ class ServeConfig:
     client_seconds: float = setting(30.0, rule=positive, key=None)
     drain_seconds: float = setting(30.0, rule=not_negative, key=None)
     log_requests: bool = setting(False, key=None)
+    compare: bool = setting(False, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -122,6 +122,10 @@ class Engine:
         """What a round of each block size is expected to yield and to take; empty where nothing is chosen."""
         return self._choice.estimates() if len(self._choice.sizes) > 1 else {}
 
+    def plain_beside(self) -> "Engine":
+        """Returns an engine of the same target without a draft, with slots and pages of its own."""
+        return Engine(self._target, None, dataclasses.replace(self.config, block_sizes=()), self._runtime)
+
     def check(self, request: Request) -> None:
         """Raises PipelineError when a request cannot be run.
 

@@ -16,7 +16,7 @@ class Answer:
     Stop strings are looked for in `content_channel` alone; the token that completes one is the answer's last, and the
     rest of its round is dropped. `log_probs` are those of that channel's tokens, where the request asked for them.
     `opening` are tokens of the answer that its prompt has already. With `ignores_end` it goes on to its limit. With
-    `prompt_alone` what is generated is dropped.
+    `prompt_alone` what is generated is dropped. `with_rounds` the last update is known token by token.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class Answer:
         ignores_end: bool = False,
         has_draft: bool,
         prompt_alone: bool = False,
+        with_rounds: bool = False,
     ) -> None:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -43,6 +44,8 @@ class Answer:
         self._content_channel = content_channel
         self._ignores_end = ignores_end
         self._prompt_alone = prompt_alone
+        self.round: dict[str, Any] | None = None  # of the last update, as the stream of a chat has it
+        self._with_rounds = with_rounds
         self._unread: list[TokenLogProb] = []  # of tokens that may still turn out to be content
         self._opened = list(reader.push(opening)) if opening else []
 
@@ -63,12 +66,14 @@ class Answer:
             self.finish_reason = "length"
             return []
         pieces, self._opened = self._opened, []
+        starts = []  # where each token's pieces begin
         before = len(self.token_ids)
         # one by one, to know which token completes a stop string or belongs to the content; all at once is quicker
-        singly = self._stop is not None or update.log_probs
+        singly = self._stop is not None or update.log_probs or self._with_rounds
         steps = [(token_id,) for token_id in update.token_ids] if singly else [update.token_ids]
         for index, step in enumerate(steps):
             self.token_ids += step
+            starts.append(len(pieces))
             already = self._reader.num_tokens[self._content_channel]
             pieces += self._visible(self._reader.push(step))
             if update.log_probs:
@@ -87,6 +92,10 @@ class Answer:
                 self.finish_reason = "stop"
             elif self._stop is not None:
                 pieces.append((self._content_channel, self._stop.flush()))
+        if self._with_rounds:
+            ends = [*starts[1:], len(pieces)]
+            tokens = [list(_merged(pieces[start:end])) for start, end in zip(starts, ends, strict=True)]
+            self.round = _round(tokens, update)
         pieces = list(_merged(pieces))
         for channel, text in pieces:
             self.texts[channel] = self.texts.get(channel, "") + text
@@ -109,6 +118,16 @@ class Answer:
                 yield channel, self._stop.push(text)
             else:
                 yield channel, text
+
+
+def _round(tokens: Sequence[list[tuple[TextChannel, str]]], update: StepUpdate) -> dict[str, Any]:
+    """Returns the texts of an update's tokens by channel; all but the last were drafted where a round gave them."""
+    shown = [
+        [{"channel": channel if isinstance(channel, str) else "call", "text": text} for channel, text in pieces]
+        for pieces in tokens
+    ]
+    num_accepted = None if update.num_accepted is None else len(tokens) - 1
+    return {"num_accepted": num_accepted, "num_drafted": update.num_drafted, "tokens": shown}
 
 
 def usage(answers: Sequence[Answer], prompt_tokens: int, cached_tokens: int) -> dict[str, Any]:

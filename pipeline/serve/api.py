@@ -175,6 +175,7 @@ class Api:
                 opening=opening,
                 ignores_end=body.ignore_eos,
                 has_draft=self.engine.block_size is not None,
+                with_rounds=body.return_rounds,
             )
             for _ in range(body.n)
         ]

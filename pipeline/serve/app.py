@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -20,6 +20,7 @@ from pipeline.serve.auth import ApiKeys
 from pipeline.serve.engine_thread import Unavailable
 from pipeline.serve.errors import ApiError
 from pipeline.serve.generation import unavailable
+from pipeline.serve.page import page
 from pipeline.serve.schema.chat import ChatBody
 from pipeline.serve.schema.completion import CompletionBody
 from pipeline.serve.schema.responses import ResponseBody
@@ -30,10 +31,36 @@ log = logging.getLogger("pipeline.serve")
 REQUEST_ID = "x-request-id"
 USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # of a client's, which comes back in a header and stands in the log
 RETRY_SECONDS = 1
+PLAIN = "/plain"  # where the target alone answers
 
 
-def create_app(api: Api, *, keys: ApiKeys, cors_origins: Sequence[str] = (), logs_requests: bool = False) -> FastAPI:
-    """Returns the application; the API's description is at /openapi.json and /docs."""
+def create_app(
+    api: Api,
+    *,
+    keys: ApiKeys,
+    plain: Api | None = None,
+    cors_origins: Sequence[str] = (),
+    logs_requests: bool = False,
+) -> FastAPI:
+    """Returns the application; the API's description is at /openapi.json and /docs.
+
+    Under /plain it answers everything with the target alone, where there is an engine for that.
+    """
+    app = _routes(api)
+
+    def index() -> Response:
+        return page(compares=plain is not None)
+
+    app.add_api_route("/", index, methods=["GET", "HEAD"], include_in_schema=False)
+    if plain is not None:
+        app.mount(PLAIN, _routes(plain))
+    app.add_middleware(_Gate, keys=keys, logs_requests=logs_requests)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def _routes(api: Api) -> FastAPI:
     app = FastAPI(title=f"{api.served.name}, DFLASH", redoc_url=None)
     for path, endpoint, body in (
         ("/v1/completions", api.completions, CompletionBody),
@@ -55,9 +82,6 @@ def create_app(api: Api, *, keys: ApiKeys, cors_origins: Sequence[str] = (), log
         app.head(path, response_model=None, include_in_schema=False)(answer)
     app.delete("/v1/responses/{name}", response_model=None)(api.delete_response)
     _answer_errors(app, api)
-    app.add_middleware(_Gate, keys=keys, logs_requests=logs_requests)
-    if cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
     return app
 
 

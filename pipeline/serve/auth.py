@@ -12,7 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.serve.errors import ApiError
 
 VARIABLE = "PIPELINE_API_KEYS"
-OPEN_PATHS = ("/health", "/ready")  # what load balancers ask
+OPEN_PATHS = ("/", "/health", "/ready")  # the page, which asks for a key, and what load balancers ask
 SCHEME = "bearer "
 
 

@@ -144,6 +144,9 @@ class ChatResponses:
 
     def chunks(self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer) -> Iterator[dict[str, Any]]:
         """Yields the chunks for new pieces of an answer."""
+        if answer.round is not None:
+            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None, "round": answer.round}
+            yield self.chunk([choice])
         for channel, text in pieces:
             if isinstance(channel, ToolChannel):
                 yield self._delta(index, {"tool_calls": [self._call_delta(index, channel, text)]})

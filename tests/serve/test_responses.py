@@ -142,7 +142,7 @@ def test_an_effort_is_asked_for(client, engine, tokenizer):
         ({"input": [{"type": "function_call", "name": 5}]}, "input"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"format": {"type": "xml"}}}, "text"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"top_logprobs": 21}, "top_logprobs"),

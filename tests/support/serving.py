@@ -43,10 +43,13 @@ def started(
     send_buffer=None,
     **network,
 ):
-    """A server's address, and the server; `network` are further options of `create_server`."""
+    """A server's address, and the server; `plain` is a second engine, `network` further options of `create_server`."""
+    plain = network.pop("plain", None)
     worker = EngineThread(engine)
+    workers = [worker] if plain is None else [worker, EngineThread(plain)]
     served = ServedModel(name=MODEL, effort="low", temperature=temperature, date=date)
     api = Api(worker, engine, tokenizer, served, limits)
+    alone = None if plain is None else Api(workers[1], plain, tokenizer, served, limits)
 
     def drain():
         api.is_draining = True
@@ -55,15 +58,16 @@ def started(
         if send_buffer is not None:  # of the connections too
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         address = server.url(listener)
-        app = create_app(api, keys=ApiKeys(list(keys)), cors_origins=cors_origins)
+        app = create_app(api, keys=ApiKeys(list(keys)), plain=alone, cors_origins=cors_origins)
         running = server.create_server(app, listener, cut=worker.end, limits=limits, on_drain=drain, **network)
         thread = threading.Thread(target=server.serve, args=(running, listener))
-        worker.start()
+        for one in workers:
+            one.start()
         thread.start()
         try:
             yield address, running
         finally:
             running.should_exit = True
             thread.join(LIMIT_SECONDS)
-            assert worker.stop(LIMIT_SECONDS)
+            assert all(one.stop(LIMIT_SECONDS) for one in workers)
             assert not thread.is_alive()

@@ -100,6 +100,7 @@ class ChatBody(Options):
     reasoning_effort: ChosenEffort | None = None
     chat_template_kwargs: TemplateOptions | None = None
     include_reasoning: bool = True
+    return_rounds: Annotated[bool, Field(description="Whether chunks of a stream show each round's tokens.")] = False
     logprobs: bool = False
     top_logprobs: NumTop | None = None
     tools: Annotated[list[Any], Wanted("a list of functions")] = Field(default_factory=list)
@@ -171,6 +172,8 @@ def read_chat(body: Any, model: str) -> ChatBody:
         )
     if found.return_token_ids and found.stream:
         raise ApiError("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
+    if found.return_rounds and not found.stream:
+        raise ApiError("return_rounds is served with stream alone: set stream to true", param="return_rounds")
     if not found.skip_special_tokens:
         raise ApiError(
             "skip_special_tokens is False; a chat's control tokens are not part of its texts: use true, or "

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
+from pipeline.engine.layout import ROW_COUNTS
 from pipeline.engine.request import Request
 from pipeline.engine.sampling_params import SamplingParams
 from pipeline.model.gpt_oss.weights import WeightFormat
@@ -115,7 +116,7 @@ def main() -> None:
     wanted = {int(one.request_id): one.token_ids for one in Engine(target, None, alone).generate(requests)}
     holds = True
     for fitting in (arguments.requests, arguments.fitting):
-        sizes = dataclasses.replace(config, cache_tokens=fitting * 224, block_sizes=(1, 4, 8))
+        sizes = dataclasses.replace(config, cache_tokens=fitting * 224, block_sizes=(1, 4, 8), row_counts=ROW_COUNTS)
         engine = Engine(target, draft, sizes)
         engine.warm_up()
         found = soak(engine, texts, wanted, arguments.seconds, arguments.requests, draw)

@@ -49,10 +49,13 @@ def lower_serving_steps(
     target = _target(sizes)
     chunk, whole, tables = _chunk(sizes), _draft(sizes, draft), _tables(sizes, sizes.engine.num_slots)
     yield PREFILL, lambda: _compiled(sizes, whole).prefill.lower(target, whole, _state(sizes, whole), chunk)
-    yield DECODE, lambda: _compiled(sizes, None).plain_step.lower(target, None, _state(sizes, None), tables)
+    yield DECODE, lambda: _compiled(sizes, None).plain_step.lower(target, None, _state(sizes, None), tables, None)
     if 1 in block_sizes_of(whole, sizes.engine):
-        yield DEFERRING, lambda: _compiled(sizes, whole).plain_step.lower(target, whole, _state(sizes, whole), tables)
-        yield CONTEXT, lambda: _compiled(sizes, whole).extend_context.lower(whole, _state(sizes, whole), tables)
+        yield (
+            DEFERRING,
+            lambda: _compiled(sizes, whole).plain_step.lower(target, whole, _state(sizes, whole), tables, None),
+        )
+        yield CONTEXT, lambda: _compiled(sizes, whole).extend_context.lower(whole, _state(sizes, whole), tables, None)
     for size in block_sizes:
         drafted = _draft(sizes, dataclasses.replace(draft, block_size=size))
         yield f"dflash {size}", functools.partial(_lower_round, sizes, target, drafted)
@@ -65,20 +68,20 @@ def _lower_round(sizes: ServingSizes, target: TargetModel, draft: DraftModel) ->
     return (
         _compiled(sizes, draft)
         .dflash_round(draft.config.block_size)
-        .lower(target, draft, _state(sizes, draft), _tables(sizes, sizes.engine.num_slots))
+        .lower(target, draft, _state(sizes, draft), _tables(sizes, sizes.engine.num_slots), None)
     )
 
 
 def _lower_draft_apart(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:
     tables = _tables(sizes, sizes.engine.num_slots)
-    return _compiled(sizes, draft).draft_apart.lower(target, draft, _state(sizes, draft), tables)
+    return _compiled(sizes, draft).draft_apart.lower(target, draft, _state(sizes, draft), tables, None)
 
 
 def _lower_verify_apart(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:
     slots = sizes.engine.num_slots
     drafted = _array(_mesh(sizes), (slots, draft.config.block_size - 1), jnp.int32, placement.ROWS)
     state, tables = _state(sizes, draft), _tables(sizes, slots)
-    return _compiled(sizes, draft).verify_apart.lower(target, draft, state, tables, drafted)
+    return _compiled(sizes, draft).verify_apart.lower(target, draft, state, tables, None, drafted)
 
 
 def lower_feature_pass(sizes: ServingSizes, draft: DFlashConfig, *, num_rows: int, num_positions: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pipeline.engine import steps
+from pipeline.engine import step_rows, steps
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.state import EngineState, StepOutput, empty_state
 from pipeline.model import placement
@@ -29,6 +29,7 @@ class CompiledSteps:
 
     `dflash_round` gives the round of a block size; `forced_round` is the one of the draft's own size with forced
     tokens. `draft_apart` and `verify_apart` are that round in two programs; the host sees what is drafted between them.
+    Steps that decode take, behind the tables, the slots of their rows, or None for all.
     """
 
     prefill: Step
@@ -63,7 +64,7 @@ def _compile(
 ) -> CompiledSteps:
     """Returns the steps for the partitions of models and state; without a mesh these have no meaning."""
     rows = placement.ROWS
-    decoding, both = (targets, drafts, states, rows), (states, placement.REPLICATED)
+    decoding, both = (targets, drafts, states, rows, rows), (states, placement.REPLICATED)
 
     def compiled(step: Callable[..., Any], state: int, in_specs: Any, out_specs: Any = both) -> Callable[..., Any]:
         return placement.jit_sharded(step, mesh, in_specs, out_specs, donated=(state,))
@@ -71,22 +72,21 @@ def _compile(
     def with_execution(step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return functools.partial(step, execution=execution, **options)
 
-    def verify_apart(
-        target: TargetModel, draft: DraftModel, state: EngineState, tables: Any, drafted: Any, *, execution: Execution
-    ) -> tuple[EngineState, StepOutput]:
-        return steps.dflash_round(target, draft, state, tables, drafted=drafted, execution=execution)
-
-    def dflash_round(size: int) -> Step:
-        return compiled(with_execution(steps.dflash_round, block_size=size), 2, decoding)
+    def decoded(step: Callable[..., Any], *more: Any, **options: Any) -> Step:
+        return compiled(step_rows.of_rows(with_execution(step, **options)), 2, (*decoding, *more))
 
     return CompiledSteps(
-        prefill=compiled(with_execution(steps.prefill), 2, decoding),
-        plain_step=compiled(with_execution(steps.plain_step), 2, decoding),
-        extend_context=compiled(with_execution(steps.extend_context), 1, (drafts, states, rows), states),
-        dflash_round=functools.cache(dflash_round),
-        forced_round=compiled(with_execution(steps.dflash_round), 2, (*decoding, rows)),
-        draft_apart=placement.jit_sharded(with_execution(steps.draft_apart), mesh, decoding, placement.REPLICATED),
-        verify_apart=compiled(with_execution(verify_apart), 2, (*decoding, rows)),
+        prefill=compiled(with_execution(steps.prefill), 2, (targets, drafts, states, rows)),
+        plain_step=decoded(steps.plain_step),
+        extend_context=compiled(
+            step_rows.extend_rows(with_execution(steps.extend_context)), 1, (drafts, states, rows, rows), states
+        ),
+        dflash_round=functools.cache(lambda size: decoded(steps.dflash_round, block_size=size)),
+        forced_round=decoded(steps.dflash_round, rows),
+        draft_apart=placement.jit_sharded(
+            step_rows.read_rows(with_execution(steps.draft_apart)), mesh, decoding, placement.REPLICATED
+        ),
+        verify_apart=decoded(steps.verify_apart, rows),
         set_masks=compiled(steps.set_masks, 0, (states, rows, rows), states),
         set_history=compiled(steps.set_history, 0, (states, rows, VOCABULARY, VOCABULARY), states),
     )

@@ -14,8 +14,9 @@ class EngineConfig:
     tokens, of which a step runs `step_tokens` in all (None: 8 chunks) beside the round of the running requests. Keys
     and values of `cache_tokens` tokens are held (None: see `layout.cache_tokens`), in pages of `page_size`; requests
     that begin with the same tokens share them when `reuse_prefixes` is set. With a draft, each round's block has the
-    one of `block_sizes` that pays most, of which 1 is plain decoding (none: always the draft's own). A generation ends
-    with a token of `stop_token_ids` (included in the answer), unless its request has others, or at its length. Unless
+    one of `block_sizes` that pays most, of which 1 is plain decoding (none: always the draft's own). A step computes
+    all slots, or where few of them decode, the least of `row_counts` that holds these. A generation ends with a token
+    of `stop_token_ids` (included in the answer), unless its request has others, or at its length. Unless
     `samples` is set, every token is the most likely one, and requests that ask for another choice or for log
     probabilities are refused: programs without them compile in half the time.
     """
@@ -28,6 +29,7 @@ class EngineConfig:
     step_tokens: int | None = None
     reuse_prefixes: bool = False
     block_sizes: tuple[int, ...] = ()
+    row_counts: tuple[int, ...] = ()
     samples: bool = False
     stop_token_ids: tuple[int, ...] = ()
 

@@ -8,7 +8,7 @@ takes pages for as many as the steps under way may commit.
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from pipeline.engine.row_pages import RowPages
 from pipeline.engine.sampling_params import GREEDY, SamplingParams, history_of, set_row
 from pipeline.engine.scheduler import NoRoom, Running, Scheduler
 from pipeline.engine.state import DEFERRED_STEPS, PrefillChunk, StepOutput, block_sizes_of, layout_of
+from pipeline.engine.step_rows import StepRows, rows_for
 from pipeline.engine.token_masks import fill_masks
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.model import DraftModel
@@ -71,7 +72,9 @@ class Engine:
             RowPages(self._layout, self._slots_of_shard, reuse=config.reuse_prefixes) for _ in range(num_shards)
         ]
         self.block_size = None if draft is None else draft.config.block_size
-        self._choice = BlockChoice(block_sizes_of(draft, config))
+        counts = {count for count in config.row_counts if count < self._slots_of_shard} | {self._slots_of_shard}
+        self._choices = {count: BlockChoice(block_sizes_of(draft, config)) for count in sorted(counts)}
+        self._last_count = self._slots_of_shard  # rows of a shard in the last step that decoded
         self._num_deferred = 0
         self._has_masks = False  # on the devices, from a step before
         self.acceptance = acceptance.empty(self.block_size or 1)
@@ -119,8 +122,12 @@ class Engine:
 
     @property
     def block_estimates(self) -> dict[int, Estimate]:
-        """What a round of each block size is expected to yield and to take; empty where nothing is chosen."""
-        return self._choice.estimates() if len(self._choice.sizes) > 1 else {}
+        """What a round of each block size is expected to yield and to take; empty where nothing is chosen.
+
+        Times are those of as many rows as the last round had.
+        """
+        choice = self._choices[self._last_count]
+        return choice.estimates() if len(choice.sizes) > 1 else {}
 
     def plain_beside(self) -> "Engine":
         """Returns an engine of the same target without a draft, with slots and pages of its own."""
@@ -185,21 +192,26 @@ class Engine:
                 )
             )
         on_compiled("prefill")
-        self._choice = BlockChoice(self._choice.sizes)
         if self.config.samples:
             self._set_masks({})
-        for size in self._choice.sizes:
-            jax.block_until_ready(self._dispatch_round({}, size))  # compiles, where no round has run yet
-            on_compiled(f"a round of {size}" if size > 1 else "a plain step")
-            if self.config.samples and size == self.block_size:
-                drafted = np.asarray(self._steps.draft_apart(self._target, self._draft, self._state, self._tables()))
-                jax.block_until_ready(self._verify(drafted))
-                on_compiled("a round under a grammar")
-            for _ in range(3):
-                started = time.perf_counter()
-                jax.block_until_ready(self._dispatch_round({}, size))
-                self._choice.took(size, time.perf_counter() - started)
+        for count, choice in self._choices.items():
+            rows = rows_for({}, [count], self._slots_of_shard, self._num_shards)
+            self._choices[count] = BlockChoice(choice.sizes)
+            for size in choice.sizes:
+                self._warm_up_round(rows, size)
+                name = f"a round of {size}" if size > 1 else "a plain step"
+                on_compiled(f"{name}, {count} of {self._slots_of_shard} slots")
         self.acceptance, self.smaller_blocks, self.times = before
+
+    def _warm_up_round(self, rows: StepRows, size: int) -> None:
+        """Compiles a round with so many rows and a block size, where none has run yet, and takes its time."""
+        jax.block_until_ready(self._dispatch_round(rows, size))
+        if self.config.samples and 1 < size == self.block_size:
+            jax.block_until_ready(self._verify(rows, self._drafted(rows)))
+        for _ in range(3):
+            started = time.perf_counter()
+            jax.block_until_ready(self._dispatch_round(rows, size))
+            self._choices[rows.count].took(size, time.perf_counter() - started)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Runs requests through the slots and yields each one's completion when it finishes."""
@@ -236,46 +248,52 @@ class Engine:
         """
         return one.tokens[-1] if one.num_generated else -1
 
-    def _dispatch_round(self, by_slot: dict[int, Running], size: int) -> StepOutput:
-        """Dispatches one DFLASH round with blocks of a size, or one plain step, over all slots.
+    def _dispatch_round(self, rows: StepRows, size: int) -> StepOutput:
+        """Dispatches one DFLASH round with blocks of a size, or one plain step, over rows.
 
         A hook: an engine along known answers runs another step.
         """
         if self._num_deferred == DEFERRED_STEPS or (size > 1 and self._num_deferred):
-            self._extend_context()
+            self._extend_context(rows)
         step = self._steps.dflash_round(size) if size > 1 else self._steps.plain_step
         self._num_deferred += size == 1 and self._draft is not None
-        self._state, output = step(self._target, self._draft, self._state, self._tables())
+        self._state, output = step(self._target, self._draft, self._state, self._tables(rows), rows.indices)
         return output
 
-    def _extend_context(self) -> None:
-        self._state = self._steps.extend_context(self._draft, self._state, self._tables())
+    def _extend_context(self, rows: StepRows) -> None:
+        self._state = self._steps.extend_context(self._draft, self._state, self._tables(rows), rows.indices)
         self._num_deferred = 0
 
-    def _dispatch_masked(self, constrained: dict[int, Running], size: int) -> StepOutput:
+    def _dispatch_masked(self, rows: StepRows, constrained: dict[int, Running], size: int) -> StepOutput:
         """Dispatches a round, with blocks of the draft's own size, or a plain step, in which grammars rule tokens out.
 
         What may follow a drafted token is known when the host has seen it, so draft and verification run apart.
         """
         if size == 1:
             self._set_masks(constrained)
-            return self._dispatch_round(constrained, 1)
+            return self._dispatch_round(rows, 1)
         if self._num_deferred:
-            self._extend_context()
-        drafted = np.asarray(self._steps.draft_apart(self._target, self._draft, self._state, self._tables()))
-        return self._verify(self._set_masks(constrained, drafted))
+            self._extend_context(rows)
+        drafted = self._drafted(rows)
+        self._set_masks(constrained, {slot: drafted[row] for row, slot in rows.slots.items()})
+        return self._verify(rows, drafted)
 
-    def _verify(self, drafted: np.ndarray | None) -> StepOutput:
-        self._state, output = self._steps.verify_apart(self._target, self._draft, self._state, self._tables(), drafted)
+    def _drafted(self, rows: StepRows) -> np.ndarray:
+        tables = self._tables(rows)
+        return np.array(self._steps.draft_apart(self._target, self._draft, self._state, tables, rows.indices))
+
+    def _verify(self, rows: StepRows, drafted: np.ndarray) -> StepOutput:
+        self._state, output = self._steps.verify_apart(
+            self._target, self._draft, self._state, self._tables(rows), rows.indices, drafted
+        )
         return output
 
-    def _set_masks(self, constrained: dict[int, Running], drafted: np.ndarray | None = None) -> np.ndarray | None:
-        """Says which tokens may follow in the next step; returns the drafted tokens, changed where that is known."""
-        vocab_size, length = self.vocab_size, self.block_size or 1
-        words, is_masked, drafted = fill_masks(constrained, drafted, self.config.num_slots, length, vocab_size)
-        self._state = self._steps.set_masks(self._state, words, is_masked)
+    def _set_masks(self, constrained: Mapping[int, Running], drafted: Mapping[int, np.ndarray] | None = None) -> None:
+        """Says which tokens may follow in the next step, and changes those drafted where that is known (by slots)."""
+        length = self.block_size or 1
+        masks = fill_masks(constrained, drafted or {}, self.config.num_slots, length, self.vocab_size)
+        self._state = self._steps.set_masks(self._state, *masks)
         self._has_masks = bool(constrained)
-        return drafted
 
     def _keys_of(self, tokens: Sequence[int], before: Sequence[Key] = ()) -> list[Key]:
         return keys_of(tokens, self.config.page_size, before) if self.config.reuse_prefixes else []
@@ -360,7 +378,8 @@ class Engine:
             by_slot = {slot: one for slot, one in self._scheduler.running.items() if one.is_decoding}
             if all(one.is_surely_done for one in by_slot.values()):
                 return False
-            size = size or self._choose_size()
+            rows = rows_for(by_slot, tuple(self._choices), self._slots_of_shard, self._num_shards)
+            size = size or self._choose_size(rows)
             if all(self._grow(one, size) for one in by_slot.values()):
                 break
             if self._in_flight:
@@ -369,19 +388,20 @@ class Engine:
                 self._preempt()
         constrained = {slot: one for slot, one in by_slot.items() if one.constraint is not None}
         if constrained:
-            output = self._dispatch_masked(constrained, size)
+            output = self._dispatch_masked(rows, constrained, size)
         else:
             if self._has_masks:
                 self._set_masks({})
-            output = self._dispatch_round(by_slot, size)
+            output = self._dispatch_round(rows, size)
         for one in by_slot.values():
             one.rounds_ahead += 1
             one.tokens_ahead += size
-        self._in_flight.add(Dispatched(output, by_slot, size, is_masked=bool(constrained)))
+        self._in_flight.add(Dispatched(output, rows.by_row, size, num_rows=rows.count, is_masked=bool(constrained)))
         return True
 
-    def _choose_size(self) -> int:
-        size = self._choice.choose()
+    def _choose_size(self, rows: StepRows) -> int:
+        self._last_count = rows.count
+        size = self._choices[rows.count].choose()
         if size > 1 and any(one.constraint is not None for one in self._scheduler.running.values()):
             return self.block_size or 1  # the one size that drafts and verifies apart
         return size
@@ -476,8 +496,9 @@ class Engine:
         if not accepted:
             return
         if not step.is_masked:
-            self._choice.took(size, seconds)
-        self._choice.accepted(size, accepted)
+            self._choices[step.num_rows].took(size, seconds)
+        for choice in self._choices.values():
+            choice.accepted(size, accepted)
         if size == self.block_size:
             self.acceptance += Acceptance.of(accepted, size)
         elif size > 1:
@@ -522,8 +543,13 @@ class Engine:
             set_row(chunk.rules, row, one.request.sampling, self._stops_of(one), len(one.request.prompt_ids))
         return chunk
 
-    def _tables(self) -> PageTables:
+    def _tables(self, rows: StepRows) -> PageTables:
         tables = [pages.tables() for pages in self._pages]
+        if rows.indices is not None:
+            parts = rows.indices.reshape(self._num_shards, -1)
+            tables = [
+                np.take(table, part, axis=1, mode="clip") for table, part in zip(tables, parts, strict=True)
+            ]  # a row past the last slot is not active
         return PageTables(*(tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)))
 
     def _stops_of(self, one: Running) -> tuple[int, ...]:

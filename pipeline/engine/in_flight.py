@@ -17,14 +17,16 @@ LOG_PROBS = ("logprobs", "prompt_logprobs")
 class Dispatched:
     """Holds a step that the devices will have run, and whose row each request has in it.
 
-    `block_size` is a round's, 1 for a plain step and None for a prefill, which computes `num_columns` of a row. A step
-    `is_masked` when the host had to see the tokens before it first, so that its time says nothing of other steps.
+    `block_size` is a round's, 1 for a plain step and None for a prefill, which computes `num_columns` of a row; a
+    round has `num_rows` rows of each shard. A step `is_masked` when the host had to see the tokens before it first, so
+    that its time says nothing of other steps.
     """
 
     output: StepOutput
     by_row: Mapping[int, Running]
     block_size: int | None
     num_columns: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    num_rows: int = 0
     is_masked: bool = False
 
 

@@ -7,6 +7,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.layers.kv_pages import pages_for
 
 PREFILL_ROWS = 8  # prompts that a prefill step runs side by side, at most
+ROW_COUNTS = (1, 8, 32)  # of a server's steps, where fewer slots than it has decode
 BLOCK_SIZES = (1, 4, 8, 16)  # that a server chooses from, up to the draft's own
 USUAL_LENGTH = 1024  # tokens that a request has, as far as memory is set aside for it without being asked
 

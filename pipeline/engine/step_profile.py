@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pipeline.engine import steps
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
+from pipeline.engine.step_rows import StepRows, rows_for
 from pipeline.model import placement
 from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.model import TargetModel
@@ -65,13 +66,18 @@ def profile(make: Callable[[], Engine]) -> StepProfile:
             engine.step()
         walls.append((time.perf_counter() - started) / (NUM_STEPS // 2))
     engine._read(0)
-    size = engine._choice.sizes[-1]
-    device = _median(lambda: engine._dispatch_round({}, size))
+    rows = _all_rows(engine)
+    size = engine.block_size or 1
+    device = _median(lambda: engine._dispatch_round(rows, size))
     if engine._draft is None or engine._runtime.mesh is not None:
         return StepProfile(wall=statistics.median(walls), device=device, draft=None, verify=None)
     return StepProfile(
         wall=statistics.median(walls), device=device, draft=_draft_seconds(engine), verify=_verify_seconds(engine)
     )
+
+
+def _all_rows(engine: Engine) -> StepRows:
+    return rows_for({}, (), engine._slots_of_shard, engine._num_shards)
 
 
 def _decoding(engine: Engine) -> Engine:
@@ -102,7 +108,7 @@ def _median(dispatch: Callable[[], Any]) -> float:
 def _draft_seconds(engine: Engine) -> float:
     execution = engine._runtime.execution
     program = jax.jit(functools.partial(steps.draft_block, execution=execution))
-    table = engine._tables().whole
+    table = engine._tables(_all_rows(engine)).whole
     return _median(lambda: program(engine._target, engine._draft, engine._state, table))
 
 
@@ -117,7 +123,7 @@ def _verify_seconds(engine: Engine) -> float:
 
     program = placement.jit_sharded(verify, None, None, None, donated=(1,))
     block = jnp.broadcast_to(state.anchor[:, None], (len(state.anchor), draft.config.block_size))
-    start, tables, cache = state.length + 0, engine._tables(), state.cache
+    start, tables, cache = state.length + 0, engine._tables(_all_rows(engine)), state.cache
 
     def dispatch() -> Any:
         nonlocal cache

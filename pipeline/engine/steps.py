@@ -178,6 +178,19 @@ def dflash_round(
     return _commit(state, choice, acceptance.count_accepted(drafted, choice.tokens[:, :-1]) + 1, shards)
 
 
+def verify_apart(
+    target: TargetModel,
+    draft: DraftModel,
+    state: EngineState,
+    tables: PageTables,
+    drafted: Int[Array, "B drafted"],
+    *,
+    execution: Execution,
+) -> tuple[EngineState, StepOutput]:
+    """Does the rest of a round whose tokens are drafted already."""
+    return dflash_round(target, draft, state, tables, drafted=drafted, execution=execution)
+
+
 def draft_apart(
     target: TargetModel, draft: DraftModel, state: EngineState, tables: PageTables, *, execution: Execution
 ) -> Int[Array, "B drafted"]:

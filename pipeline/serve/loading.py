@@ -14,13 +14,13 @@ from pipeline.workspace.workspace import DRAFT, Workspace
 def engine_of(workspace: Workspace, *, with_draft: bool, adapts: bool = True) -> Engine:
     """Returns the engine that serves this configuration's target, with its draft or alone, not warmed up.
 
-    Unless it `adapts`, every block has the draft's own size. Of several hosts the primary gets one that the others
-    follow. Raises PipelineError when `engine.max_length` is above the target's positions.
+    Unless it `adapts`, every block has the draft's own size and every step all slots. Of several hosts the primary
+    gets one that the others follow. Raises PipelineError when `engine.max_length` is above the target's positions.
     """
     config, target = workspace.config, workspace.target
     engine = workspace.serving_engine
     if not adapts:
-        engine = dataclasses.replace(engine, block_sizes=())
+        engine = dataclasses.replace(engine, block_sizes=(), row_counts=())
     limit = workspace.model.max_position_embeddings
     if engine.max_length > limit:  # before the weights are read
         raise PipelineError(

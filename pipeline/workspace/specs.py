@@ -9,7 +9,7 @@ from pipeline.config.choices import Effort, OnBadRow, PromptSource
 from pipeline.config.schema import ArchitectureConfig, DraftConfig, EngineSettings, PromptsConfig
 from pipeline.dflash.blocks import default_tapped_layers
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.layout import BLOCK_SIZES
+from pipeline.engine.layout import BLOCK_SIZES, ROW_COUNTS
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
@@ -198,6 +198,7 @@ def serving_engine(sizes: EngineSettings, num_slots: int, stop_token_ids: tuple[
         step_tokens=sizes.step_tokens,
         reuse_prefixes=sizes.reuse_prefixes,
         block_sizes=BLOCK_SIZES if sizes.block_size is None else (sizes.block_size,),
+        row_counts=ROW_COUNTS,
         samples=True,
         stop_token_ids=stop_token_ids,
     )

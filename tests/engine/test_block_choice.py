@@ -10,6 +10,7 @@ from pipeline.engine.block_choice import FIRST_ROUNDS, PROBE_EVERY, BlockChoice
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
+from pipeline.engine.step_rows import rows_for
 from pipeline.errors import PipelineError
 from pipeline.model.dflash import weights as dflash_weights
 from pipeline.model.dflash.model import DraftModel
@@ -101,6 +102,11 @@ def answers_of(engine, models):
     return {one.request_id: one.token_ids for one in engine.generate(requests)}
 
 
+def choice_of(engine):
+    """Of rounds over all slots."""
+    return engine._choices[engine.config.num_slots]
+
+
 @pytest.fixture(scope="module")
 def plain(models):
     return answers_of(make(models, None), models)
@@ -110,7 +116,7 @@ def plain(models):
 @pytest.mark.parametrize("pattern", [(1,), (1, 1, 1, 6), (3, 1, 6, 6), (1,) * 40 + (6, 3)], ids=str)
 def test_whatever_the_sizes_the_tokens_are_plain_decodings(models, plain, pattern, monkeypatch):
     engine = make(models, models.draft, (1, 3, 6))
-    monkeypatch.setattr(engine._choice, "choose", itertools.cycle(pattern).__next__)
+    monkeypatch.setattr(choice_of(engine), "choose", itertools.cycle(pattern).__next__)
     assert answers_of(engine, models) == plain
     sizes = {size for size in pattern if size > 1}
     assert set(engine.smaller_blocks) == sizes - {6}
@@ -122,13 +128,13 @@ def test_features_that_were_set_aside_become_the_context_that_rounds_make(models
     caches = []
     for pattern in ((6,), (1,) * 21 + (6,)):
         engine = make(models, models.draft, (1, 6), slots=1)
-        monkeypatch.setattr(engine._choice, "choose", itertools.cycle(pattern).__next__)
+        monkeypatch.setattr(choice_of(engine), "choose", itertools.cycle(pattern).__next__)
         engine.add(Request(request_id="only", prompt_ids=tuple(models.prompts[2][:9]), max_new_tokens=80))
         tokens = []
         while len(tokens) < 60:
             for update in engine.step():
                 tokens += update.token_ids
-        engine._dispatch_round({}, 6)  # whatever is set aside goes to the cache
+        engine._dispatch_round(rows_for({}, (), 1, 1), 6)  # whatever is set aside goes to the cache
         pages = engine._pages[0].row_tables(0)[0, :4]
         caches.append([np.asarray(layer.entries)[pages] for layer in engine._state.draft_cache.layers])
     for rounds, deferred in zip(*caches, strict=True):
@@ -144,8 +150,8 @@ def test_with_a_random_draft_decoding_becomes_plain(models, plain):
     engine.warm_up()
     for size, seconds in ((1, 0.001), (4, 0.003), (6, 0.004)):
         for _ in range(9):
-            engine._choice.took(size, seconds)
-    engine._choice.took = lambda size, seconds: None  # times of this machine would decide
+            choice_of(engine).took(size, seconds)
+    choice_of(engine).took = lambda size, seconds: None  # times of this machine would decide
     assert answers_of(engine, models) == plain
     assert engine.acceptance.num_rounds < 12 * FIRST_ROUNDS
     assert set(engine.block_estimates) == {1, 4, 6}

@@ -104,6 +104,17 @@ def test_preempted_requests_go_on_with_the_same_tokens_and_rounds(models, arm, r
     assert engine.num_preempted > 0
 
 
+def test_steps_of_fewer_rows_change_no_token_and_no_round(models, arm, requests, expected, monkeypatch):
+    """With pages for few, so that slots come and go; every number of rows is used."""
+    counts = []
+    engine = make(models, arm, cache_tokens=MAX_LENGTH + PAGE, reuse_prefixes=True, row_counts=(1, 2))
+    dispatch = engine._dispatch_round
+    monkeypatch.setattr(engine, "_dispatch_round", lambda rows, size: counts.append(rows.count) or dispatch(rows, size))
+    assert answers_of(engine, requests) == expected
+    assert set(counts) == {1, 2, engine.config.num_slots}
+    assert engine.num_free_pages == engine._layout.num_pages
+
+
 def test_the_oldest_request_is_never_the_one_that_waits(models, arm):
     engine = make(models, arm, cache_tokens=MAX_LENGTH + PAGE)
     prompts = [prompt[:20] for prompt in models.prompts[:4]]

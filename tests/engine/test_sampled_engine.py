@@ -200,7 +200,7 @@ def test_a_draft_changes_no_drawn_token(target, draft, requests, gold):
 
 
 def test_neither_pages_nor_preemption_nor_block_sizes_change_a_drawn_token(target, draft, requests, gold):
-    engine = make(target, 3, draft, cache_tokens=64, reuse_prefixes=True, block_sizes=(1, 2, 4))
+    engine = make(target, 3, draft, cache_tokens=64, reuse_prefixes=True, block_sizes=(1, 2, 4), row_counts=(1, 2))
     assert answers_of(engine, requests) == gold
     assert answers_of(engine, requests) == gold
 

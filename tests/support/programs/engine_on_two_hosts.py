@@ -53,7 +53,9 @@ def main() -> None:
             Path(drafted), "float32", placement.draft_shardings(read_draft_config(Path(drafted)), "float32", mesh)
         ),
     )
-    config = EngineConfig(num_slots=4, max_length=80, prefill_chunk=16, stop_token_ids=(5, 71), samples=True)
+    config = EngineConfig(
+        num_slots=8, row_counts=(1,), max_length=80, prefill_chunk=16, stop_token_ids=(5, 71), samples=True
+    )
     runtime = Runtime(Execution(shards), mesh)
     asked = requests(json.loads(Path(prompts).read_text()))
     alike = Engine(*models, config, runtime)

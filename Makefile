@@ -118,12 +118,12 @@ $(ORACLE_VENV)/.installed-harmony: $(ORACLE_VENV)/.installed tests/oracles/harmo
 	@touch $@
 
 # one environment for each program that opens drafts or asks a server, with as much as it imports; 3 GB in all
-CONFORMANCE := transformers4 transformers5 sglang_jax speculators llama_cpp clients browser
+CONFORMANCE := transformers4 transformers5 sglang_jax speculators llama_cpp clients browser bench_tools
 conformance-env: $(CONFORMANCE:%=$(CONFORMANCE_VENVS)/%/.installed)
 
 $(CONFORMANCE_VENVS)/%/.created:
 	@test -n "$(LATE_BASE)" || { echo "error: sglang-jax needs Python 3.12 or 3.13; give it: make LATE_BASE=/path/to/python" >&2; exit 2; }
-	$(if $(filter sglang_jax clients,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
+	$(if $(filter sglang_jax clients browser bench_tools,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
 	@touch $@
 
 .PRECIOUS: $(CONFORMANCE_VENVS)/%/.created
@@ -143,6 +143,11 @@ $(CONFORMANCE_VENVS)/sglang_jax/.installed: $(CONFORMANCE_VENVS)/sglang_jax/.cre
 	$(IN_VENV) 'jax[cpu]==0.10.2' flax==0.12.4 transformers==4.57.6 huggingface-hub==0.34.6 safetensors==0.6.2 numpy==2.2.6
 	$(IN_VENV) fastapi==0.165.0 orjson==3.13.0 partial-json-parser==0.2.1.1.post7 psutil==7.2.2 pyzmq==27.3.0 requests==2.34.2
 	$(IN_VENV) --no-deps sglang-jax==0.1.0rc0
+	@touch $@
+
+# benchmark tools of people; guidellm is none of them, for it needs torch
+$(CONFORMANCE_VENVS)/bench_tools/.installed: $(CONFORMANCE_VENVS)/bench_tools/.created
+	$(IN_VENV) 'lm-eval[api]==0.4.13' transformers==5.24.0 datasets==4.8.4 'evalscope[perf]==1.14.1' aiperf==0.13.0 schemathesis==4.32.5
 	@touch $@
 
 # drives the system's Chromium (Debian's package chromium), and downloads none

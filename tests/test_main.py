@@ -134,7 +134,7 @@ def test_every_experiment_and_target_fits_the_schema(tmp_path):
         for name in stages.choices(group):
             code, _, err = run(tmp_path, f"{group}={name}", "stage=train", "--cfg", "job")
             assert (code, err) == (0, ""), (group, name)
-    tiny = yaml.safe_load((ROOT / "conf" / "target" / "tiny.yaml").read_text())["architecture"]
+    tiny = yaml.safe_load((ROOT / "conf" / "target" / "tiny.yaml").read_text())["target"]["architecture"]
     axes = [tiny[key] for key in tiny if key.startswith(("vocab", "hidden", "intermediate", "num_", "head", "sliding"))]
     assert len(set(axes)) == len(axes)
 

@@ -316,6 +316,7 @@ class ServeConfig:
     model's own (`generation_config.json`), or 1. On an address that other machines reach, requests need a key: one of
     the file `api_keys` or of the environment variable PIPELINE_API_KEYS, unless the server is `insecure`. With
     `tls_certificate` and `tls_key` (files in PEM) it speaks HTTPS. `cors_origins` are web pages that may use it.
+    Each key has at most `max_requests_per_key` requests at a time, and an answer `request_seconds`; null sets no limit.
     `client_seconds` is how long a client may take to send its headers, its body, and to read what it is sent. After
     SIGTERM, requests that run have `drain_seconds`. `log_requests` writes a line for each request, without its content.
     With `compare` the target answers alone too, under /plain, from an engine of its own.
@@ -336,6 +337,8 @@ class ServeConfig:
     max_body_bytes: int = setting(4 * 2**20, rule=positive, key=None)
     max_waiting: int = setting(512, rule=positive, key=None)
     max_connections: int = setting(1024, rule=positive, key=None)
+    max_requests_per_key: int | None = setting(None, rule=positive, key=None)
+    request_seconds: float | None = setting(None, rule=positive, key=None)
     client_seconds: float = setting(30.0, rule=positive, key=None)
     drain_seconds: float = setting(30.0, rule=not_negative, key=None)
     log_requests: bool = setting(False, key=None)

@@ -37,6 +37,7 @@ class Answer:
         self.log_probs: list[TokenLogProb] = []
         self.prompt_log_probs: tuple[TokenLogProb, ...] = ()  # of all tokens of the prompt but the first
         self.has_draft = has_draft
+        self.num_rounds = 0
         self.num_accepted = 0
         self.num_drafted = 0
         self._reader = reader
@@ -82,6 +83,7 @@ class Answer:
                 self.finish_reason = "stop"
                 break
         if update.num_accepted is not None:
+            self.num_rounds += 1
             self.num_accepted += min(update.num_accepted, len(self.token_ids) - before - 1)
             self.num_drafted += update.num_drafted or 0
         has_ended = update.finish_reason or ("stop" if self._reader.has_left_turn and not self._ignores_end else None)
@@ -118,6 +120,15 @@ class Answer:
                 yield channel, self._stop.push(text)
             else:
                 yield channel, text
+
+
+def meta_info(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Returns SGLang's numbers of the rounds of a reply's answers; without a draft there are none."""
+    rounds, accepted = (sum(getattr(answer, name) for answer in answers) for name in ("num_rounds", "num_accepted"))
+    found: dict[str, Any] = {"completion_tokens": sum(len(answer.token_ids) for answer in answers)}
+    if rounds:
+        found |= {"spec_verify_ct": rounds, "spec_accept_length": (accepted + rounds) / rounds}
+    return found
 
 
 def _round(tokens: Sequence[list[tuple[TextChannel, str]]], update: StepUpdate) -> dict[str, Any]:

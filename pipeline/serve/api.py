@@ -120,6 +120,7 @@ class Api:
             prompt_ids=[*prompt, *opening] if body.return_token_ids else None,
             log_probs=body.logprobs,
             reasoning=body.include_reasoning,
+            meta_info=body.return_meta_info,
         )
         return await self._answer_chat(http, body, prompt, opening, responses)
 
@@ -192,6 +193,7 @@ class Api:
             body = read_tokenize(read_json(content), self.served.name)
             if body.messages is None:
                 return list(self._reader.encoded(body.prompt or "", body.add_special_tokens))
+            self._reader.refuse_unknown(body)
             return self._reader.rendered(body.conversation(), body)
 
         tokens = await self._reader.in_turn(len(content), read)
@@ -256,7 +258,7 @@ class Api:
             raise ApiError(
                 f"{waiting} requests are waiting for a slot, as many as this server allows; send it again later",
                 code="server_overloaded",
-                status=503,
+                status=429,
                 kind="server_error",
             )
 
@@ -293,7 +295,7 @@ class Api:
             raise ApiError(str(error), param=responses.prompt_param) from error
         except Unavailable as error:
             raise unavailable(error) from error
-        call = Generation(stream, answers, prompts, responses, self.counters)
+        call = Generation(stream, answers, prompts, responses, self.counters, self.limits.request_seconds)
         if body.stream:
             events: Events = (
                 responses

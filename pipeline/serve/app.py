@@ -1,5 +1,6 @@
 """The server's application: routes, keys, request ids, one line of log a request, and errors in OpenAI's shape."""
 
+import collections
 import logging
 import re
 import secrets
@@ -54,7 +55,8 @@ def create_app(
     app.add_api_route("/", index, methods=["GET", "HEAD"], include_in_schema=False)
     if plain is not None:
         app.mount(PLAIN, _routes(plain))
-    app.add_middleware(_Gate, keys=keys, logs_requests=logs_requests)
+    most = api.limits.max_requests_per_key
+    app.add_middleware(_Gate, keys=keys, max_requests_per_key=most, logs_requests=logs_requests)
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
     return app
@@ -69,7 +71,7 @@ def _routes(api: Api) -> FastAPI:
         ("/tokenize", api.tokenize, TokenizeBody),
         ("/detokenize", api.detokenize, DetokenizeBody),
     ):
-        app.post(path, response_model=None, openapi_extra=_described(body))(endpoint)
+        app.post(path, response_model=None, openapi_extra=_described(body, api.served.name))(endpoint)
     for path, answer in (
         ("/v1/models", api.models),
         ("/v1/models/{name:path}", api.retrieve_model),
@@ -85,9 +87,10 @@ def _routes(api: Api) -> FastAPI:
     return app
 
 
-def _described(body: type[BaseModel]) -> dict[str, Any]:
-    """Returns what the API's description says of a body, which the endpoint reads itself."""
+def _described(body: type[BaseModel], served: str) -> dict[str, Any]:
+    """Returns what the API's description says of a body, which the endpoint reads itself and whose model is known."""
     schema = _inlined(body.model_json_schema())
+    schema["properties"]["model"] = {"const": served}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
@@ -109,7 +112,7 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _answer_errors(app: FastAPI, api: Api) -> None:
     def reply(error: ApiError) -> JSONResponse:
-        headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else None
+        headers = {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else None
         return JSONResponse(error.body, error.status, headers)
 
     @app.exception_handler(ApiError)
@@ -137,10 +140,12 @@ def _answer_errors(app: FastAPI, api: Api) -> None:
 
 
 class _Gate:
-    """Asks for a key, names every request, and logs it when it is over, without its content."""
+    """Asks for a key, of which few requests may run, names every request, and logs it without its content."""
 
-    def __init__(self, app: Any, *, keys: ApiKeys, logs_requests: bool) -> None:
+    def __init__(self, app: Any, *, keys: ApiKeys, max_requests_per_key: int | None, logs_requests: bool) -> None:
         self._app, self._keys, self._logs_requests = app, keys, logs_requests
+        self._max_requests_per_key = max_requests_per_key
+        self._running: collections.Counter[int] = collections.Counter()  # requests by the number of their key
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handles one request (ASGI's entry)."""
@@ -158,13 +163,33 @@ class _Gate:
                 MutableHeaders(scope=message)[REQUEST_ID] = name
             await send(message)
 
+        key = None
         try:
-            self._keys.check(scope["path"], headers)
+            key = self._keys.check(scope["path"], headers)
+            self._begin(key)
         except ApiError as error:
-            await JSONResponse(error.body, error.status, {"WWW-Authenticate": "Bearer"})(scope, receive, named)
+            more = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Retry-After": str(RETRY_SECONDS)}
+            await JSONResponse(error.body, error.status, more)(scope, receive, named)
         else:
-            await self._app(scope, receive, named)
+            try:
+                await self._app(scope, receive, named)
+            finally:
+                self._running.subtract([] if key is None else [key])
         finally:
             if self._logs_requests:
                 seconds = time.monotonic() - started
                 log.info("%s %s %d %.3f s %s", scope["method"], ascii(scope["path"])[1:-1], status, seconds, name)
+
+    def _begin(self, key: int | None) -> None:
+        """Counts a request; raises ApiError when its key has as many as it may."""
+        if key is None:
+            return
+        most = self._max_requests_per_key
+        if most is not None and self._running[key] >= most:
+            raise ApiError(
+                f"the key has {most} requests already, as many as this server allows at a time; send it again later",
+                code="rate_limit_exceeded",
+                status=429,
+                kind="rate_limit_error",
+            )
+        self._running[key] += 1

@@ -25,15 +25,19 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def check(self, path: str, headers: Headers) -> None:
-        """Raises ApiError when a request has no key of this server's, as `Authorization: Bearer` or `X-API-Key`."""
+    def check(self, path: str, headers: Headers) -> int | None:
+        """Returns the number of the key that a request has, None where none is needed.
+
+        Raises ApiError when it has no key of this server's, as `Authorization: Bearer` or `X-API-Key`.
+        """
         if not self._digests or path in OPEN_PATHS:
-            return
+            return None
         authorization = headers.get("authorization", "")
         key = authorization[len(SCHEME) :] if authorization.lower().startswith(SCHEME) else headers.get("x-api-key", "")
         digest = hashlib.sha256(key.strip().encode()).digest()
         # every one is compared, so that the time says nothing of which it was
-        if not max([hmac.compare_digest(digest, known) for known in self._digests]):
+        found_in = [hmac.compare_digest(digest, known) for known in self._digests]
+        if not any(found_in):
             found = "a key that this server does not know" if key else "no key"
             raise ApiError(
                 f"the request has {found}; send one as Authorization: Bearer KEY",
@@ -41,6 +45,7 @@ class ApiKeys:
                 status=401,
                 kind="authentication_error",
             )
+        return found_in.index(True)
 
 
 def read_keys(path: str | None) -> ApiKeys:

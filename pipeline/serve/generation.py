@@ -1,11 +1,13 @@
 """One HTTP request's answers on their way: from the engine's updates to a reply, whole or streamed."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 
+from pipeline.engine.request import StepUpdate
 from pipeline.serve import metrics
 from pipeline.serve.answer import Answer, usage
 from pipeline.serve.engine_thread import RequestStream, Unavailable
@@ -18,7 +20,10 @@ Events = ChunkEvents | ResponseObjects
 
 
 class Generation:
-    """Holds one HTTP request's answers, all accepted by the engine; each prompt has as many as the other ones."""
+    """Holds one HTTP request's answers, all accepted by the engine; each prompt has as many as the other ones.
+
+    They have `seconds` to be finished, None for as many as it takes.
+    """
 
     def __init__(
         self,
@@ -27,6 +32,7 @@ class Generation:
         prompts: Sequence[Sequence[int]],
         responses: Responses | ResponseObjects,
         counters: metrics.Counters,
+        seconds: float | None = None,
     ) -> None:
         self.answers = answers
         self._responses = responses
@@ -34,6 +40,7 @@ class Generation:
         self._stream = stream
         self._index = {request_id: index for index, request_id in enumerate(stream.request_ids)}
         self._counters = counters
+        self._seconds = seconds
         self._started = time.monotonic()
         self._last_update = [0.0] * len(answers)
         self._reused: list[int] = [0] * len(answers)
@@ -53,7 +60,7 @@ class Generation:
     async def pieces(self) -> AsyncIterator[tuple[int, list[tuple[TextChannel, str]]]]:
         """Yields the index of an answer and its new text, until all are finished; raises Unavailable."""
         try:
-            async for update in self._stream.updates():
+            async for update in self._updates():
                 index = self._index[update.request_id]
                 answer = self.answers[index]
                 before = len(answer.token_ids)
@@ -66,6 +73,19 @@ class Generation:
         except Unavailable:
             self._lost = "failed"
             raise
+
+    async def _updates(self) -> AsyncIterator[StepUpdate]:
+        """Yields the engine's updates; raises Unavailable when the answers take too long."""
+        updates = self._stream.updates()
+        while True:
+            left = None if self._seconds is None else self._started + self._seconds - time.monotonic()
+            try:
+                yield await (anext(updates) if left is None else asyncio.wait_for(anext(updates), max(left, 0)))
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                message = f"the answer took longer than the {self._seconds:g} s that this server allows; ask for less"
+                raise Unavailable(message, 408) from None
 
     def _count(self, index: int, num_new: int) -> None:
         now, counters, answer = time.monotonic(), self._counters, self.answers[index]
@@ -122,4 +142,5 @@ class EventStream(StreamingResponse):
 
 def unavailable(error: Unavailable) -> ApiError:
     """Returns what a client is answered when the engine cannot answer."""
-    return ApiError(str(error), code="engine_unavailable", status=error.status, kind="server_error")
+    code = "request_timeout" if error.status == 408 else "engine_unavailable"
+    return ApiError(str(error), code=code, status=error.status, kind="server_error")

@@ -20,6 +20,7 @@ from pipeline.serve.errors import ApiError
 from pipeline.serve.grammars import CompiledGrammar, Grammars
 from pipeline.serve.schema.chat import ChatBody
 from pipeline.serve.schema.completion import CompletionBody
+from pipeline.serve.schema.tokens import TokenizeBody
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 SHORT_TEXT = 2**14  # bytes of text that are encoded at once; more would hold up everybody's streams
@@ -131,7 +132,7 @@ class RequestReader:
         except PipelineError as error:
             raise ApiError(f"{param} cannot be followed: {error}; change it", param=param) from error
 
-    def refuse_unknown(self, body: ChatBody) -> None:
+    def refuse_unknown(self, body: ChatBody | TokenizeBody) -> None:
         """Raises ApiError for what the target's chat format does not know, and for tools that are malformed."""
         chat_format = chat_format_of(self._tokenizer)
         if body.effort is not None and not chat_format.has_efforts:

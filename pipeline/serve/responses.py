@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.engine.request import TokenLogProb
 from pipeline.prompts.tokenizer import Tokenizer
-from pipeline.serve.answer import Answer
+from pipeline.serve.answer import Answer, meta_info
 from pipeline.serve.errors import ApiError
 from pipeline.serve.logprobs import chat_logprobs, completion_logprobs
 from pipeline.serve.text_stream import ANALYSIS, FINAL, TEXT, TextChannel, ToolChannel
@@ -95,7 +95,8 @@ class ChatResponses:
     """Writes the replies of /v1/chat/completions.
 
     The final text is the content; the analysis goes by both names in use, unless `reasoning` leaves it out; calls are
-    apart. With `prompt_ids` a whole reply carries them, and its choices the tokens of their answers, as vLLM's do.
+    apart. With `prompt_ids` a whole reply carries them, and its choices the tokens of their answers, as vLLM's do; with
+    `meta_info` the numbers of rounds, as SGLang's does.
     """
 
     prompt_param = "messages"
@@ -109,6 +110,7 @@ class ChatResponses:
         prompt_ids: Sequence[int] | None = None,
         log_probs: bool = False,
         reasoning: bool = True,
+        meta_info: bool = False,
     ) -> None:
         self.reply_id = reply_id
         self._model = model
@@ -117,6 +119,7 @@ class ChatResponses:
         self._prompt_ids = prompt_ids
         self._log_probs = log_probs
         self._reasoning = reasoning
+        self._meta_info = meta_info
         self._announced: set[tuple[int, ToolChannel]] = set()  # calls whose id and name are sent, by choice
         self._num_sent: dict[int, int] = {}  # log probabilities, by choice
 
@@ -135,7 +138,8 @@ class ChatResponses:
             choice = {"index": index, "message": message}
             choice |= {"logprobs": self._new_log_probs(index, answer), "finish_reason": _reason(answer)}
             choices.append({**choice, "token_ids": answer.token_ids} if prompt else choice)
-        return {**self._reply("chat.completion", choices), **prompt, "usage": usage}
+        more = {"meta_info": meta_info(answers)} if self._meta_info else {}
+        return {**self._reply("chat.completion", choices), **prompt, **more, "usage": usage}
 
     def opening(self, num_answers: int) -> Iterator[dict[str, Any]]:
         """Yields the chunks sent before any text: they say who speaks."""

@@ -59,6 +59,8 @@ def run(config: PipelineConfig, tracker: Run) -> None:
             max_waiting=wanted.max_waiting,
             max_connections=wanted.max_connections,
             client_seconds=wanted.client_seconds,
+            max_requests_per_key=wanted.max_requests_per_key,
+            request_seconds=wanted.request_seconds,
         )
         apis = [
             Api(thread, one, workspace.tokenizer, served, limits) for thread, one in zip(threads, engines, strict=True)

@@ -264,6 +264,7 @@ def test_fields_that_change_nothing_are_taken(client):
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"return_meta_info": True, "stream": True}, "return_meta_info"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
         ({"n": 129}, "n"),
@@ -275,6 +276,21 @@ def test_what_would_change_the_answer_and_is_not_served_is_refused_by_name(clien
         client.chat.completions.create(model=MODEL, messages=[USER], extra_body=extra)
     assert refused.value.param == param
     assert param in refused.value.message
+
+
+@pytest.mark.parametrize("block_size", [8, None])
+def test_the_numbers_of_rounds_are_sglangs(tokenizer, block_size):
+    """As `dflash benchmark openai --reasoning low` asks for them."""
+    engine = create_engine(tokenizer, max_length=400, block_size=block_size)
+    thinking = {"enable_thinking": True, "reasoning_effort": "low", "reasoning_strength": "low"}
+    body = {"model": MODEL, "messages": [USER], "top_p": 1.0, "temperature": 0.0, "chat_template_kwargs": thinking}
+    with serving(engine, tokenizer) as address:
+        reply = httpx.post(f"{address}/v1/chat/completions", json=body | {"return_meta_info": True}).json()
+        assert "meta_info" not in httpx.post(f"{address}/v1/chat/completions", json=body).json()
+    tokens = reply["usage"]["completion_tokens"]
+    rounds = -(-(tokens - 1) // 3)  # of the scripted engine, behind the first token
+    wanted = {"spec_verify_ct": rounds, "spec_accept_length": (tokens - 1) / rounds} if block_size else {}
+    assert reply["meta_info"] == {"completion_tokens": tokens, **wanted}
 
 
 def test_texts_and_chats_are_tokenized_as_they_are_served(address, tokenizer):
@@ -289,6 +305,7 @@ def test_texts_and_chats_are_tokenized_as_they_are_served(address, tokenizer):
         ("tokenize", {}),
         ("tokenize", {"prompt": "a", "messages": [USER]}),
         ("tokenize", {"prompt": "\ud800"}),
+        ("tokenize", {"messages": [USER], "tools": [[None, None]]}),
         ("detokenize", {"tokens": [-1]}),
         ("detokenize", {"tokens": [99999]}),
         ("detokenize", {"tokens": "x"}),

@@ -164,8 +164,40 @@ def test_more_requests_than_may_wait_are_sent_away(engine, tokenizer):
             stack.enter_context(httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=20))
         assert until(lambda: engine.num_waiting == 2)
         reply = httpx.post(f"{address}/v1/completions", json=BODY)
-        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+        assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
         assert reply.json()["error"]["code"] == "server_overloaded"
+
+
+def test_a_key_has_so_many_requests_at_a_time_and_others_theirs(engine, tokenizer):
+    engine.step_seconds = 0.05
+    limits = Limits(max_requests_per_key=2)
+    keys = [{"Authorization": f"Bearer {name}"} for name in ("first", "second")]
+    with serving(engine, tokenizer, limits=limits, keys=["first", "second"]) as address:
+        url = f"{address}/v1/completions"
+        endless = {**BODY, "prompt": [7, 7], "max_tokens": 150, "stream": True}
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                stack.enter_context(httpx.stream("POST", url, json=endless, headers=keys[0], timeout=20))
+            refused = httpx.post(url, json=BODY, headers=keys[0])
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            assert httpx.post(url, json=BODY, headers=keys[1]).status_code == 200
+        assert until(lambda: httpx.post(url, json=BODY, headers=keys[0]).status_code == 200)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_ends(engine, tokenizer, stream):
+    engine.step_seconds = 0.1
+    endless = {**BODY, "prompt": [7, 7], "max_tokens": 190, "stream": stream}
+    with serving(engine, tokenizer, limits=Limits(request_seconds=0.5)) as address:
+        reply = httpx.post(f"{address}/v1/completions", json=endless, timeout=20)
+        assert reply.status_code == (200 if stream else 408)
+        error = json.loads(reply.text.split("\n\n")[-2].removeprefix("data: ") if stream else reply.text)["error"]
+        assert error["code"] == "request_timeout"
+        assert "0.5 s" in error["message"]
+        assert until(lambda: not engine.has_work)
+        assert metric(address, 'serve_requests_total{outcome="failed"}') == 1
+        assert httpx.post(f"{address}/v1/completions", json={**BODY, "max_tokens": 1}).status_code == 200
 
 
 def test_pipelined_requests_are_answered_in_turn(address):

@@ -1,7 +1,7 @@
 """Bodies of /v1/chat/completions: messages in the target's chat format, tools, and what of the answer is wanted."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
@@ -90,6 +90,8 @@ class TemplateOptions(Body):
     """What a client hands to the chat template."""
 
     reasoning_effort: ChosenEffort | None = None
+    reasoning_strength: ChosenEffort | None = None
+    enable_thinking: Annotated[Literal[True] | None, Wanted("true: this model always thinks")] = None
 
 
 class ChatBody(Options):
@@ -101,6 +103,7 @@ class ChatBody(Options):
     chat_template_kwargs: TemplateOptions | None = None
     include_reasoning: bool = True
     return_rounds: Annotated[bool, Field(description="Whether chunks of a stream show each round's tokens.")] = False
+    return_meta_info: Annotated[bool, Field(description="Whether the reply has SGLang's numbers of rounds.")] = False
     logprobs: bool = False
     top_logprobs: NumTop | None = None
     tools: Annotated[list[Any], Wanted("a list of functions")] = Field(default_factory=list)
@@ -117,7 +120,7 @@ class ChatBody(Options):
         """The reasoning effort, by either name; None where nothing was said."""
         if self.reasoning_effort is not None or self.chat_template_kwargs is None:
             return self.reasoning_effort
-        return self.chat_template_kwargs.reasoning_effort
+        return self.chat_template_kwargs.reasoning_effort or self.chat_template_kwargs.reasoning_strength
 
     @property
     def offered(self) -> list[Any]:
@@ -172,6 +175,8 @@ def read_chat(body: Any, model: str) -> ChatBody:
         )
     if found.return_token_ids and found.stream:
         raise ApiError("return_token_ids is served without stream alone: leave either out", param="return_token_ids")
+    if found.return_meta_info and found.stream:
+        raise ApiError("return_meta_info is served without stream alone: leave either out", param="return_meta_info")
     if found.return_rounds and not found.stream:
         raise ApiError("return_rounds is served with stream alone: set stream to true", param="return_rounds")
     if not found.skip_special_tokens:

@@ -18,7 +18,7 @@ override CONFORMANCE_VENVS := $(abspath $(CONFORMANCE_VENVS))
 export CONFORMANCE_VENVS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-slow conformance parity peer train-peer attack soak lint smoke env test-env oracle-env conformance-env clean
+.PHONY: demo test test-fast test-slow conformance parity peer train-peer attack soak latencies lint smoke env test-env oracle-env conformance-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
@@ -37,7 +37,7 @@ test-fast: test-env # while developing: no other programs, buckets or hosts; wha
 test-slow: demo test-env oracle-env conformance-env # weekly and before a release
 	$(PYTEST) -m "slow and not gpu" --outcomes build/outcomes_slow.json
 
-conformance: test-env oracle-env conformance-env # what each runtime's own reader makes of an exported draft
+conformance: test-env oracle-env conformance-env # other programs: readers of exported drafts, clients of the server, a browser
 	$(BIN)/python -m pytest -m conformance tests/conformance tests/export
 
 peer: env oracle-env # plain decoding beside transformers' generate; another target: make peer ARGS=experiment=smollm2
@@ -57,6 +57,9 @@ attack: demo test-env # half-open connections, large bodies and the like beside 
 
 soak: demo test-env # two minutes of 256 requests at a time, a third broken off; again with pages for 40 of them
 	$(BIN)/python -m tests.soak
+
+latencies: demo test-env # second turns, shared prompts, streams beside a long prompt, a draft that knows nothing
+	$(BIN)/python -m tests.latencies
 
 lint: test-env
 	$(BIN)/ruff check

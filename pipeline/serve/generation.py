@@ -107,7 +107,7 @@ class Generation:
 
     async def events(self, events: Events) -> AsyncIterator[str]:
         """Yields the reply as server-sent events; a failure on the way is an error event."""
-        for event in events.opening(len(self.answers)):
+        for event in events.opening(len(self.answers), self.usage):
             yield event
         try:
             async for index, new in self.pieces():

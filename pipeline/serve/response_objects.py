@@ -60,7 +60,7 @@ class ResponseObjects:
                 item.log_probs = self._log_probs(answer)
         return self._finished(answer, usage)
 
-    def opening(self, num_answers: int) -> Iterator[str]:
+    def opening(self, num_answers: int, usage: Callable[[], dict[str, Any]]) -> Iterator[str]:
         """Yields the events sent before any text."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress", None, None))

@@ -223,18 +223,17 @@ class ChunkEvents:
     def __init__(self, responses: Responses, *, with_usage: bool, always: bool) -> None:
         self._responses, self._with_usage, self._always = responses, with_usage, always
 
-    def opening(self, num_answers: int) -> Iterator[str]:
+    def opening(self, num_answers: int, usage: Callable[[], dict[str, Any]]) -> Iterator[str]:
         """Yields the events sent before any text."""
         for chunk in self._responses.opening(num_answers):
-            yield _event({**chunk, "usage": None} if self._with_usage else chunk)
+            yield self._with(usage, chunk)
 
     def chunks(
         self, index: int, pieces: list[tuple[TextChannel, str]], answer: Answer, usage: Callable[[], dict[str, Any]]
     ) -> Iterator[str]:
         """Yields the events for new pieces of an answer."""
         for chunk in self._responses.chunks(index, pieces, answer):
-            used = usage() if self._always else None
-            yield _event({**chunk, "usage": used} if self._with_usage else chunk)
+            yield self._with(usage, chunk)
 
     def closing(self, answers: Sequence[Answer], usage: dict[str, Any]) -> Iterator[str]:
         """Yields the last events."""
@@ -245,6 +244,10 @@ class ChunkEvents:
     def failed(self, error: ApiError) -> str:
         """Returns the event of an answer that cannot be finished."""
         return _event(error.body)
+
+    def _with(self, usage: Callable[[], dict[str, Any]], chunk: dict[str, Any]) -> str:
+        used = usage() if self._always else None
+        return _event({**chunk, "usage": used} if self._with_usage else chunk)
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -278,6 +278,53 @@ def test_what_would_change_the_answer_and_is_not_served_is_refused_by_name(clien
     assert param in refused.value.message
 
 
+STREAMED = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+UNBOUNDED = {"stop": None, "ignore_eos": True}
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "Go"}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": PARTS, "max_completion_tokens": 12, **STREAMED, **UNBOUNDED}),
+        ("completions", {"prompt": "Go", "max_tokens": 12, **STREAMED, **UNBOUNDED}),
+        (
+            "chat/completions",
+            {
+                "messages": PARTS,
+                "temperature": 0.0,
+                "max_completion_tokens": 12,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
+        ),
+        (
+            "completions",
+            {
+                "prompt": "Go",
+                "temperature": 0.0,
+                "repetition_penalty": 1.0,
+                "max_tokens": 12,
+                "logprobs": None,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
+        ),
+    ],
+    ids=["guidellm 0.8.1, chat", "guidellm 0.8.1, completions", "vLLM, chat", "vLLM, completions"],
+)
+def test_benchmark_tools_that_want_torch_are_answered(address, path, body):
+    """Their bodies, read from their sources (guidellm's request_handlers.py, vLLM's endpoint_request_func.py)."""
+    assert httpx.get(f"{address}/health").status_code == 200
+    reply = httpx.post(f"{address}/v1/{path}", json={"model": MODEL, **body}, headers={"x-request-id": "bench-1"})
+    assert (reply.status_code, reply.headers["x-request-id"]) == (200, "bench-1")
+    chunks = [json.loads(event[6:]) for event in reply.text.split("\n\n") if event[6:] not in ("", "[DONE]")]
+    usage = chunks[-1]["usage"]
+    assert 0 < usage["completion_tokens"] <= 12
+    if "continuous_usage_stats" in body["stream_options"]:
+        assert all(chunk["usage"]["completion_tokens"] <= 12 for chunk in chunks)
+
+
 @pytest.mark.parametrize("block_size", [8, None])
 def test_the_numbers_of_rounds_are_sglangs(tokenizer, block_size):
     """As `dflash benchmark openai --reasoning low` asks for them."""

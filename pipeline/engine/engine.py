@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.engine import compiled_steps
+from pipeline.engine import compiled_steps, log_probs
 from pipeline.engine.block_choice import BlockChoice, Estimate
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.in_flight import Dispatched, EngineTimes, InFlight
@@ -34,7 +34,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.layers.kv_pages import NOWHERE, PageTables
-from pipeline.model.layers.token_rules import LogProbs, greedy_rules
+from pipeline.model.layers.token_rules import greedy_rules
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
 MANY_ROWS = 4  # of a prefill step, of which a single prompt is not to pay for all: it gets a program of its own
@@ -218,18 +218,18 @@ class Engine:
         source = iter(requests)
         tokens: dict[str, list[int]] = {}
         accepted: dict[str, list[int]] = {}
-        log_probs: dict[str, list[TokenLogProb]] = {}
+        likely: dict[str, list[TokenLogProb]] = {}
         while True:
             free = self.config.num_slots - self.num_running - self.num_waiting
             for request in itertools.islice(source, max(free, 0)):
                 self.add(request)
                 tokens[request.request_id], accepted[request.request_id] = [], []
-                log_probs[request.request_id] = []
+                likely[request.request_id] = []
             if not self.has_work:
                 return
             for update in self.step():
                 tokens[update.request_id] += update.token_ids
-                log_probs[update.request_id] += update.log_probs
+                likely[update.request_id] += update.log_probs
                 if update.num_accepted is not None:
                     accepted[update.request_id].append(update.num_accepted)
                 if update.finish_reason is not None:
@@ -238,7 +238,7 @@ class Engine:
                         token_ids=tuple(tokens.pop(update.request_id)),
                         finish_reason=update.finish_reason,
                         accepted_per_round=tuple(accepted.pop(update.request_id)),
-                        log_probs=tuple(log_probs.pop(update.request_id)),
+                        log_probs=tuple(likely.pop(update.request_id)),
                     )
 
     def _first_id(self, one: Running) -> int:
@@ -441,7 +441,9 @@ class Engine:
                     one.rounds_ahead -= 1
                     one.tokens_ahead -= size
                 elif one.request.sampling.prompt_logprobs is not None and not one.num_generated:
-                    one.prompt_log_probs += _prompt_log_probs(one, output.prompt_log_probs, row, step.num_columns[row])
+                    one.prompt_log_probs += log_probs.of_prompt(
+                        one, output.prompt_log_probs, row, step.num_columns[row]
+                    )
                 count = int(output.num_tokens[row])
                 if count == 0 or (size is None and one.num_generated):  # a prompt that goes on, or a preempted answer
                     continue
@@ -471,7 +473,7 @@ class Engine:
                 finish_reason=reason,
                 num_accepted=len(new) - 1 if num_drafted else None,
                 num_drafted=num_drafted or None,
-                log_probs=_log_probs(one.request.sampling.logprobs, new, output.log_probs, row_of_output),
+                log_probs=log_probs.of_tokens(one.request.sampling.logprobs, new, output.log_probs, row_of_output),
                 prompt_log_probs=tuple(one.prompt_log_probs) if one.num_generated == len(new) else (),
                 num_reused=one.num_reused,
             )
@@ -569,27 +571,3 @@ def _require_fitting(target: TargetModel, config: EngineConfig, num_shards: int)
         raise PipelineError(f"max_length is {config.max_length}; the target has {positions} positions")
     if config.num_slots % num_shards:
         raise PipelineError(f"the engine has {config.num_slots} slots for mesh.data={num_shards}; make it a multiple")
-
-
-def _log_probs(
-    num_top: int | None, tokens: Sequence[int], found: LogProbs | None, row: int
-) -> tuple[TokenLogProb, ...]:
-    if num_top is None or found is None:
-        return ()
-    return tuple(
-        TokenLogProb(
-            token,
-            float(found.chosen[row, index]),
-            tuple(
-                zip(found.top_ids[row, index, :num_top].tolist(), found.top[row, index, :num_top].tolist(), strict=True)
-            ),
-        )
-        for index, token in enumerate(tokens)
-    )
-
-
-def _prompt_log_probs(one: Running, found: LogProbs | None, row: int, num_columns: int) -> tuple[TokenLogProb, ...]:
-    """Returns those of the tokens of a prompt that follow the next `num_columns` ones."""
-    start = len(one.prompt_log_probs) + 1
-    tokens = one.request.prompt_ids[start : start + num_columns]
-    return _log_probs(one.request.sampling.prompt_logprobs, tokens, found, row)

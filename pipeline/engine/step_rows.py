@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from pipeline.engine.scheduler import Running
 from pipeline.engine.state import EngineState
+from pipeline.model.layers import token_rules
 from pipeline.model.layers.kv_pages import PageTables
 
 CHANGED = ("anchor", "length", "remaining", "active", "history", "features", "num_features")  # of slots, by steps
@@ -83,8 +83,7 @@ def extend_rows(step: Callable[..., EngineState]) -> Callable[..., EngineState]:
 
 def _taken(state: EngineState, rows: Int[Array, " R"]) -> EngineState:
     """Returns the state of some slots of a shard; a row past the last slot is not active."""
-    parts = {name: jax.tree.map(lambda part: jnp.take(part, rows, axis=0, mode="clip"), getattr(state, name))
-             for name in OF_SLOTS}  # fmt: skip
+    parts = {name: token_rules.rows_of(getattr(state, name), rows) for name in OF_SLOTS}
     found = dataclasses.replace(state, **parts)
     return dataclasses.replace(found, active=found.active & (rows < len(state.active)))
 

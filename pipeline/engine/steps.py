@@ -68,8 +68,7 @@ def prefill(
             functools.partial(gpt_oss.logits, target.weights), out.hidden, chunk.following, chunk.scored, shards
         )
         of_rows = token_rules.rows_of(history, rows)
-        masks = None if state.masks is None else token_rules.rows_of(state.masks, rows)
-        before = start + counts - 1
+        masks, before = token_rules.rows_of(state.masks, rows), start + counts - 1
         chosen = token_rules.choose(logits, chunk.rules, of_rows, chunk.token_ids[:, :1], before, shards, masks)
     first = jnp.where(chunk.first_ids < 0, chosen[:, 0], chunk.first_ids)
     finished = chunk.is_last & ((first[:, None] == chunk.rules.stop_ids).any(-1) | (chunk.budget <= 1))

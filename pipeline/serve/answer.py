@@ -5,6 +5,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from pipeline.dflash.acceptance import accept_length_of
 from pipeline.engine.request import StepUpdate, TokenLogProb
 from pipeline.serve.channel_reader import TextReader
 from pipeline.serve.text_stream import ANALYSIS, StopStrings, TextChannel, ToolChannel
@@ -127,7 +128,7 @@ def meta_info(answers: Sequence[Answer]) -> dict[str, Any]:
     rounds, accepted = (sum(getattr(answer, name) for answer in answers) for name in ("num_rounds", "num_accepted"))
     found: dict[str, Any] = {"completion_tokens": sum(len(answer.token_ids) for answer in answers)}
     if rounds:
-        found |= {"spec_verify_ct": rounds, "spec_accept_length": (accepted + rounds) / rounds}
+        found |= {"spec_verify_ct": rounds, "spec_accept_length": accept_length_of(accepted, rounds)}
     return found
 
 

@@ -1,11 +1,14 @@
 """Asks a server as people's programs do, each with its default parameters; prints what each of them got, as JSON.
 
-python openai_clients.py http://127.0.0.1:8000 MODEL
+python openai_clients.py --url http://127.0.0.1:8000 --model MODEL
 """
 
+import argparse
 import asyncio
 import json
-import sys
+import os
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # read when it is imported; the other one is on the web
 
 import instructor
 import langchain_openai
@@ -31,7 +34,11 @@ class Sum(pydantic.BaseModel):
 
 
 def main() -> None:
-    base, model = sys.argv[1] + "/v1", sys.argv[2]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--model", required=True)
+    arguments = parser.parse_args()
+    base, model = arguments.url + "/v1", arguments.model
     options = {"base_url": base, "api_key": "none"}
     asked = {"messages": [{"role": "user", "content": QUESTION}]}
     found = {}

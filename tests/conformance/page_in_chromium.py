@@ -1,10 +1,11 @@
 """Uses the server's page in a headless Chromium, by keyboard, in dark mode and on a phone's width.
 
-    page_in_chromium.py URL SCREENSHOT
+    page_in_chromium.py --url URL --screenshot FILE.png
 
 Prints one JSON line: what each visit showed. Chromium is the system's (Debian's package `chromium`).
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -51,7 +52,10 @@ def visit(page, url):
 
 
 def main() -> None:
-    url, screenshot = sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--screenshot", required=True)
+    arguments = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         sys.exit("no Chromium on this machine; install Debian's package chromium")
@@ -62,9 +66,9 @@ def main() -> None:
             context = browser.new_context(**options)
             page = context.new_page()
             try:
-                found[name] = visit(page, url)
+                found[name] = visit(page, arguments.url)
             finally:
-                page.screenshot(path=screenshot.replace(".png", f"-{name}.png"), full_page=True)
+                page.screenshot(path=arguments.screenshot.replace(".png", f"-{name}.png"), full_page=True)
             context.close()
         browser.close()
     print(json.dumps(found))

@@ -1,14 +1,12 @@
 """Unchanged clients of OpenAI's API with their default parameters, from an environment of their own."""
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from tests.serve.test_api import ARGUMENTS, FINAL, create_engine
 from tests.support.corpus_tokenizer import corpus_tokenizer
+from tests.support.environments import told_by
 from tests.support.serving import MODEL, serving
 
 pytestmark = [pytest.mark.conformance, pytest.mark.slow]  # in an environment of its own
@@ -16,8 +14,6 @@ pytestmark = [pytest.mark.conformance, pytest.mark.slow]  # in an environment of
 
 def test_clients_are_answered_unchanged():
     tokenizer = corpus_tokenizer(600)
-    python = Path(os.environ["CONFORMANCE_VENVS"]) / "clients/bin/python"
-    script = Path(__file__).with_name("openai_clients.py")
     engine = create_engine(tokenizer, max_length=700)
     script_of, arguments = engine.script, tokenizer.encode(f"{ARGUMENTS}<|call|>", add_special_tokens=False)
     opening = tokenizer.encode("functions.Sum <|constrain|>json<|message|>", add_special_tokens=False)
@@ -28,15 +24,7 @@ def test_clients_are_answered_unchanged():
 
     engine.script = answered
     with serving(engine, tokenizer) as address:
-        done = subprocess.run(
-            [python, script, address, MODEL],
-            env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+        found = told_by("clients", "openai_clients", url=address, model=MODEL)
     assert found.pop("langchain, completions") == "the text é goes on and on"
     assert found.pop("langchain, tools") == ["add"]
     assert found.pop("instructor") == json.loads(ARGUMENTS)

@@ -1,14 +1,10 @@
 """The page at `/` in a real browser: keyboard alone, dark mode, a phone's width, with the target alone beside it."""
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
 
 from tests.serve.test_api import ANALYSIS, FINAL, create_engine
 from tests.support.corpus_tokenizer import corpus_tokenizer
+from tests.support.environments import told_by
 from tests.support.serving import serving
 
 pytestmark = [pytest.mark.conformance, pytest.mark.slow]  # in an environment of its own
@@ -16,21 +12,11 @@ pytestmark = [pytest.mark.conformance, pytest.mark.slow]  # in an environment of
 
 def test_a_person_sees_what_was_drafted_and_accepted(tmp_path):
     tokenizer = corpus_tokenizer(600)
-    python = Path(os.environ["CONFORMANCE_VENVS"]) / "browser/bin/python"
-    script = Path(__file__).with_name("page_in_chromium.py")
     engines = [create_engine(tokenizer, max_length=400, block_size=size) for size in (8, None)]
     for engine in engines:
         engine.step_seconds = 0.01
     with serving(engines[0], tokenizer, plain=engines[1]) as address:
-        done = subprocess.run(
-            [python, script, f"{address}/", str(tmp_path / "page.png")],
-            env={**os.environ, "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+        found = told_by("browser", "page_in_chromium", url=f"{address}/", screenshot=tmp_path / "page.png")
     for visit in found.values():
         assert visit["answers"] == [FINAL, FINAL]
         assert visit["analyses"] == [ANALYSIS, ANALYSIS]

@@ -11,17 +11,14 @@ from pipeline.engine.in_flight import EngineTimes
 from pipeline.engine.request import Request
 from pipeline.engine.sampling_params import SamplingParams
 from pipeline.errors import PipelineError
-from pipeline.model.dflash import weights as dflash_weights
-from pipeline.model.dflash.config import DFlashConfig
-from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import random_weights
-from pipeline.model.layers.rope import Rope
 from pipeline.model.layers.sampling import sampling_key
 from tests.support import fitted as fitted_draft
 from tests.support import models as tiny_models
+from tests.support.random_draft import random_draft
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -155,21 +152,7 @@ def test_nothing_compiles_after_warming_up(target, requests, gold):
 @pytest.fixture(scope="module")
 def draft():
     """A draft that knows nothing."""
-    config = DFlashConfig(
-        vocab_size=CONFIG.vocab_size,
-        hidden_size=CONFIG.hidden_size,
-        intermediate_size=56,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        rope=Rope(theta=1e6),
-        tapped_layers=(0,),
-        num_target_layers=2,
-        block_size=4,
-        mask_token_id=7,
-    )
-    return DraftModel(config, dflash_weights.random_weights(config, jax.random.key(0)))
+    return random_draft(CONFIG)
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 0.2, 1.0])

@@ -10,13 +10,9 @@ from pydantic import BaseModel
 
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
-from pipeline.model.dflash import weights as dflash_weights
-from pipeline.model.dflash.config import DFlashConfig
-from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import random_weights
-from pipeline.model.layers.rope import Rope
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.serve.answer_grammar import call_grammar, harmony_grammar, plain_grammar
 from pipeline.serve.forms import choice_form, grammar_form, json_form, regex_form
@@ -25,6 +21,7 @@ from tests.serve.test_api import FINAL, TOOL, USER, create_engine
 from tests.serve.test_fields import seen_requests
 from tests.support import models as tiny_models
 from tests.support.fake_engine import VOCABULARY
+from tests.support.random_draft import random_draft
 from tests.support.serving import MODEL, client_of, serving
 
 NUMBER = {
@@ -311,21 +308,7 @@ def random_pair():
         tiny_models.LEGACY_TARGET | {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
     )
     target = TargetModel(config, jax.jit(lambda key: random_weights(config, key))(jax.random.key(0)))
-    drafts = DFlashConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=config.hidden_size,
-        intermediate_size=56,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        rope=Rope(theta=1e6),
-        tapped_layers=(0,),
-        num_target_layers=config.num_hidden_layers,
-        block_size=4,
-        mask_token_id=7,
-    )
-    return target, DraftModel(drafts, dflash_weights.random_weights(drafts, jax.random.key(0)))
+    return target, random_draft(config)
 
 
 @pytest.mark.usefixtures("compiled_quickly")

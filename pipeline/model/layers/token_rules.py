@@ -28,6 +28,7 @@ SCORED_AT_ONCE = 16  # positions of a text whose logits are held together
 MAX_LOGPROBS = 20  # most likely tokens that are reported with a token
 NO_TOKEN = -1  # fills rows of tokens
 WORD_BITS = 32  # tokens of a word of a mask, the lowest bit first
+Tree = TypeVar("Tree")
 
 
 @pytree_dataclass()
@@ -75,9 +76,6 @@ class TokenMasks:
     is_masked: Bool[Array, " B"]
 
 
-Rows = TypeVar("Rows", TokenHistory, TokenMasks)
-
-
 @pytree_dataclass()
 class LogProbs:
     """Holds the logarithms of chosen tokens' probabilities, and of the most likely tokens', before any rule."""
@@ -118,8 +116,8 @@ def no_masks(num_rows: int, length: int, vocab_size: int) -> TokenMasks:
     return TokenMasks(jnp.zeros((num_rows, length, num_words(vocab_size)), jnp.uint32), jnp.zeros(num_rows, bool))
 
 
-def rows_of(of_all: Rows, rows: Int[Array, " R"]) -> Rows:
-    """Returns the history or masks of some rows; of a row past the last one, any."""
+def rows_of(of_all: Tree, rows: Int[Array, " R"]) -> Tree:
+    """Returns some rows of every array of a tree, a history for one; of a row past the last one, any."""
     return jax.tree.map(lambda one: jnp.take(one, rows, axis=0, mode="clip"), of_all)
 
 

@@ -24,7 +24,7 @@ from pipeline.model.hf.layouts import EXPERTS, Tensors
 from pipeline.model.hf.safetensors_files import Index, Tensor, stored, weight_files
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-ROWS = 8192  # that are added at a time, in float32
+ROWS = 4096  # that are added at a time, in float64
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the model's own weights too
 _PLAIN = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "trainable_token_indices": None}
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
@@ -225,7 +225,11 @@ def _floats(tensor: Tensor) -> np.ndarray:
 
 
 def _added(base: Tensor, terms: Sequence[_Term]) -> Tensor:
-    """Returns a tensor with products of matrices added, each expert on its own."""
+    """Returns a tensor with products of matrices added, each expert on its own.
+
+    Products are summed in float64, so that a part of a tensor is rounded to what the whole tensor has there: how
+    a BLAS orders a float32 sum depends on the shapes that it gets.
+    """
 
     def read(index: Index) -> np.ndarray:
         part = base.read(index)
@@ -237,10 +241,10 @@ def _added(base: Tensor, terms: Sequence[_Term]) -> Tensor:
                 continue
             changed = part if term.expert is None else part[term.expert - index[0].start]
             left, right = term.factors()
-            left, right = left[rows], right[:, columns]
+            left, right = left[rows].astype(np.float64), right[:, columns].astype(np.float64)
             for start in range(0, len(changed), ROWS):
                 some = slice(start, start + ROWS)
-                changed[some] = (changed[some].astype(np.float32) + left[some] @ right).astype(part.dtype)
+                changed[some] = (changed[some] + left[some] @ right).astype(part.dtype)
         return part
 
     return Tensor(base.shape, base.kind, read)

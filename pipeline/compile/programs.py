@@ -60,8 +60,10 @@ def lower_serving_steps(
         drafted = _draft(sizes, dataclasses.replace(draft, block_size=size))
         yield f"dflash {size}", functools.partial(_lower_round, sizes, target, drafted)
     if sizes.engine.samples:  # a round under a grammar
-        yield f"{DRAFT} {draft.block_size}", functools.partial(_lower_draft_apart, sizes, target, whole)
-        yield f"verify {draft.block_size}", functools.partial(_lower_verify_apart, sizes, target, whole)
+        largest = max(block_sizes_of(whole, sizes.engine))
+        drafted = _draft(sizes, dataclasses.replace(draft, block_size=largest))
+        yield f"{DRAFT} {largest}", functools.partial(_lower_draft_apart, sizes, target, drafted)
+        yield f"verify {largest}", functools.partial(_lower_verify_apart, sizes, target, drafted)
 
 
 def _lower_round(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:
@@ -74,7 +76,11 @@ def _lower_round(sizes: ServingSizes, target: TargetModel, draft: DraftModel) ->
 
 def _lower_draft_apart(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:
     tables = _tables(sizes, sizes.engine.num_slots)
-    return _compiled(sizes, draft).draft_apart.lower(target, draft, _state(sizes, draft), tables, None)
+    return (
+        _compiled(sizes, draft)
+        .draft_apart(draft.config.block_size)
+        .lower(target, draft, _state(sizes, draft), tables, None)
+    )
 
 
 def _lower_verify_apart(sizes: ServingSizes, target: TargetModel, draft: DraftModel) -> Any:

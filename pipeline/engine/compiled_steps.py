@@ -28,8 +28,8 @@ class CompiledSteps:
     """Holds the functions of `steps` compiled; each of them donates its state.
 
     `dflash_round` gives the round of a block size; `forced_round` is the one of the draft's own size with forced
-    tokens. `draft_apart` and `verify_apart` are that round in two programs; the host sees what is drafted between them.
-    Steps that decode take, behind the tables, the slots of their rows, or None for all.
+    tokens. `draft_apart`, of a block size, and `verify_apart` are a round in two programs; the host sees between them
+    what is drafted. Steps that decode take, behind the tables, the slots of their rows, or None for all.
     """
 
     prefill: Step
@@ -37,7 +37,7 @@ class CompiledSteps:
     extend_context: Callable[..., EngineState]
     dflash_round: Callable[[int], Step]
     forced_round: Step
-    draft_apart: Callable[..., jax.Array]
+    draft_apart: Callable[[int], Callable[..., jax.Array]]
     verify_apart: Step
     set_history: Callable[..., EngineState]
     set_masks: Callable[..., EngineState]
@@ -83,8 +83,13 @@ def _compile(
         ),
         dflash_round=functools.cache(lambda size: decoded(steps.dflash_round, block_size=size)),
         forced_round=decoded(steps.dflash_round, rows),
-        draft_apart=placement.jit_sharded(
-            step_rows.read_rows(with_execution(steps.draft_apart)), mesh, decoding, placement.REPLICATED
+        draft_apart=functools.cache(
+            lambda size: placement.jit_sharded(
+                step_rows.read_rows(with_execution(steps.draft_apart, block_size=size)),
+                mesh,
+                decoding,
+                placement.REPLICATED,
+            )
         ),
         verify_apart=decoded(steps.verify_apart, rows),
         set_masks=compiled(steps.set_masks, 0, (states, rows, rows), states),

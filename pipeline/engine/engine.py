@@ -206,8 +206,8 @@ class Engine:
     def _warm_up_round(self, rows: StepRows, size: int) -> None:
         """Compiles a round with so many rows and a block size, where none has run yet, and takes its time."""
         jax.block_until_ready(self._dispatch_round(rows, size))
-        if self.config.samples and 1 < size == self.block_size:
-            jax.block_until_ready(self._verify(rows, self._drafted(rows)))
+        if self.config.samples and 1 < size == self._choices[rows.count].sizes[-1]:
+            jax.block_until_ready(self._verify(rows, self._drafted(rows, size)))
         for _ in range(3):
             started = time.perf_counter()
             jax.block_until_ready(self._dispatch_round(rows, size))
@@ -265,7 +265,7 @@ class Engine:
         self._num_deferred = 0
 
     def _dispatch_masked(self, rows: StepRows, constrained: dict[int, Running], size: int) -> StepOutput:
-        """Dispatches a round, with blocks of the draft's own size, or a plain step, in which grammars rule tokens out.
+        """Dispatches a round, or a plain step, in which grammars rule tokens out.
 
         What may follow a drafted token is known when the host has seen it, so draft and verification run apart.
         """
@@ -274,13 +274,13 @@ class Engine:
             return self._dispatch_round(rows, 1)
         if self._num_deferred:
             self._extend_context(rows)
-        drafted = self._drafted(rows)
+        drafted = self._drafted(rows, size)
         self._set_masks(constrained, {slot: drafted[row] for row, slot in rows.slots.items()})
         return self._verify(rows, drafted)
 
-    def _drafted(self, rows: StepRows) -> np.ndarray:
-        tables = self._tables(rows)
-        return np.array(self._steps.draft_apart(self._target, self._draft, self._state, tables, rows.indices))
+    def _drafted(self, rows: StepRows, size: int) -> np.ndarray:
+        draft_apart, tables = self._steps.draft_apart(size), self._tables(rows)
+        return np.array(draft_apart(self._target, self._draft, self._state, tables, rows.indices))
 
     def _verify(self, rows: StepRows, drafted: np.ndarray) -> StepOutput:
         self._state, output = self._steps.verify_apart(
@@ -379,7 +379,7 @@ class Engine:
             if all(one.is_surely_done for one in by_slot.values()):
                 return False
             rows = rows_for(by_slot, tuple(self._choices), self._slots_of_shard, self._num_shards)
-            size = size or self._choose_size(rows)
+            size = size or self._choose_size(rows, any(one.constraint is not None for one in by_slot.values()))
             if all(self._grow(one, size) for one in by_slot.values()):
                 break
             if self._in_flight:
@@ -399,12 +399,11 @@ class Engine:
         self._in_flight.add(Dispatched(output, rows.by_row, size, num_rows=rows.count, is_masked=bool(constrained)))
         return True
 
-    def _choose_size(self, rows: StepRows) -> int:
+    def _choose_size(self, rows: StepRows, is_constrained: bool) -> int:
         self._last_count = rows.count
-        size = self._choices[rows.count].choose()
-        if size > 1 and any(one.constraint is not None for one in self._scheduler.running.values()):
-            return self.block_size or 1  # the one size that drafts and verifies apart
-        return size
+        choice = self._choices[rows.count]
+        size = choice.choose()
+        return choice.sizes[-1] if is_constrained and size > 1 else size  # of which draft and verification run apart
 
     def _grow(self, one: Running, size: int) -> bool:
         """Takes pages for what the next round may commit; returns False when there are too few."""

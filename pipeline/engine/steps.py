@@ -160,7 +160,7 @@ def dflash_round(
     """
     assert state.draft_cache is not None
     if block_size is not None:
-        draft = dataclasses.replace(draft, config=dataclasses.replace(draft.config, block_size=block_size))
+        draft = _with_block_size(draft, block_size)
     config, shards = draft.config, execution.shards
     tables, start = kv_pages.active_only(tables, state.active), _start(state)
     if drafted is None:
@@ -186,14 +186,22 @@ def verify_apart(
     *,
     execution: Execution,
 ) -> tuple[EngineState, StepOutput]:
-    """Does the rest of a round whose tokens are drafted already."""
-    return dflash_round(target, draft, state, tables, drafted=drafted, execution=execution)
+    """Does the rest of a round whose tokens, all of a block behind its anchor, are drafted already."""
+    size = drafted.shape[1] + 1
+    return dflash_round(target, draft, state, tables, drafted=drafted, execution=execution, block_size=size)
 
 
 def draft_apart(
-    target: TargetModel, draft: DraftModel, state: EngineState, tables: PageTables, *, execution: Execution
+    target: TargetModel,
+    draft: DraftModel,
+    state: EngineState,
+    tables: PageTables,
+    *,
+    execution: Execution,
+    block_size: int,
 ) -> Int[Array, "B drafted"]:
     """Returns the tokens of all shards' drafts, for the host to read before they are verified."""
+    draft = _with_block_size(draft, block_size)
     tables = kv_pages.active_only(tables, state.active)
     return execution.shards.all_rows(draft_block(target, draft, state, tables.whole, execution))
 
@@ -212,6 +220,10 @@ def draft_block(
     embeddings = gpt_oss.embed(target.weights, ids, execution.shards)
     hidden = dflash.denoise(draft, embeddings, start, state.draft_cache, table, execution)
     return gpt_oss.next_tokens(target.weights, hidden[:, 1:], execution.shards)
+
+
+def _with_block_size(draft: DraftModel, size: int) -> DraftModel:
+    return dataclasses.replace(draft, config=dataclasses.replace(draft.config, block_size=size))
 
 
 class _Choice(NamedTuple):

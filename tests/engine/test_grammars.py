@@ -194,14 +194,18 @@ def test_a_constrained_request_that_is_cancelled_leaves_no_mask(models):
     assert answers_of(engine, [free]) == answers_of(make(models, 1, draft=True), [free])
 
 
-def test_nothing_compiles_for_a_grammar_after_warming_up(models, gold):
-    engine = make(models, 5, draft=True, block_sizes=(1, 8), row_counts=(1,))
+@pytest.mark.parametrize("block_sizes", [(1, 8), (4,)], ids=["adaptive", "fixed below the draft's"])
+def test_nothing_compiles_for_a_grammar_after_warming_up(models, gold, block_sizes):
+    engine = make(models, 5, draft=True, block_sizes=block_sizes, row_counts=(1,))
+    largest = block_sizes[-1]
     engine.warm_up()
     programs = [
         engine._steps.prefill,
         engine._steps.plain_step,
+        engine._steps.dflash_round(largest),
         engine._steps.dflash_round(8),
-        engine._steps.draft_apart,
+        engine._steps.draft_apart(largest),
+        engine._steps.draft_apart(8),
         engine._steps.verify_apart,
         engine._steps.set_masks,
         engine._steps.extend_context,
@@ -231,7 +235,9 @@ class Three:
         return allowed
 
 
-@pytest.mark.parametrize("draft", [False, True], ids=["plain", "DFLASH"])
+@pytest.mark.parametrize(
+    "draft", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="DFLASH")]
+)
 def test_the_distribution_is_the_targets_own_under_the_same_mask(models, following, draft):
     """Chi-square of 4,000 texts against the probability of each text that the grammar has."""
     prompt, grammar, count = (3, 1, 4), Three(models.target.config.vocab_size), 4000

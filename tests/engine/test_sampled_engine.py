@@ -307,7 +307,9 @@ def test_what_the_engine_cannot_do_is_refused_and_requests_go_on(target, request
     assert all(gold[name][1:] == text for name, text in found.items())
 
 
-@pytest.mark.parametrize("with_draft", [False, True], ids=["plain", "DFLASH"])
+@pytest.mark.parametrize(
+    "with_draft", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="DFLASH")]
+)
 def test_log_probabilities_of_prompts_are_those_of_a_whole_forward(target, draft, requests, with_draft):
     """Prompts of 1 to 25 tokens, in chunks of 8, also where their pages are there already, and with few pages."""
     scored = [

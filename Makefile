@@ -18,7 +18,7 @@ override CONFORMANCE_VENVS := $(abspath $(CONFORMANCE_VENVS))
 export CONFORMANCE_VENVS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-slow conformance parity peer train-peer attack soak latencies lint smoke env test-env oracle-env conformance-env clean
+.PHONY: demo test test-fast test-slow conformance parity peer draft-peer train-peer attack soak latencies tpu-check lint smoke env test-env oracle-env conformance-env clean
 
 demo: env
 	$(BIN)/python -m pipeline stage=all
@@ -37,8 +37,11 @@ test-fast: test-env # while developing: no other programs, buckets or hosts; wha
 test-slow: demo test-env oracle-env conformance-env # weekly and before a release
 	$(PYTEST) -m "slow and not gpu" --outcomes build/outcomes_slow.json
 
-conformance: test-env oracle-env conformance-env # other programs: readers of exported drafts, clients of the server, a browser
+conformance: demo test-env oracle-env conformance-env # other programs: readers of exported drafts, clients of the server, a browser
 	$(BIN)/python -m pytest -m conformance tests/conformance tests/export
+
+draft-peer: env oracle-env # after demo: DFLASH decoding beside the published package's dflash_generate
+	$(BIN)/python -m pipeline stage=peer peer.draft=true peer.num_prompts=16 'peer.command=[$(ORACLE_PYTHON),tests/oracles/dflash_speed.py]' $(ARGS)
 
 peer: env oracle-env # plain decoding beside transformers' generate; another target: make peer ARGS=experiment=smollm2
 	$(BIN)/python -m pipeline stage=target $(ARGS)
@@ -57,6 +60,9 @@ attack: demo test-env # half-open connections, large bodies and the like beside 
 
 soak: demo test-env # two minutes of 256 requests at a time, a third broken off; again with pages for 40 of them
 	$(BIN)/python -m tests.soak
+
+tpu-check: test-env # on the first TPU slice; ENGINE_PYTHON=the interpreter of sglang-jax's environment, ARGS=overrides
+	$(BIN)/python -m tests.tpu_check --engine-python $(ENGINE_PYTHON) $(ARGS)
 
 latencies: demo test-env # second turns, shared prompts, streams beside a long prompt, a draft that knows nothing
 	$(BIN)/python -m tests.latencies
@@ -121,16 +127,20 @@ $(ORACLE_VENV)/.installed-harmony: $(ORACLE_VENV)/.installed tests/oracles/harmo
 	@touch $@
 
 # one environment for each program that opens drafts or asks a server, with as much as it imports; 3 GB in all
-CONFORMANCE := transformers4 transformers5 sglang_jax speculators llama_cpp clients browser bench_tools
+CONFORMANCE := transformers4 transformers5 sglang_jax sglang_server speculators llama_cpp clients browser bench_tools postgres
 conformance-env: $(CONFORMANCE:%=$(CONFORMANCE_VENVS)/%/.installed)
 
 $(CONFORMANCE_VENVS)/%/.created:
 	@test -n "$(LATE_BASE)" || { echo "error: sglang-jax needs Python 3.12 or 3.13; give it: make LATE_BASE=/path/to/python" >&2; exit 2; }
-	$(if $(filter sglang_jax clients browser bench_tools,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
+	$(if $(filter sglang_jax sglang_server clients browser bench_tools,$*),$(LATE_BASE),$(ORACLE_BASE)) -m venv $(@D)
 	@touch $@
 
 .PRECIOUS: $(CONFORMANCE_VENVS)/%/.created
 IN_VENV = $(@D)/bin/python -m pip install $(PIP_FLAGS)
+
+$(CONFORMANCE_VENVS)/postgres/.installed: $(CONFORMANCE_VENVS)/postgres/.created
+	$(IN_VENV) --no-deps pg8000==1.31.6 scramp==1.5.0 asn1crypto==1.5.1
+	@touch $@
 
 $(CONFORMANCE_VENVS)/transformers4/.installed: $(CONFORMANCE_VENVS)/transformers4/.created
 	$(IN_VENV) torch==2.13.0
@@ -146,6 +156,11 @@ $(CONFORMANCE_VENVS)/sglang_jax/.installed: $(CONFORMANCE_VENVS)/sglang_jax/.cre
 	$(IN_VENV) 'jax[cpu]==0.10.2' flax==0.12.4 transformers==4.57.6 huggingface-hub==0.34.6 safetensors==0.6.2 numpy==2.2.6
 	$(IN_VENV) fastapi==0.165.0 orjson==3.13.0 partial-json-parser==0.2.1.1.post7 psutil==7.2.2 pyzmq==27.3.0 requests==2.34.2
 	$(IN_VENV) --no-deps sglang-jax==0.1.0rc0
+	@touch $@
+
+# its whole server, with this project's GPT-OSS, and a TPU's compiler: 2 GB
+$(CONFORMANCE_VENVS)/sglang_server/.installed: $(CONFORMANCE_VENVS)/sglang_server/.created external/sglang_jax/pyproject.toml
+	$(IN_VENV) --editable './external/sglang_jax[cpu]' libtpu==0.0.42.1
 	@touch $@
 
 # benchmark tools of people; guidellm is none of them, for it needs torch

@@ -13,20 +13,21 @@ from typing import Any, NoReturn
 import dotenv
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pipeline.artifacts import provenance
+from pipeline.cli.composed import typed
 from pipeline.cli.mistakes import report_mistakes
 from pipeline.cli.run_all import PARENT_RUN_ID, live_and_die_with_parent, run_all
+from pipeline.cli.run_info import run_info
 from pipeline.cli.stages import CONF, STAGES, stage_module, stage_table
+from pipeline.cli.sweep import SWEEP_RUN_ID, member, member_tags, swept
 from pipeline.config.choices import PromptSource, Stage
-from pipeline.config.fields import expand_paths
-from pipeline.config.schema import MeshConfig, PipelineConfig, plain, uses_hosts
+from pipeline.config.schema import MeshConfig, PipelineConfig, uses_hosts
 from pipeline.config.validation import validate
-from pipeline.errors import PipelineError
 from pipeline.prompts.files import STANDARD_INPUT, kept_standard_input
 from pipeline.tracking.run import Run, SilentRun, open_run
-from pipeline.tracking.store import ui_command
+from pipeline.tracking.store import is_read_only, ui_command
 
 log = logging.getLogger("pipeline")
 
@@ -42,13 +43,13 @@ def main() -> None:
     if PARENT_RUN_ID in os.environ:
         live_and_die_with_parent()
     ConfigStore.instance().store(name="schema", node=PipelineConfig)
-    with report_mistakes():
+    with report_mistakes(), swept():
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_run)()
 
 
 def _run(composed: DictConfig) -> None:
-    with report_mistakes():  # inside Hydra's job, where an exception would have Hydra's own line printed above ours
-        config = _typed(composed)
+    with member(), report_mistakes():  # inside Hydra's job: above an exception Hydra would print a line of its own
+        config = typed(composed)
         if config.stage is None:
             print(stage_table())
             return
@@ -59,16 +60,8 @@ def _run(composed: DictConfig) -> None:
             with contextlib.redirect_stdout(None):  # the primary prints for all
                 _run_stage(config, SilentRun())
             return
-        parent = os.environ.get(PARENT_RUN_ID)
-        with open_run(
-            config.stage.value,
-            uri=config.tracking.uri,
-            experiment=config.tracking.experiment,
-            output_dir=Path(config.output_dir),
-            parent_run_id=parent,
-            config=plain(config),
-            git_commit=provenance.git_commit(),
-        ) as tracker:
+        parent = os.environ.get(PARENT_RUN_ID) or os.environ.get(SWEEP_RUN_ID)
+        with _tracker(config, parent) as tracker:
             if config.stage is Stage.all:
                 prompts = config.prompts  # the stages get a pipe of ours instead of the standard input
                 is_piped = prompts.source is PromptSource.jsonl and prompts.path == str(STANDARD_INPUT)
@@ -76,9 +69,25 @@ def _run(composed: DictConfig) -> None:
                     run_all(tracker)
             else:
                 _run_stage(config, tracker)
-        if parent is None:
+        if parent is None and config.tracking.enabled:
             show = print if config.stage is Stage.all else log.info
+            pages = sorted((Path(config.output_dir) / "bench" / config.target.name).glob("*/report.html"))
+            if pages and config.stage in (Stage.all, Stage.bench, Stage.ask):
+                show(f"the benchmark's page, for a browser: {pages[-1]}")
             show(f"runs side by side in MLflow: {ui_command(config.tracking.uri, Path(config.output_dir))}")
+
+
+def _tracker(config: PipelineConfig, parent: str | None) -> contextlib.AbstractContextManager[Run]:
+    assert config.stage is not None, "a command without a stage lists the stages"
+    output_dir, uri = Path(config.output_dir), config.tracking.uri
+    if not config.tracking.enabled:
+        return contextlib.nullcontext(SilentRun())
+    if config.stage is Stage.serve and uri is None and is_read_only(output_dir):  # as a serving container mounts it
+        log.warning("output_dir is %s, which is read-only: this run is not tracked", output_dir)
+        return contextlib.nullcontext(SilentRun())
+    return open_run(
+        run_info(config, parent, member_tags()), uri=uri, experiment=config.tracking.experiment, output_dir=output_dir
+    )
 
 
 def _is_primary_host(config: MeshConfig) -> bool:
@@ -93,7 +102,7 @@ def _run_stage(config: PipelineConfig, tracker: Run) -> None:
     started = time.monotonic()
     log.info("stage=%s", config.stage.value)
     if STAGES[config.stage].stores_programs:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA would warn of every program that it reads
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA would warn of every program that it reads
         from pipeline.workspace.compiled_programs import use_persistent_cache  # late: it imports JAX
 
         use_persistent_cache(Path(config.output_dir))
@@ -109,22 +118,6 @@ def _export_hf_token() -> None:
     token = os.environ.get("HF_TOKEN") or dotenv.dotenv_values(".env").get("HF_TOKEN")
     if token:
         os.environ["HF_TOKEN"] = token
-
-
-def _typed(composed: DictConfig) -> PipelineConfig:
-    """Returns the configuration as dataclasses; keys that the schema lacks (`+key=`) and values still missing raise."""
-    values = OmegaConf.to_container(composed, resolve=True)
-    config = OmegaConf.merge(OmegaConf.structured(PipelineConfig), values)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing and config.stage is not None:
-        raise PipelineError(
-            f"no value for {', '.join(missing)}; add to the command: {' '.join(f'{key}=...' for key in missing)}"
-        )
-    if missing:
-        return PipelineConfig()
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, PipelineConfig)
-    return expand_paths(typed)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,26 @@ and the benchmark refuse to start. The draft is worth its tokens without the fau
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
+import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from pipeline.artifacts import artifact
 from pipeline.artifacts.files import write_json
+from pipeline.bench import guards
 from pipeline.bench import stage as bench
 from pipeline.config.fields import CHECKPOINT, DRAFT
+from pipeline.config.schema import BenchConfig
 from pipeline.config.validation import validate
 from pipeline.dflash import blocks
 from pipeline.engine import compiled_steps
+from pipeline.engine.engine import Engine
 from pipeline.errors import PipelineError
 from pipeline.export import stage as export
 from pipeline.model.hf import safetensors_files
@@ -267,3 +273,84 @@ def test_a_draft_trained_beside_prompts_that_serving_writes_otherwise_is_not_pub
     ) as caught:
         export.run(config, Recorder())
     assert re.search(r"prompt [0-9a-f]{12}: from token \d+ on found '.+', wanted '\\n", str(caught.value))
+
+
+def benched(published, config):
+    """The record of a benchmark of the right draft, with a few prompts."""
+    config.export.path = str(published[0].path)
+    config.bench = BenchConfig(num_prompts=6, max_new_tokens=40, repeats=2)
+    tracker = Recorder()
+    return bench.run(config, tracker), tracker
+
+
+@pytest.fixture
+def records(config, tmp_path):
+    """Where the records of benchmarks go: beside links to what other tests share, which must stay as it is."""
+    own = tmp_path / "outputs"
+    own.mkdir()
+    for folder in Path(config.output_dir).iterdir():
+        if folder.is_dir():
+            (own / folder.name).symlink_to(folder)
+    config.output_dir = str(own)
+    return own / "bench"
+
+
+def test_a_benchmark_has_one_set_of_numbers_in_its_record_its_page_and_mlflow(published, config, records):
+    measured, tracker = benched(published, config)
+    (record,) = records.glob("*/*/results.json")
+    written = json.loads(record.read_text())
+    page = (record.parent / "report.html").read_text()
+    assert measured["speedup_low"] <= measured["speedup"] <= measured["speedup_high"]
+    for name in ("accept_length", "speedup", "plain_tokens_per_second", "equal_answers"):
+        assert measured[name] == written[name] == tracker.metrics[name] == tracker.documents["results.json"][name]
+    assert f"{measured['speedup']:.3f}x" in page
+    assert f"{measured['accept_length']:.3f}" in page
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert tracker.documents["acceptance_by_position_light.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("records")
+def test_prompts_that_the_draft_was_trained_on_are_refused(published, config):
+    config.prompts.heldout_fraction = 0.9  # most of what is held out now was trained on
+    with pytest.raises(PipelineError, match=r"of 6 prompts, [3-6] are among the draft's training texts .*prompt-"):
+        benched(published, config)
+
+
+@pytest.mark.usefixtures("records")
+def test_a_slow_baseline_is_named(published, config, monkeypatch):
+    step = Engine.step
+
+    def slowed(engine):
+        if engine.block_size is None and engine.has_work:
+            time.sleep(0.05)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slowed)
+    measured, _ = benched(published, config)
+    (said,) = [text for text in measured["warnings"] if "slow baseline" in text]
+    assert "plain decoding reaches" in said
+
+
+@pytest.mark.usefixtures("records")
+def test_looping_answers_are_left_out_and_named(published, config, monkeypatch):
+    asked = itertools.count()
+    monkeypatch.setattr(guards, "is_looping", lambda token_ids: next(asked) < 2)
+    measured, _ = benched(published, config)
+    assert (measured["looping_answers"], measured["left_out_answers"], measured["num_prompts"]) == (2, 2, 6)
+    assert "repeat themselves" in measured["warnings"][0]
+
+
+@pytest.mark.usefixtures("records")
+def test_a_draft_of_another_layer_is_named(published, config, tmp_path):
+    def shift(directory):
+        weights = safetensors_files.TensorFiles(directory)
+        tensors = {name: weights.read(name) for name in weights.names}
+        tensors["fc.weight"] = tensors["fc.weight"][:, ::-1].copy()  # what it sees is not what it was trained on
+        safetensors_files.write(directory, tensors)
+
+    made, _ = published
+    reseal(made, tmp_path / "dflash", shift)
+    measured, _ = benched((dataclasses.replace(made, path=tmp_path / "dflash"), None), config)
+    assert measured["equal_answers"] == 6
+    assert any("of what training measured" in text for text in measured["warnings"])

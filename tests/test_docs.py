@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.__main__ import _typed
+from pipeline.cli.composed import typed
 from pipeline.cli.mistakes import MOVED
 from pipeline.cli.stages import CONF, STAGES
 from pipeline.config import fields
@@ -230,7 +230,7 @@ def test_keys_and_choices_that_are_stated_exist(document):
 
 
 def is_file_name(span: str) -> bool:
-    return span.rpartition(".")[2] in ("json", "jsonl", "py", "md", "toml", "yaml")
+    return span.rpartition(".")[2] in ("json", "jsonl", "py", "md", "toml", "yaml", "html")
 
 
 @functools.cache
@@ -244,14 +244,14 @@ def composed(choices: tuple[str, ...]) -> DictConfig:
 def require_a_configuration(overrides: list[str]) -> None:
     """Raises as the command line would: Hydra reads the words, the schema types the values, rules are checked."""
     parsed = OverridesParser.create().parse_overrides(overrides)
-    choices = tuple(one.input_line for one in parsed if one.key_or_group in GROUPS)
-    config = copy.deepcopy(composed(choices))
+    choices = [one for one in parsed if one.key_or_group in GROUPS or one.is_hydra_override()]
+    config = copy.deepcopy(composed(tuple(one.input_line for one in choices)))
     for one in parsed:
-        if one.key_or_group not in GROUPS:
+        if one not in choices:
             OmegaConf.update(config, one.key_or_group, one.value(), force_add=one.is_add())
-    typed = _typed(config)
-    if typed.stage is not None:
-        validate(typed)
+    settings = typed(config)
+    if settings.stage is not None:
+        validate(settings)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)

@@ -29,11 +29,12 @@ def stub(name, run):
 """
 
 
+@contextlib.contextmanager
 def command(folder, *arguments, **options):
-    """`python -m pipeline ...` in `folder`, a directory that is not the checkout."""
+    """`python -m pipeline ...` in `folder`, a directory that is not the checkout; killed where the test ends early."""
     environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT)])
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments],
         cwd=folder,
         env=environment,
@@ -41,7 +42,12 @@ def command(folder, *arguments, **options):
         stderr=subprocess.PIPE,
         text=True,
         **options,
-    )
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def run(folder, *arguments):
@@ -55,14 +61,17 @@ def stub_stages(folder, text):
     (folder / "sitecustomize.py").write_text(STUBS + text)
 
 
-def runs_by_name(folder):
+def runs_of(folder):
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/outputs/mlflow.db")
-    found = client.search_runs([client.get_experiment_by_name("dflash").experiment_id])
-    return {run.info.run_name: run for run in found}
+    return client.search_runs([client.get_experiment_by_name("dflash").experiment_id])
+
+
+def runs_by_stage(folder):
+    return {run.data.tags["stage"]: run for run in runs_of(folder)}
 
 
 def wait_for(condition):
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.02)
@@ -146,6 +155,16 @@ def test_multirun_runs_every_combination_and_leaves_nothing_in_the_working_direc
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
+def test_a_member_of_a_sweep_that_fails_does_not_end_the_others(tmp_path):
+    probe = ("stage=feasibility", "target=gpt_oss_20b", "tracking.enabled=false", "feasibility.chips=[v6e]")
+    code, out, err = run(tmp_path, "--multirun", *probe, "seed=0,1", "feasibility.context=64,0")
+    assert code == 2
+    assert err.count("feasibility.context is 0; it must be positive") == 2
+    table = out.splitlines()[-4:]
+    assert [line.split("  ")[-1].strip() for line in table] == ["done", "exit code 2", "done", "exit code 2"]
+    assert "seed=0 feasibility.context=0 " in table[1]
+
+
 def test_all_nests_its_stages_and_stops_at_the_first_that_fails(tmp_path):
     (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
     stub_stages(
@@ -176,7 +195,7 @@ stub("pipeline.train.stage", lambda config, tracker: print("train runs"))
     assert "stage=teacher_cache failed (exit code 2)" in err
     assert "Traceback" not in err
 
-    runs = runs_by_name(tmp_path)
+    runs = runs_by_stage(tmp_path)
     assert {name: run.info.status for name, run in runs.items()} == {
         "all": "FAILED",
         "target": "FINISHED",
@@ -193,6 +212,25 @@ stub("pipeline.train.stage", lambda config, tracker: print("train runs"))
     stored = [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
     assert stored
     assert not [path for path in stored if TOKEN.encode() in path.read_bytes()]
+
+
+def test_nothing_is_tracked_where_nobody_wants_it(tmp_path):
+    stub_stages(
+        tmp_path,
+        """
+def target(config, tracker):
+    tracker.log_metrics({"accept_length": 4.5})
+    tracker.log_json("contract.json", {})
+    print("target runs", "mlflow" in sys.modules)
+
+stub("pipeline.target.stage", target)
+""",
+    )
+    code, out, err = run(tmp_path, "stage=target", "tracking.enabled=false")
+    assert code == 0, err
+    assert "target runs False" in out
+    assert "MLflow" not in out + err
+    assert not (tmp_path / "outputs" / "mlflow.db").exists()
 
 
 STAGE_THAT_WAITS = """
@@ -220,7 +258,7 @@ def test_an_interrupt_ends_all_and_its_stage_and_says_how_to_go_on(tmp_path, num
     assert err.splitlines()[-1] == "interrupted; run the same command to go on"
     assert err.count("interrupted") == 1
     assert "Traceback" not in err
-    assert {name: run.info.status for name, run in runs_by_name(tmp_path).items()} == {
+    assert {name: run.info.status for name, run in runs_by_stage(tmp_path).items()} == {
         "all": "KILLED",
         "target": "KILLED",
     }

@@ -53,6 +53,11 @@ class Losslessness:
         """Returns the differences that no rounding explains."""
         return tuple(one for one in self.differences if one.logit_gap > self.tie_gap)
 
+    @property
+    def ties(self) -> tuple[Difference, ...]:
+        """Returns the differences that rounding explains."""
+        return tuple(one for one in self.differences if one.logit_gap <= self.tie_gap)
+
 
 def compare_answers(
     plain: Mapping[str, Completion],

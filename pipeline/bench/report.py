@@ -1,130 +1,185 @@
-"""Reports the results of a benchmark: as values for results.json and MLflow, and as a table for people."""
+"""Makes the values of a benchmark's record out of what was measured. Their meanings: docs/guide/benchmark.md."""
 
-import operator
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.bench.arms import Comparison
+from pipeline.bench import breakdown, intervals, timeline
+from pipeline.bench.arms import DFLASH, PLAIN, ArmPass, Comparison
+from pipeline.bench.breakdown import Labels
+from pipeline.bench.guards import Selection, num_cut
+from pipeline.bench.intervals import PassTimes
 from pipeline.bench.losslessness import Losslessness
 from pipeline.bench.workload import request_index
 from pipeline.dflash.acceptance import Acceptance, break_even
-from pipeline.engine.step_profile import StepProfile
 
-BY_FAMILY, FAMILIES_A_LINE = "accept_length_by_family", 4
-
-
-def profile_table(profiles: Mapping[int, tuple[StepProfile, StepProfile]]) -> str:
-    """Returns a table of single steps, plain and DFLASH, by the number of slots; times are milliseconds."""
-    rows: list[tuple[str, ...]] = [
-        ("slots", "step", "device", "engine", "host", "draft", "verify", "commit", "in plain steps")
-    ]
-    for slots, (slow, fast) in sorted(profiles.items()):
-        for name, one in (("plain", slow), ("DFLASH", fast)):
-            times = [f"{value * 1e3:.2f}" if value is not None else "" for value in one.parts]
-            cost = f"{one.device / slow.device:.2f}"
-            rows.append((f"{slots}", name, *times[:2], f"{one.host_share:.1%}", *times[2:], cost))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+RECORD_FORMAT = 3
 
 
-def profile_metrics(profiles: Mapping[int, tuple[StepProfile, StepProfile]]) -> dict[str, float]:
-    """Returns what a round costs in plain steps and the host's share of it, by the number of slots, for MLflow."""
-    metrics = {}
-    for slots, (slow, fast) in profiles.items():
-        metrics[f"profile/round_in_plain_steps_{slots}_slots"] = fast.device / slow.device
-        metrics[f"profile/host_share_{slots}_slots"] = fast.host_share
-    return metrics
+def metrics(measured: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the values of a record that MLflow takes as metrics: all of its numbers, groups under names of theirs."""
+    found = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
+    del found["record_format"]
+    for kind, groups in measured.get("by", {}).items():
+        prefix = "accept_length" if kind == "family" else f"accept_length_by_{kind}"
+        found |= {f"{prefix}/{name}": one["accept_length"] for name, one in groups.items()}
+    for name, one in measured.get("arms", {}).items():
+        found[f"speedup/{name}"] = one["speedup"]
+    for one in measured.get("sweep", ()):
+        found[f"speedup_by_load/{one['slots']}_slots"] = one["speedup"]
+    for name, one in measured.get("prompt_sets", {}).items():
+        found[f"speedup_by_set/{name}"] = one["speedup"]
+    for slots, one in measured.get("profile", {}).items():
+        found[f"profile/round_in_plain_steps_{slots}_slots"] = one["dflash_device_ms"] / one["plain_device_ms"]
+        found[f"profile/host_share_{slots}_slots"] = one["dflash_host_share"]
+    return found
 
 
-def results(comparison: Comparison, lossless: Losslessness, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns everything measured, JSON-ready; speeds are decode tokens per second.
+def results(
+    comparison: Comparison,
+    lossless: Losslessness,
+    evaluations: Mapping[str, Mapping[str, Any]],
+    selection: Selection,
+    *,
+    num_at_once: int,
+) -> dict[str, Any]:
+    """Returns everything measured, JSON-ready; speeds are decode tokens per second, `_low` and `_high` 95% intervals.
 
     `evaluations` are those that the draft carries: `heldout` by the training, `engine` by the export.
     """
-    plain = [one.tokens_per_second for one in comparison.plain]
-    dflash = [one.tokens_per_second for one in comparison.dflash]
-    measured = {
-        **comparison.acceptance.metrics(),
-        "speedup": comparison.speedup,
-        "speedup_min": min(comparison.speedups),
-        "speedup_max": max(comparison.speedups),
-        "break_even_accept_length": break_even(comparison.acceptance.accept_length, comparison.speedup),
-        "plain_tokens_per_second": statistics.median(plain),
-        "dflash_tokens_per_second": statistics.median(dflash),
-        "plain_prefill_seconds": statistics.median(one.prefill_seconds for one in comparison.plain),
-        "dflash_prefill_seconds": statistics.median(one.prefill_seconds for one in comparison.dflash),
+    chosen, block_size = selection.request_ids, comparison.acceptance.block_size
+    plain, dflash = (comparison.times(arm, chosen) for arm in (PLAIN, DFLASH))
+    rounds = [comparison.dflash[0].answers[name].accepted_per_round for name in chosen]
+    everything = [one for some in rounds for one in some]
+    seen = comparison.acceptance if not everything else Acceptance.of(everything, block_size)
+    speedup = _speedup(plain, dflash)
+    of_pairs = dflash.speeds / plain.speeds
+    measured: dict[str, Any] = {
+        "record_format": RECORD_FORMAT,
+        **seen.metrics(),
+        **_acceptance_intervals(rounds, block_size),
+        **speedup,
+        "speedup_min": float(of_pairs.min()),
+        "speedup_max": float(of_pairs.max()),
+        "break_even_accept_length": break_even(seen.accept_length, speedup["speedup"]),
+        "num_repeats": len(comparison.plain),
         "num_prompts": lossless.num_answers,
-        "num_rounds": comparison.acceptance.num_rounds,
+        "num_rounds": seen.num_rounds,
         "decode_tokens": comparison.plain[0].decode_tokens,
         "equal_answers": lossless.num_equal,
         "tied_answers": len(lossless.differences) - len(lossless.bugs),
+        "largest_tie": max((one.logit_gap for one in lossless.ties), default=0.0),
         "wrong_answers": len(lossless.bugs),
+        "looping_answers": selection.num_looping,
+        "left_out_answers": selection.num_left_out,
+        "cut_answers": num_cut(list(comparison.plain[0].answers.values())),
     }
+    for arm in (PLAIN, DFLASH):
+        measured |= {f"{arm}_{name}": value for name, value in _of_arm(comparison.passes[arm], num_at_once).items()}
     if "heldout" in evaluations:
         trained = evaluations["heldout"]["accept_length"]
         measured["training_accept_length"] = trained
-        measured["engine_over_training"] = comparison.acceptance.accept_length / trained
+        measured["engine_over_training"] = seen.accept_length / trained
     if "engine" in evaluations:
         measured["export_accept_length"] = evaluations["engine"]["accept_length"]
     return measured
 
 
-def by_family(comparison: Comparison, families: Sequence[str | None]) -> dict[str, dict[str, float]]:
-    """Returns the accept_length of each family of prompts under BY_FAMILY; nothing where no prompt has one.
+def breakdowns(comparison: Comparison, selection: Selection, labels: Sequence[Labels]) -> dict[str, Any]:
+    """Returns the acceptance by family and by effort of prompts; `labels` are those of the prompts that requests had.
 
-    `families` are those of the prompts that `requests_of` had; empty where they do not apply.
+    Empty `labels` do not apply to the requests, and nothing is returned.
     """
-    sums: dict[str, Acceptance] = {}
-    for answer in comparison.dflash[0].answers.values() if families else ():
-        family = families[request_index(answer.request_id)]
-        if family is not None and answer.accepted_per_round:
-            found = Acceptance.of(answer.accepted_per_round, comparison.acceptance.block_size)
-            sums[family] = sums[family] + found if family in sums else found
-    return {BY_FAMILY: {family: sums[family].accept_length for family in sorted(sums)}} if sums else {}
+    chosen = selection.request_ids if labels else ()
+    rounds = [comparison.dflash[0].answers[name].accepted_per_round for name in chosen]
+    of_chosen = [labels[request_index(name)] for name in chosen]
+    return breakdown.label_breakdowns(rounds, of_chosen, comparison.acceptance.block_size)
 
 
-def results_table(measured: dict[str, Any], block_size: int) -> str:
-    """Returns the results as the lines that end a demo."""
-    at_k = [measured[f"accept_rate_at_{k}"] for k in range(1, block_size)]
-    rows = [
-        ("accept_length", f"{measured['accept_length']:.3f} of {block_size}"),
-        ("accept_rate", f"{measured['accept_rate']:.3f}"),
-        ("accept_rate_at_k", " ".join(f"{rate:.2f}" for rate in at_k)),
-        ("plain", f"{measured['plain_tokens_per_second']:.0f} tokens/s"),
-        ("DFLASH", f"{measured['dflash_tokens_per_second']:.0f} tokens/s"),
-        (
-            "speedup",
-            f"{measured['speedup']:.2f}x ({measured['speedup_min']:.2f} to {measured['speedup_max']:.2f})",
-        ),
-        ("break-even", f"accept_length {measured['break_even_accept_length']:.2f}, a round's cost in plain steps"),
-        ("losslessness", _lossless(measured)),
-    ]
-    if "training_accept_length" in measured:
-        ratio = measured["engine_over_training"]
-        rows.append(("in training", f"accept_length {measured['training_accept_length']:.3f} (here {ratio:.1%} of it)"))
-    if "export_accept_length" in measured:
-        rows.append(("at export", f"accept_length {measured['export_accept_length']:.3f}"))
-    if BY_FAMILY in measured:
-        rows += _family_rows(measured[BY_FAMILY])
-    rows.append(("measured on", f"{measured['num_prompts']} prompts, {measured['decode_tokens']} tokens"))
-    width = max(len(name) for name, _ in rows)
-    ruler = "-" * (width + 2 + max(len(value) for _, value in rows))
-    return "\n".join([ruler, *(f"{name:<{width}}  {value}" for name, value in rows), ruler])
+def by_prompt_set(comparison: Comparison, selection: Selection, labels: Sequence[Labels]) -> dict[str, dict[str, Any]]:
+    """Returns speedup, and acceptance where answers say it, with intervals, of the prompts of each family.
+
+    Empty `labels` do not apply to the requests, and nothing is returned.
+    """
+    names: dict[str, list[str]] = {}
+    for name in selection.request_ids if labels else ():
+        names.setdefault(labels[request_index(name)].family or "", []).append(name)
+    found = {}
+    for family, chosen in names.items():
+        rounds = [comparison.dflash[0].answers[name].accepted_per_round for name in chosen]
+        everything = [one for some in rounds for one in some]
+        found[family] = {
+            "num_prompts": len(chosen),
+            **_speedup(*(comparison.times(arm, chosen) for arm in (PLAIN, DFLASH))),
+        }
+        if everything:
+            block_size = comparison.acceptance.block_size
+            found[family]["accept_length"] = Acceptance.of(everything, block_size).accept_length
+            found[family] |= _acceptance_intervals(rounds, block_size)
+    return found
 
 
-def _family_rows(lengths: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Returns the families in lines of a few, the shortest accept_length first."""
-    shown = [f"{family} {length:.2f}" for family, length in sorted(lengths.items(), key=operator.itemgetter(1))]
-    lines = [shown[index : index + FAMILIES_A_LINE] for index in range(0, len(shown), FAMILIES_A_LINE)]
-    return [("by family" if not index else "", ", ".join(line)) for index, line in enumerate(lines)]
+def arm_speedups(comparison: Comparison, selection: Selection) -> dict[str, dict[str, float]]:
+    """Returns the speedup over plain decoding of every further arm, with its interval."""
+    found = {}
+    plain = comparison.times(PLAIN, selection.request_ids)
+    for name in comparison.passes:
+        if name in (PLAIN, DFLASH):
+            continue
+        times = comparison.times(name, selection.request_ids)
+        found[name] = {
+            **_speedup(plain, times),
+            "tokens_per_second": statistics.median(one.tokens_per_second for one in comparison.passes[name]),
+        }
+    return found
 
 
-def _lossless(measured: dict[str, Any]) -> str:
-    text = f"{measured['equal_answers']} of {measured['num_prompts']} answers equal plain greedy's"
-    if measured["tied_answers"]:
-        text += f", {measured['tied_answers']} differ at a tie"
-    if measured["wrong_answers"]:
-        text += f", {measured['wrong_answers']} WRONG"
-    return text
+def at_load(comparison: Comparison, num_at_once: int) -> dict[str, float]:
+    """Returns what a sweep has for a number of requests at once: speeds, speedup with its interval, acceptance."""
+    names = list(comparison.plain[0].answers)
+    plain, dflash = (comparison.times(arm, names) for arm in (PLAIN, DFLASH))
+    found = {
+        "slots": num_at_once,
+        **_speedup(plain, dflash),
+        "accept_length": comparison.acceptance.accept_length,
+    }
+    for arm in (PLAIN, DFLASH):
+        found |= {f"{arm}_{name}": value for name, value in _of_arm(comparison.passes[arm], num_at_once).items()}
+    return found
+
+
+def _speedup(plain: PassTimes, other: PassTimes) -> dict[str, float]:
+    """Returns the speedup of an arm over plain decoding, with its interval."""
+    between = intervals.speedup_interval(plain, other)
+    return {
+        "speedup": intervals.speedup_of(plain, other),
+        "speedup_low": between.low,
+        "speedup_high": between.high,
+    }
+
+
+def _acceptance_intervals(rounds: Sequence[Sequence[int]], block_size: int) -> dict[str, float]:
+    """Returns the intervals of acceptance; nothing where no answer says what its rounds accepted."""
+    if not any(rounds):
+        return {}
+    length, rates = breakdown.accept_length_interval(rounds), breakdown.at_k_intervals(rounds, block_size)
+    found = {"accept_length_low": length.low, "accept_length_high": length.high}
+    for k, one in enumerate(rates, start=1):
+        found |= {f"accept_rate_at_{k}_low": one.low, f"accept_rate_at_{k}_high": one.high}
+    return found
+
+
+def _of_arm(passes: Sequence[ArmPass], num_at_once: int) -> dict[str, float]:
+    """Returns an arm's speeds, medians over its passes, and its latencies over all of them."""
+    timelines = [one for each in passes for one in each.timelines.values()]
+    found = {
+        "tokens_per_second": statistics.median(one.tokens_per_second for one in passes),
+        "end_to_end_tokens_per_second": statistics.median(one.end_to_end_tokens_per_second for one in passes),
+        "tokens_per_second_of_a_user": statistics.median(one.tokens_per_second for one in passes) / num_at_once,
+        "prefill_seconds": statistics.median(one.prefill_seconds for one in passes),
+        **timeline.latencies(timelines),
+    }
+    steady = [timeline.steady_tokens_per_second(list(each.timelines.values()), num_at_once) for each in passes]
+    if num_at_once > 1 and all(value == value for value in steady):  # not NaN
+        found["steady_tokens_per_second"] = statistics.median(steady)
+    return found

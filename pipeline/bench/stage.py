@@ -1,92 +1,95 @@
 """`stage=bench`: measures acceptance, speed and losslessness of an exported draft, on held-out prompts."""
 
-import dataclasses
-import functools
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline import distributed
-from pipeline.artifacts import artifact, provenance
-from pipeline.artifacts.artifact import Artifact, Parent
-from pipeline.artifacts.contract import Contract
-from pipeline.artifacts.files import disk_errors, write_json
-from pipeline.bench import arms, losslessness, report, workload
+from pipeline.artifacts.artifact import Artifact
+from pipeline.artifacts.hashing import fingerprint_of
+from pipeline.bench import (
+    arms,
+    breakdown,
+    engines,
+    guards,
+    leaks,
+    loading,
+    loads,
+    losslessness,
+    machine,
+    random_text,
+    record,
+    report,
+    servers,
+    table,
+)
+from pipeline.bench.arms import DFLASH, PLAIN, Comparison
+from pipeline.bench.breakdown import Labels
+from pipeline.bench.engines import Networks
+from pipeline.bench.guards import Selection
+from pipeline.bench.intervals import speedup_interval, speedup_of
 from pipeline.bench.losslessness import Losslessness
-from pipeline.config.fields import DRAFT
-from pipeline.config.schema import PipelineConfig, plain
-from pipeline.engine import step_profile
-from pipeline.engine.config import EngineConfig
-from pipeline.engine.engine import Engine
+from pipeline.config.fields import CHECKPOINT, DRAFT, TEACHER_CACHE
+from pipeline.config.schema import BenchConfig, PipelineConfig, plain
 from pipeline.engine.request import Request
-from pipeline.engine.step_profile import StepProfile
 from pipeline.errors import PipelineError
-from pipeline.model.dflash.model import DraftModel
-from pipeline.model.gpt_oss.model import TargetModel
-from pipeline.model.parallel.runtime import Runtime
+from pipeline.prompts.channels import channel_tokens
 from pipeline.prompts.sources import Prompt
+from pipeline.store import reader
 from pipeline.store.checkpoint_files import EVALUATION
 from pipeline.tracking.run import Run
-from pipeline.workspace.loading import load_draft, load_target, runtime_for
 from pipeline.workspace.workspace import Workspace
 
 log = logging.getLogger("pipeline")
 
-RESULTS = "results.json"
-BENCHMARK, VERSION = "benchmark", 2  # the kind of artifact, and of its settings
-
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
-    """Measures, prints and logs the table, writes results.json, returns it. Raises PipelineError for wrong tokens."""
+    """Measures, prints the table, writes and logs the record, returns it. Raises PipelineError for wrong tokens.
+
+    Also when prompts are among the draft's training texts, or no text at all.
+    """
     workspace = Workspace(config)
     exported = workspace.open(DRAFT)
-    directory = Path(str(exported.path))  # drafts are on a disk
-    runtime = runtime_for(config.mesh, workspace.target.path, draft=directory)
-    target = load_target(config.target, workspace.target.path, runtime)
-    draft = load_draft(config.target.precision, directory, runtime)
-    prompts = workload.held_out(workspace.prompts.prompts, config.prompts.heldout_fraction)
-    requests = _requests(workspace, prompts)
-    engine = EngineConfig(
-        num_slots=config.bench.slots,
-        max_length=max(len(request.prompt_ids) + request.max_new_tokens for request in requests),
-        prefill_chunk=config.engine.prefill_chunk,
-        page_size=config.engine.page_size,
-        samples=config.bench.temperature > 0,
-        stop_token_ids=workspace.stop_token_ids,
-    )
-    profiles = _profiles(config, engine, target, draft, runtime)
-    comparison = arms.compare_arms(
-        Engine(target, None, engine, runtime),
-        Engine(target, draft, engine, runtime),
-        requests,
-        config.bench.repeats,
-        _log_pass,
-    )
-    slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
-    lossless = losslessness.compare_answers(slow, fast, requests, target, runtime)
-    families = [] if config.bench.prompt_tokens is not None else [prompt.family for prompt in prompts]
-    measured = report.results(comparison, lossless, _evaluations(config, exported))
-    measured |= report.by_family(comparison, families)
-    print(report.results_table(measured, draft.config.block_size), flush=True)
-    if profiles:
-        print(report.profile_table(profiles), flush=True)
-        tracker.log_metrics(report.profile_metrics(profiles))
-
-    contract = dataclasses.replace(
-        Contract.from_json(exported.contract),
-        target=workspace.target.contract.target,
-        provenance=provenance.provenance("bench", plain(config), {DRAFT: exported.fingerprint}),
-    )
+    prompts = loading.prompts(workspace, exported)
+    requests = loading.requests_for(workspace, prompts)
+    asked = prompts[: len(requests)]
+    rendered = loading.rendered(workspace, asked)
+    cache = workspace.ancestor(exported, TEACHER_CACHE)
+    trained_on = None if cache is None else reader.open_split(cache.path, "train")
+    leaks.require_unseen(asked, rendered, trained_on)
+    random_text.require_text(rendered, workspace.model.vocab_size)
+    if config.bench.plain_url is not None:
+        measured, lossless = _measure_servers(workspace, exported, requests, asked)
+    else:
+        measured, lossless = _measure_engines(workspace, exported, requests, asked)
+    measured |= {"machine": machine.machine(), **record.identity(workspace, exported)}
+    measured["prompts_fingerprint"] = fingerprint_of([one.prompt_id for one in asked])
+    if trained_on is not None:
+        measured["training_tokens"] = int(trained_on.num_tokens.sum())
+    block_size = exported.contract["draft"]["block_size"]
+    print(table.results_table(measured, block_size), flush=True)
+    for name, show in (
+        ("prompt_sets", table.prompt_set_table),
+        ("profile", table.profile_table),
+        ("sweep", table.sweep_table),
+        ("open_loop", table.open_loop_table),
+    ):
+        if measured.get(name):
+            print(show(measured[name]), flush=True)
     if distributed.is_primary():
-        _write(workspace, exported, measured, lossless, contract, tracker.run_id)
-    tracker.log_metrics({name: value for name, value in measured.items() if isinstance(value, (int, float))})
-    by_family = measured.get(report.BY_FAMILY, {})
-    tracker.log_metrics({f"accept_length/{family}": length for family, length in by_family.items()})
-    tracker.log_json(artifact.CONTRACT, contract.to_json())
-    tracker.log_json(RESULTS, measured)
+        trained = exported.parents.get(CHECKPOINT)
+        weights = exported.fingerprint if trained is None else trained.fingerprint
+        record.write(
+            workspace,
+            exported,
+            measured,
+            lossless,
+            config=plain(config),
+            prompts=asked,
+            weights=weights,
+            tracker=tracker,
+        )
     if lossless.bugs:
         first = lossless.bugs[0]
         raise PipelineError(
@@ -98,72 +101,130 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     return measured
 
 
-def _profiles(
-    config: PipelineConfig, sizes: EngineConfig, target: TargetModel, draft: DraftModel, runtime: Runtime
-) -> dict[int, tuple[StepProfile, StepProfile]]:
-    """Returns what single steps cost, plain and DFLASH, for the numbers of slots that are asked for."""
-    found = {}
-    for slots in config.bench.profile_slots:
-        each = dataclasses.replace(
-            sizes, num_slots=slots, max_length=config.engine.max_length, stop_token_ids=(), cache_tokens=None
-        )
-        found[slots] = (
-            step_profile.profile(functools.partial(Engine, target, None, each, runtime)),
-            step_profile.profile(functools.partial(Engine, target, draft, each, runtime)),
-        )
-    return found
-
-
-def _requests(workspace: Workspace, prompts: Sequence[Prompt]) -> list[Request]:
-    wanted = workspace.config.bench
-    requests = workload.requests_of(
-        workload.rendered(prompts, workspace.tokenizer, date=workspace.config.prompts.date),
-        num_prompts=wanted.num_prompts,
-        max_new_tokens=wanted.max_new_tokens,
-        prompt_tokens=wanted.prompt_tokens,
+def _measure_engines(
+    workspace: Workspace, exported: Artifact, requests: Sequence[Request], prompts: Sequence[Prompt]
+) -> tuple[dict[str, Any], Losslessness]:
+    """Returns what two engines of this process give, and others beside them where they are asked for."""
+    config, wanted = workspace.config, workspace.config.bench
+    target, draft, runtime = loading.load_models(workspace, exported)
+    sizes = loading.engine_sizes(workspace, requests)
+    networks = Networks(target=target, draft=draft, runtime=runtime, sizes=sizes)
+    profiles = engines.profiles(networks, wanted.profile_slots, config.engine.max_length)
+    all_arms = engines.engine_arms(networks, wanted.block_sizes, is_adaptive=wanted.adaptive)
+    comparison = _compare(all_arms, requests, wanted)
+    slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
+    lossless = losslessness.compare_answers(slow, fast, requests, target, runtime)
+    measured, selection = _values(workspace, exported, comparison, lossless, requests, prompts)
+    context = sum(len(one.prompt_ids) for one in requests) // len(requests)
+    speed = measured["plain_tokens_per_second"]
+    measured["plain_share_of_machine"] = engines.plain_share_of_machine(networks, speed, context)
+    measured["open_loop"] = _open_loop(all_arms, requests, config)
+    measured["sweep"] = loads.at_once(
+        lambda slots: {name: networks.arm(has_draft=name == DFLASH, num_slots=slots) for name in (PLAIN, DFLASH)},
+        requests,
+        wanted.sweep_slots,
+        wanted.repeats,
     )
-    if wanted.temperature:
-        requests = workload.sampled(requests, wanted.temperature, workspace.config.seed)
-    if len(requests) < wanted.num_prompts:
-        log.info("bench: the prompt set holds out %d prompts; all are used", len(requests))
-    return requests
+    measured["profile"] = engines.profile_values(profiles)
+    measured["warnings"] = guards.warnings_of(measured, selection, wanted.max_looping)
+    return measured, lossless
+
+
+def _measure_servers(
+    workspace: Workspace, exported: Artifact, requests: Sequence[Request], prompts: Sequence[Prompt]
+) -> tuple[dict[str, Any], Losslessness]:
+    """Returns what two running servers give."""
+    config, wanted = workspace.config, workspace.config.bench
+    with servers.server_arms(workspace, exported) as arms_of:
+        both = arms_of(wanted.slots)
+        comparison = _compare(both, requests, wanted)
+        open_loop = _open_loop(both, requests, config)
+        points = loads.at_once(arms_of, requests, wanted.sweep_slots, wanted.repeats)
+    lossless = servers.judge(workspace, comparison, requests)
+    measured, selection = _values(workspace, exported, comparison, lossless, requests, prompts)
+    measured |= {"open_loop": open_loop, "sweep": points}
+    measured["warnings"] = guards.warnings_of(measured, selection, wanted.max_looping)
+    return measured, lossless
+
+
+def _open_loop(
+    pair: Mapping[str, arms.Arm], requests: Sequence[Request], config: PipelineConfig
+) -> list[dict[str, float]]:
+    wanted = config.bench
+    return loads.arriving(
+        pair,
+        requests,
+        wanted.request_rates,
+        ttft_seconds=wanted.slo.ttft_seconds,
+        tpot_seconds=wanted.slo.tpot_seconds,
+        seed=config.seed,
+    )
+
+
+def _compare(all_arms: Mapping[str, arms.Arm], requests: Sequence[Request], wanted: BenchConfig) -> Comparison:
+    """Compares arms until the interval is as narrow as wanted, or no repeat makes it so."""
+
+    def wants_more(found: Comparison) -> bool:
+        if wanted.interval is None:
+            return False
+        names = [one.request_id for one in requests]
+        plain, dflash = (found.times(arm, names) for arm in (PLAIN, DFLASH))
+        speedup, count = speedup_of(plain, dflash), len(found.plain)
+        width = speedup_interval(plain, dflash).relative_half_width(speedup)
+        if width <= wanted.interval:
+            return False
+        by_prompts = speedup_interval(plain, dflash, passes_vary=False).relative_half_width(speedup)
+        if by_prompts > wanted.interval:
+            log.warning(
+                "bench: bench.interval is %.3f; these %d prompts alone make it %.3f, however often they are repeated: "
+                "raise bench.num_prompts or prompts.count",
+                wanted.interval,
+                len(names),
+                by_prompts,
+            )
+            return False
+        if count >= wanted.max_repeats:
+            log.warning("bench: bench.interval is %.3f; it is %.3f after %d passes", wanted.interval, width, count)
+            return False
+        return True
+
+    return arms.compare_arms(all_arms, requests, wanted.repeats, on_pass=loads.log_pass, wants_more=wants_more)
+
+
+def _values(
+    workspace: Workspace,
+    exported: Artifact,
+    comparison: Comparison,
+    lossless: Losslessness,
+    requests: Sequence[Request],
+    prompts: Sequence[Prompt],
+) -> tuple[dict[str, Any], Selection]:
+    """Returns the values of the record that follow from the passes, and which answers they are of."""
+    wanted = workspace.config.bench
+    selection = guards.select(comparison.plain[0].answers, wanted.max_looping)
+    measured = report.results(
+        comparison, lossless, _evaluations(workspace.config, exported), selection, num_at_once=wanted.slots
+    )
+    labels = [Labels(family=one.family, effort=one.effort) for one in prompts] if wanted.prompt_tokens is None else []
+    by: dict[str, Any] = report.breakdowns(comparison, selection, labels)
+    tokens = channel_tokens(workspace.tokenizer)
+    if tokens.message is not None:
+        ids = {one.request_id: one.prompt_ids for one in requests}
+        answers = [comparison.dflash[0].answers[name] for name in selection.request_ids]
+        channels = breakdown.by_channel(
+            answers, [ids[name] for name in selection.request_ids], tokens, comparison.acceptance.block_size
+        )
+        by |= {"channel": channels} if channels else {}
+    measured["by"] = by
+    measured["prompt_sets"] = report.by_prompt_set(comparison, selection, labels) if wanted.prompt_sets else {}
+    measured["arms"] = report.arm_speedups(comparison, selection)
+    return measured, selection
 
 
 def _evaluations(config: PipelineConfig, exported: Artifact) -> dict[str, Any]:
     """Returns what training and export measured on held-out texts; nothing where prompts or answers are others."""
-    if config.bench.prompt_tokens is not None or config.bench.temperature or EVALUATION not in exported.files:
+    bench = config.bench
+    is_other = bench.prompt_tokens is not None or bench.temperature or bench.prompt_sets
+    if is_other or EVALUATION not in exported.files:
         return {}
     return json.loads((exported.path / EVALUATION).read_text())
-
-
-def _log_pass(arm: str, one: arms.ArmPass) -> None:
-    log.info("bench: %-6s %6.0f tokens/s (%d tokens)", arm, one.tokens_per_second, one.decode_tokens)
-
-
-def _write(
-    workspace: Workspace,
-    exported: Artifact,
-    measured: Mapping[str, Any],
-    lossless: Losslessness,
-    contract: Contract,
-    run_id: str,
-) -> None:
-    """Writes a measurement as an artifact of its own, never reused: its path has the time and the run in it."""
-    config = workspace.config
-    settings = {"bench": plain(config.bench), "precision": config.target.precision.value}
-    key = artifact.key_of(BENCHMARK, VERSION, settings, {DRAFT: exported.key or exported.fingerprint})
-    started = time.strftime("%Y%m%d-%H%M%S")
-    path = workspace.root / "bench" / config.target.name / f"{started}-{run_id[:8] or key}"
-    with disk_errors(path):
-        scratch = artifact.open_scratch(path, resume=False)
-        differences = [dataclasses.asdict(one) for one in lossless.differences]
-        write_json(scratch / RESULTS, {**measured, "differences": differences})
-        artifact.seal(
-            path,
-            kind=BENCHMARK,
-            key=key,
-            settings=settings,
-            parents={DRAFT: Parent(key=exported.key or "", fingerprint=exported.fingerprint)},
-            contract=contract.to_json(),
-        )
-    log.info("bench: results are in %s", path)

@@ -73,6 +73,8 @@ def _explained(error: BaseException) -> str:
         if choices:
             options = choices[1].split(", ")
             rule = f"it must be one of {', '.join(options)}{_meant(str(cause.value), options)}"
+        if "is not a ListConfig" in rule:
+            rule = f"it must be a list: write {cause.full_key}=[{cause.value}]"
         return f"{cause.full_key} is {cause.value!r}; {rule}"
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"

@@ -37,6 +37,11 @@ STAGES = {
         needs="target, export",
         makes="acceptance and speedup against plain decoding",
     ),
+    Stage.promote: StageInfo(
+        needs="export, bench", makes="the draft a registered version, and the champion if it is best"
+    ),
+    Stage.plan: StageInfo(needs="nothing", makes="a list of what all would find, and of what it would make"),
+    Stage.report: StageInfo(needs="bench", makes="a page that compares benchmarks of drafts"),
     Stage.ask: StageInfo(
         needs="target, export",
         makes="the served model's answers to a few questions, on the screen",
@@ -49,6 +54,10 @@ STAGES = {
     Stage.roofline: StageInfo(
         needs="nothing",
         makes="the target's own speed at its sizes, against the machine's bandwidth",
+    ),
+    Stage.feasibility: StageInfo(
+        needs="nothing",
+        makes="the speedup that any draft could give, and what making one costs",
     ),
     Stage.peer: StageInfo(
         needs="target",

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pipeline.compile.hlo import Collective, Instruction, Program
 from pipeline.cost.chips import GIB, Chip
 from pipeline.model.gpt_oss.experts_pallas import HIT_EXPERTS
+from pipeline.pages.columns import columns
 from pipeline.progress import MIB
 
 COPIED_BYTES = MIB  # smaller copies are not counted
@@ -107,9 +108,7 @@ def program_table(reports: Sequence[ProgramReport], chip: Chip) -> str:
         "floor",
     )
     rows = [head, *(_row(one, chip) for one in reports)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
+    lines = [columns(rows)]
     for one in reports:
         lines.append(f"{one.name}: {_exchanged(one)}")
         lines += [f"  PROBLEM: {problem}" for problem in one.problems]

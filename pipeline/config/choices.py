@@ -12,9 +12,13 @@ class Stage(enum.Enum):
     export = "export"
     serve = "serve"
     bench = "bench"
+    plan = "plan"
+    report = "report"
+    promote = "promote"
     ask = "ask"
     compile = "compile"
     roofline = "roofline"
+    feasibility = "feasibility"
     peer = "peer"
     train_peer = "train_peer"
     smoke = "smoke"
@@ -129,3 +133,13 @@ class ServeMode(enum.Enum):
 
     dflash = "dflash"
     plain = "plain"
+
+
+class EngineName(enum.Enum):
+    """Names the program that serves: `own` is this pipeline's, the others run in environments of their own."""
+
+    own = "own"
+    sglang_jax = "sglang_jax"
+    sglang = "sglang"
+    vllm = "vllm"
+    tpu_inference = "tpu_inference"

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from pipeline.config.choices import (
     Effort,
+    EngineName,
     ExpertWeights,
     FeatureSource,
     FeatureStore,
@@ -38,6 +39,7 @@ from pipeline.config.fields import (
     day,
     even,
     group,
+    none_or_positive,
     not_negative,
     page_size,
     path_text,
@@ -185,7 +187,7 @@ class TeacherCacheConfig:
     prompts, which the target wrote earlier, with this `temperature` (0 is greedy) and `top_p`. `features` null:
     bfloat16, or none when `train.features=live`. `verify` is the share of train sequences that the target reads again
     when the cache is complete. Of `num_writers` commands with the same settings, `writer` makes each its share. The
-    engine that answers has `slots` slots.
+    engine that answers has `slots` slots; with a `draft` of the target (a directory or hub id) it decodes by DFLASH.
     """
 
     path: str | None = setting(None, key=None, is_path=True)
@@ -200,6 +202,7 @@ class TeacherCacheConfig:
     max_prompt_tokens: int = setting(128, rule=positive, key=TEACHER_CACHE)
     max_new_tokens: int = setting(192, rule=positive, key=TEACHER_CACHE)
     slots: int = setting(64, rule=positive, key=TEACHER_CACHE)
+    draft: str | None = setting(None, key=TEACHER_CACHE, is_path=True)  # counts by its weights
     shard_sequences: int = setting(256, rule=positive, key=TEACHER_CACHE)
 
 
@@ -320,9 +323,26 @@ class ServeConfig:
     `client_seconds` is how long a client may take to send its headers, its body, and to read what it is sent. After
     SIGTERM, requests that run have `drain_seconds`. `log_requests` writes a line for each request, without its content.
     With `compare` the target answers alone too, under /plain, from an engine of its own.
+
+    `draft` is the address of a registered draft, `models:/NAME@champion`; a running server takes over the one that a
+    promotion puts there on SIGHUP, and every `draft_poll_seconds` where that is set.
+
+    Another `engine` than `own` is started as a program, with the interpreter `engine_python` and `engine_args` behind
+    its own arguments, and must be healthy within `engine_start_seconds`; `dry_run` prints its command and ends. With
+    `gateway` this server stands before it, and requests that its draft cannot serve go to the engine at `plain_url`,
+    or are refused.
     """
 
     mode: ServeMode = setting(ServeMode.dflash, key=None)
+    draft: str | None = setting(None, key=None)
+    draft_poll_seconds: float | None = setting(None, rule=positive, key=None)
+    engine: EngineName = setting(EngineName.own, key=None)
+    engine_python: str = setting("python3", key=None)
+    engine_args: list[str] = setting(list, factory=True, key=None)
+    engine_start_seconds: float = setting(1800.0, rule=positive, key=None)
+    gateway: bool = setting(False, key=None)
+    plain_url: str | None = setting(None, key=None)
+    dry_run: bool = setting(False, key=None)
     slots: int = setting(8, rule=positive, key=None)
     reasoning_effort: ReasoningEffort = setting(ReasoningEffort.medium, key=None)
     default_temperature: float | None = setting(None, rule=not_negative, key=None)
@@ -346,11 +366,31 @@ class ServeConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class ObjectiveConfig:
+    """Sets when a request of an open loop counts as served well: by its first token, and by the time of the others."""
+
+    ttft_seconds: float = setting(0.5, rule=positive, key=None)
+    tpot_seconds: float = setting(0.05, rule=positive, key=None)
+
+
+@dataclasses.dataclass(kw_only=True)
 class BenchConfig:
     """Sets plain decoding against DFLASH on held-out prompts, stretched to `prompt_tokens` when that is set.
 
-    With a `temperature` both arms sample, with equal seeds. `profile_slots` are numbers of slots to time single steps
-    at: what a round costs in plain steps, its parts, and the host's share.
+    `prompt_sets` are measured instead of them, `num_prompts` questions of each: gsm8k, math500, humaneval, mbpp,
+    mt-bench and alpaca from the hub, or `NAME:PATH` of a local copy.
+
+    Each arm passes `repeats` times, and up to `max_repeats` times until half of the speedup's 95% interval is at most
+    `interval` of the speedup, where that is set. With a `temperature` both arms sample, with equal seeds. Beside the
+    draft's own block size, `block_sizes` are measured in the same passes, and with `adaptive` the choice of them that a
+    server makes. `sweep_slots` are further numbers of requests at once, `request_rates` requests a second of an open
+    loop, of which goodput counts those within `slo`. `profile_slots` are numbers of slots to time single steps at:
+    what a round costs in plain steps, its parts, and the host's share. Beyond the share `max_looping`, answers that
+    repeat themselves are left out.
+
+    With `plain_url` and `dflash_url` two running servers are compared instead, `slots` requests at a time, with
+    the key of the environment variable BENCH_API_KEY if they ask for one. `dflash_log` is the file of an sglang-jax
+    server's log, which alone says what it accepts.
     """
 
     num_prompts: int = setting(128, rule=positive, key=None)
@@ -358,10 +398,45 @@ class BenchConfig:
         192, rule=at_least(2, "the first token is prefill's, and decoding is timed over the others"), key=None
     )
     prompt_tokens: int | None = setting(None, rule=positive, key=None)
+    prompt_sets: list[str] = setting(list, factory=True, key=None)
     temperature: float = setting(0.0, rule=not_negative, key=None)
     slots: int = setting(1, rule=positive, key=None)
-    profile_slots: list[int] = setting(list, factory=True, key=None)
+    block_sizes: list[int] = setting(list, factory=True, rule=none_or_positive, key=None)
+    adaptive: bool = setting(False, key=None)
+    sweep_slots: list[int] = setting(list, factory=True, rule=none_or_positive, key=None)
+    request_rates: list[float] = setting(list, factory=True, rule=none_or_positive, key=None)
+    slo: ObjectiveConfig = group(ObjectiveConfig)
+    profile_slots: list[int] = setting(list, factory=True, rule=none_or_positive, key=None)
     repeats: int = setting(4, rule=positive, key=None)
+    interval: float | None = setting(None, rule=positive_share, key=None)
+    max_repeats: int = setting(32, rule=positive, key=None)
+    max_looping: float = setting(0.1, rule=share, key=None)
+    plain_url: str | None = setting(None, key=None)
+    dflash_url: str | None = setting(None, key=None)
+    dflash_log: str | None = setting(None, key=None, is_path=True)
+
+
+@dataclasses.dataclass(kw_only=True)
+class PromoteConfig:
+    """Sets which registered model the exported draft becomes a version of (null: the target's name and `-dflash`).
+
+    It becomes the champion if its newest benchmark is better than the champion's beyond both intervals, it changes no
+    answer, and accepts within `tolerance` what training measured. `rollback` makes the one before champion again.
+    """
+
+    model: str | None = setting(None, rule=plain_name, key=None)
+    tolerance: float = setting(0.02, rule=positive, key=None)
+    rollback: bool = setting(False, key=None)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReportConfig:
+    """Names the benchmarks that `stage=report` compares with the first of them; none: all under `output_dir`.
+
+    A record is a results.json, a directory or pattern of them, or `runs:/<id>` of a run in MLflow.
+    """
+
+    records: list[str] = setting(list, factory=True, key=None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -422,13 +497,48 @@ class RooflineConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class FeasibilityConfig:
+    """Sets what `stage=feasibility` asks: how fast can any draft of `draft` make the target of `target.architecture`?
+
+    For `num_devices` of each of `chips`, by their rooflines: kernels reach `bandwidth_share` of the bandwidth and
+    `peak_share` of the peak, the host adds `host_seconds` to a step, and of a block's tokens the share `agreement`
+    choose the experts of others. With `measure` steps are timed on this machine, at random weights; `report` is a file
+    of `stage=compile`. With `traffic` the experts that blocks choose are counted, on the teacher cache's answers, which
+    needs the target's weights. Speedups are given for `accept_lengths`, for a draft that is always right, and for one
+    whose tokens are accepted at `accept_rate` each, by which block sizes are compared. The bill is for `prompts.count`
+    prompts of `prompt_tokens` with answers of `answer_tokens`; `price_per_hour` is that of one device.
+    """
+
+    chips: list[str] = setting(
+        lambda: ["v5e", "v5p", "v6e", "v7x", "h100", "h200", "b200", "mi300x"], factory=True, key=None
+    )
+    num_devices: int = setting(8, rule=positive, key=None)
+    block_sizes: list[int] = setting(lambda: [4, 8, 16], factory=True, rule=all_positive, key=None)
+    concurrencies: list[int] = setting(lambda: [1, 8, 32], factory=True, rule=all_positive, key=None)
+    context: int = setting(1024, rule=positive, key=None)
+    bandwidth_share: float = setting(0.6, rule=positive_share, key=None)
+    peak_share: float = setting(0.4, rule=positive_share, key=None)
+    agreement: float = setting(0.5, rule=below_one, key=None)
+    host_seconds: float = setting(0.0, rule=not_negative, key=None)
+    traffic: bool = setting(False, key=None)
+    accept_lengths: list[float] = setting(lambda: [2.0, 3.0, 4.0, 6.0], factory=True, rule=all_positive, key=None)
+    accept_rate: float = setting(0.8, rule=share, key=None)
+    measure: bool = setting(False, key=None)
+    report: str | None = setting(None, key=None, is_path=True)
+    prompt_tokens: int = setting(256, rule=positive, key=None)
+    answer_tokens: int = setting(1024, rule=positive, key=None)
+    price_per_hour: float | None = setting(None, rule=positive, key=None)
+
+
+@dataclasses.dataclass(kw_only=True)
 class PeerConfig:
-    """Describes another program that decodes the same prompts greedily.
+    """Describes another program that decodes the same prompts greedily, plainly or with the exported `draft`.
 
     What `command` reads and writes is described in pipeline/peer/decoding.py.
     """
 
     command: list[str] = setting(list, factory=True, key=None)
+    draft: bool = setting(False, key=None)
     num_prompts: int = setting(4, rule=positive, key=None)
     max_new_tokens: int = setting(64, rule=positive, key=None)
     repeats: int = setting(3, rule=positive, key=None)
@@ -451,8 +561,9 @@ class TrainPeerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrackingConfig:
-    """Sets MLflow's store. `uri` null: a SQLite file under `output_dir`."""
+    """Sets MLflow's store, unless nothing is to be tracked. `uri` null: a SQLite file under `output_dir`."""
 
+    enabled: bool = setting(True, key=None)
     uri: str | None = setting(None, key=None)
     experiment: str = setting("dflash", key=None)
 
@@ -478,8 +589,11 @@ class PipelineConfig:
     engine: EngineSettings = group(EngineSettings)
     serve: ServeConfig = group(ServeConfig)
     bench: BenchConfig = group(BenchConfig)
+    report: ReportConfig = group(ReportConfig)
+    promote: PromoteConfig = group(PromoteConfig)
     ask: AskConfig = group(AskConfig)
     roofline: RooflineConfig = group(RooflineConfig)
+    feasibility: FeasibilityConfig = group(FeasibilityConfig)
     peer: PeerConfig = group(PeerConfig)
     train_peer: TrainPeerConfig = group(TrainPeerConfig)
     mesh: MeshConfig = group(MeshConfig)

@@ -5,9 +5,19 @@ import urllib.parse
 from pathlib import Path
 
 from pipeline.config import fields
-from pipeline.config.choices import Effort, FeatureSource, FeatureStore, Generator, PromptSource, Stage
+from pipeline.config.choices import (
+    Effort,
+    EngineName,
+    FeatureSource,
+    FeatureStore,
+    Generator,
+    PromptSource,
+    ServeMode,
+    Stage,
+)
 from pipeline.config.schema import (
     ArchitectureConfig,
+    BenchConfig,
     DraftConfig,
     PipelineConfig,
     PromptsConfig,
@@ -37,6 +47,8 @@ def validate(config: PipelineConfig) -> None:
         *_features(config),
         *_export(config),
         *_serve(config.serve),
+        *_registered_draft(config.serve, config.export.path),
+        *_bench(config.bench, is_on_hosts=uses_hosts(config.mesh)),
         *_hosts(config),
     ]
     if broken:
@@ -123,6 +135,11 @@ def _teacher_cache(cache: TeacherCacheConfig) -> list[str]:
             "teacher_cache.openai.url is no plain address; it must be such as http://localhost:8000/v1, without user, "
             "password or query: the key goes in the environment variable named by teacher_cache.openai.api_key_env"
         )
+    if cache.draft is not None and cache.generator is not Generator.engine:
+        broken.append(
+            f"teacher_cache.draft is {cache.draft}; it is for answers of our engine: teacher_cache.generator is "
+            f"{cache.generator.value}"
+        )
     if cache.writer >= cache.num_writers:
         broken.append(f"teacher_cache.writer is {cache.writer}; it must be 0 to teacher_cache.num_writers - 1")
     return broken
@@ -203,6 +220,35 @@ def _serve(serve: ServeConfig) -> list[str]:
     if (serve.tls_certificate is None) == (serve.tls_key is None):
         return []
     return ["serve.tls_certificate and serve.tls_key name the two files of a certificate; set both or neither"]
+
+
+def _registered_draft(serve: ServeConfig, export_path: str | None) -> list[str]:
+    if serve.draft is None:
+        return []
+    broken = []
+    if serve.engine is not EngineName.own or serve.mode is ServeMode.plain or serve.compare:
+        broken.append(f"serve.draft is {serve.draft}; it is for this project's own engine, with its draft, alone")
+    if export_path is not None:
+        broken.append(f"serve.draft is {serve.draft} and export.path is {export_path}; give one")
+    return broken
+
+
+def _bench(bench: BenchConfig, *, is_on_hosts: bool) -> list[str]:
+    broken = []
+    if (bench.plain_url is None) != (bench.dflash_url is None):
+        found = "bench.plain_url" if bench.dflash_url is None else "bench.dflash_url"
+        return [f"{found} is set alone; it must come with the other arm's address"]
+    own = ("temperature", "profile_slots", "block_sizes", "adaptive")
+    used = [f"bench.{name}" for name in own if getattr(bench, name)]
+    if bench.plain_url is not None and used:
+        broken.append(f"bench.plain_url is set; {', '.join(used)} is for this process's own engines: leave it out")
+    if is_on_hosts and (bench.interval is not None or bench.request_rates):
+        broken.append(
+            "bench.interval and bench.request_rates follow the clock; several hosts run the same steps: leave them out"
+        )
+    if bench.max_repeats < bench.repeats:
+        broken.append(f"bench.max_repeats is {bench.max_repeats}; it must be at least bench.repeats ({bench.repeats})")
+    return broken
 
 
 def _hosts(config: PipelineConfig) -> list[str]:

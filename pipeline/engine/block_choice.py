@@ -2,11 +2,10 @@
 
 import collections
 import dataclasses
-import statistics
 from collections.abc import Sequence
 
 MEMORY = 0.98  # weight of what was known before, at every round that adds to it
-TIMES = 9  # of a size's rounds, of which the median counts
+TIMES = 9  # of a size's last rounds, of which the shortest counts: what else a machine does only adds to them
 MIN_GAIN = 1.02  # of another size over the present one, before it is taken
 PROBE_EVERY = 400  # rounds after which a size is tried again that was not used
 FIRST_ROUNDS = 16  # of the largest size, before anything is known of the draft
@@ -78,10 +77,7 @@ class BlockChoice:
             confirmed / counted if counted else 0.0
             for confirmed, counted in zip(self._confirmed, self._counted, strict=True)
         ]
-        return {
-            size: Estimate(1.0 + sum(shares[: size - 1]), statistics.median(times))
-            for size, times in self._seconds.items()
-        }
+        return {size: Estimate(1.0 + sum(shares[: size - 1]), min(times)) for size, times in self._seconds.items()}
 
     def _best(self) -> int:
         found = self.estimates()

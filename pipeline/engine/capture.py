@@ -67,7 +67,7 @@ def capture(
     specs = None if runtime.mesh is None else placement.target_specs(target)
     program = _program(tapped_layers, sampling, keys is not None, runtime, specs)
     running: tuple[list[int], tuple[Array, Array, Array]] | None = None
-    for indices, length in _batches([len(text) for text in texts]):
+    for indices, length in batches([len(text) for text in texts]):
         token_ids = np.zeros((BATCH_SEQUENCES, length), np.int32)
         for row, index in enumerate(indices):
             token_ids[row, : len(texts[index])] = texts[index]
@@ -121,7 +121,7 @@ def padded_text_length(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def _batches(num_tokens: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+def batches(num_tokens: Sequence[int]) -> Iterator[tuple[list[int], int]]:
     """Yields the indices of the texts of each batch, and the length that they are padded to."""
     groups: dict[int, list[int]] = collections.defaultdict(list)
     for index, count in enumerate(num_tokens):

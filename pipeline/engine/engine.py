@@ -5,36 +5,34 @@ a request goes on (stop tokens, budgets) is on the devices already. The host kno
 takes pages for as many as the steps under way may commit.
 """
 
+import copy
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
-from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine import compiled_steps, log_probs
-from pipeline.engine.block_choice import BlockChoice, Estimate
+from pipeline.engine.block_choice import Estimate
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.in_flight import Dispatched, EngineTimes, InFlight
 from pipeline.engine.layout import rows_of_shard
-from pipeline.engine.page_pool import Key, keys_of
+from pipeline.engine.prompt_chunk import chunk_of
 from pipeline.engine.request import Completion, Request, StepUpdate, TokenLogProb
 from pipeline.engine.request_check import require_runnable
-from pipeline.engine.row_pages import RowPages
-from pipeline.engine.sampling_params import GREEDY, SamplingParams, history_of, set_row
-from pipeline.engine.scheduler import NoRoom, Running, Scheduler
-from pipeline.engine.state import DEFERRED_STEPS, PrefillChunk, StepOutput, block_sizes_of, layout_of
+from pipeline.engine.sampling_params import GREEDY, SamplingParams, history_of
+from pipeline.engine.scheduler import Running, Scheduler
+from pipeline.engine.slot_pages import SlotPages
+from pipeline.engine.state import DEFERRED_STEPS, StepOutput, block_sizes_of, layout_of
+from pipeline.engine.step_counts import StepCounts
 from pipeline.engine.step_rows import StepRows, rows_for
 from pipeline.engine.token_masks import fill_masks
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
-from pipeline.model.layers.kv_pages import NOWHERE, PageTables
-from pipeline.model.layers.token_rules import greedy_rules
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 
 MANY_ROWS = 4  # of a prefill step, of which a single prompt is not to pay for all: it gets a program of its own
@@ -65,21 +63,16 @@ class Engine:
         self._rows_of_shard = rows_of_shard(self._slots_of_shard, config)
         self._num_shards = num_shards
         self._runtime = runtime
-        self._greedy = jax.tree.map(np.asarray, greedy_rules(1))
         self._scheduler = Scheduler(config.num_slots)
-        self._layout = layout_of(target, draft, config, num_shards)
-        self._pages = [
-            RowPages(self._layout, self._slots_of_shard, reuse=config.reuse_prefixes) for _ in range(num_shards)
-        ]
+        layout = layout_of(target, draft, config, num_shards)
+        self._pages = SlotPages(
+            layout, slots_of_shard=self._slots_of_shard, num_shards=num_shards, reuse=config.reuse_prefixes
+        )
         self.block_size = None if draft is None else draft.config.block_size
         counts = {count for count in config.row_counts if count < self._slots_of_shard} | {self._slots_of_shard}
-        self._choices = {count: BlockChoice(block_sizes_of(draft, config)) for count in sorted(counts)}
-        self._last_count = self._slots_of_shard  # rows of a shard in the last step that decoded
+        self._counts = StepCounts(self.block_size, block_sizes_of(draft, config), sorted(counts))
         self._num_deferred = 0
         self._has_masks = False  # on the devices, from a step before
-        self.acceptance = acceptance.empty(self.block_size or 1)
-        self.smaller_blocks: dict[int, Acceptance] = {}
-        self.times = EngineTimes()
         self.num_preempted = 0
         self._num_steps = 0
         self._in_flight = InFlight()
@@ -113,25 +106,43 @@ class Engine:
     @property
     def num_pages(self) -> int:
         """The number of pages of layers that see everything."""
-        return self._layout.num_pages * self._num_shards
+        return self._pages.layout.num_pages * self._num_shards
 
     @property
     def num_free_pages(self) -> int:
         """The number of pages that no request uses, of layers that see everything."""
-        return sum(pages.num_available for pages in self._pages)
+        return self._pages.num_available
 
     @property
-    def block_estimates(self) -> dict[int, Estimate]:
+    def acceptance(self) -> Acceptance:
+        """What rounds of the draft's own block size accepted."""
+        return self._counts.acceptance
+
+    @property
+    def smaller_blocks(self) -> Mapping[int, Acceptance]:
+        """What rounds of smaller block sizes accepted, by their size."""
+        return self._counts.smaller_blocks
+
+    @property
+    def times(self) -> EngineTimes:
+        """The tokens and seconds of all steps that were read."""
+        return self._counts.times
+
+    @property
+    def block_estimates(self) -> Mapping[int, Estimate]:
         """What a round of each block size is expected to yield and to take; empty where nothing is chosen.
 
         Times are those of as many rows as the last round had.
         """
-        choice = self._choices[self._last_count]
-        return choice.estimates() if len(choice.sizes) > 1 else {}
+        return self._counts.estimates()
 
     def plain_beside(self) -> "Engine":
         """Returns an engine of the same target without a draft, with slots and pages of its own."""
         return Engine(self._target, None, dataclasses.replace(self.config, block_sizes=()), self._runtime)
+
+    def with_draft(self, draft: DraftModel) -> "Engine":
+        """Returns an engine of the same target and sizes with another draft, with slots and pages of its own."""
+        return Engine(self._target, draft, self.config, self._runtime)
 
     def check(self, request: Request) -> None:
         """Raises PipelineError when a request cannot be run.
@@ -153,7 +164,7 @@ class Engine:
             self.check(request)
         for request in requests:
             is_scored = request.sampling.prompt_logprobs is not None  # so all of the prompt must be computed
-            self._scheduler.add(request, [] if is_scored else self._keys_of(request.prompt_ids))
+            self._scheduler.add(request, [] if is_scored else self._pages.keys_of(request.prompt_ids))
 
     def cancel(self, request_id: str) -> None:
         """Forgets a request, waiting or running; an unknown id is no error, for the request may just have finished."""
@@ -182,7 +193,7 @@ class Engine:
 
         `on_compiled` gets the name of each part when it is ready.
         """
-        before = self.acceptance, self.smaller_blocks, self.times
+        before = copy.copy(self._counts)
         sampling = SamplingParams(presence_penalty=1.0) if self.config.samples else GREEDY  # has a history to set
         for count in sorted({1, min(self._num_shards + 1, self.config.num_slots)}):  # then a shard has two prompts
             names = [f"warm-up {index}" for index in range(count)]
@@ -194,24 +205,24 @@ class Engine:
         on_compiled("prefill")
         if self.config.samples:
             self._set_masks({})
-        for count, choice in self._choices.items():
+        for count in self._counts.row_counts:
             rows = rows_for({}, [count], self._slots_of_shard, self._num_shards)
-            self._choices[count] = BlockChoice(choice.sizes)
-            for size in choice.sizes:
+            self._counts.forget_times(count)
+            for size in self._counts.sizes:
                 self._warm_up_round(rows, size)
                 name = f"a round of {size}" if size > 1 else "a plain step"
                 on_compiled(f"{name}, {count} of {self._slots_of_shard} slots")
-        self.acceptance, self.smaller_blocks, self.times = before
+        self._counts = before  # whose block choices are the same
 
     def _warm_up_round(self, rows: StepRows, size: int) -> None:
         """Compiles a round with so many rows and a block size, where none has run yet, and takes its time."""
         jax.block_until_ready(self._dispatch_round(rows, size))
-        if self.config.samples and 1 < size == self._choices[rows.count].sizes[-1]:
+        if self.config.samples and 1 < size == self._counts.sizes[-1]:
             jax.block_until_ready(self._verify(rows, self._drafted(rows, size)))
         for _ in range(3):
             started = time.perf_counter()
             jax.block_until_ready(self._dispatch_round(rows, size))
-            self._choices[rows.count].took(size, time.perf_counter() - started)
+            self._counts.took(rows.count, size, time.perf_counter() - started)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Runs requests through the slots and yields each one's completion when it finishes."""
@@ -257,11 +268,11 @@ class Engine:
             self._extend_context(rows)
         step = self._steps.dflash_round(size) if size > 1 else self._steps.plain_step
         self._num_deferred += size == 1 and self._draft is not None
-        self._state, output = step(self._target, self._draft, self._state, self._tables(rows), rows.indices)
+        self._state, output = step(self._target, self._draft, self._state, self._pages.tables(rows), rows.indices)
         return output
 
     def _extend_context(self, rows: StepRows) -> None:
-        self._state = self._steps.extend_context(self._draft, self._state, self._tables(rows), rows.indices)
+        self._state = self._steps.extend_context(self._draft, self._state, self._pages.tables(rows), rows.indices)
         self._num_deferred = 0
 
     def _dispatch_masked(self, rows: StepRows, constrained: dict[int, Running], size: int) -> StepOutput:
@@ -279,12 +290,12 @@ class Engine:
         return self._verify(rows, drafted)
 
     def _drafted(self, rows: StepRows, size: int) -> np.ndarray:
-        draft_apart, tables = self._steps.draft_apart(size), self._tables(rows)
+        draft_apart, tables = self._steps.draft_apart(size), self._pages.tables(rows)
         return np.array(draft_apart(self._target, self._draft, self._state, tables, rows.indices))
 
     def _verify(self, rows: StepRows, drafted: np.ndarray) -> StepOutput:
         self._state, output = self._steps.verify_apart(
-            self._target, self._draft, self._state, self._tables(rows), rows.indices, drafted
+            self._target, self._draft, self._state, self._pages.tables(rows), rows.indices, drafted
         )
         return output
 
@@ -295,34 +306,18 @@ class Engine:
         self._state = self._steps.set_masks(self._state, *masks)
         self._has_masks = bool(constrained)
 
-    def _keys_of(self, tokens: Sequence[int], before: Sequence[Key] = ()) -> list[Key]:
-        return keys_of(tokens, self.config.page_size, before) if self.config.reuse_prefixes else []
-
     def _slot_for(self, one: Running, free: Sequence[int]) -> int | None:
-        """Chooses a free slot for a request and opens its row: where most of its pages are, or most are free.
-
-        Returns None while another request computes pages that this one can share, and raises NoRoom.
-        """
-        count = one.num_to_prefill
-        found = []
-        for shard in sorted({slot // self._slots_of_shard for slot in free}):
-            pages = self._pages[shard]
-            reusable = pages.num_reusable(one.keys, count)
-            if pages.is_coming(one.keys[: (count - 1) // self.config.page_size], reusable):
-                return None
-            if pages.can_open(reusable, one.keys, count):
-                found.append((reusable, pages.num_available, shard))
-        if not found:
-            raise NoRoom
-        reusable, _, shard = max(found, key=lambda each: each[:2])
-        slot = next(slot for slot in reversed(free) if slot // self._slots_of_shard == shard)
-        reused = self._pages[shard].open(slot % self._slots_of_shard, reusable, one.keys, count)
+        """Chooses a free slot for a request, as `SlotPages.open` does, and begins with what is computed already."""
+        opened = self._pages.open(one, free)
+        if opened is None:
+            return None
+        slot, reused = opened
         one.num_prefilled = reused
         if not one.num_generated:
             one.num_reused = reused
         if one.request.sampling.is_penalised:
             self._set_history(one, slot)
-        self.times = dataclasses.replace(self.times, reused_tokens=self.times.reused_tokens + reused)
+        self._counts.reused(reused)
         return slot
 
     def _set_history(self, one: Running, slot: int) -> None:
@@ -351,7 +346,13 @@ class Engine:
         is_single = self._rows_of_shard >= MANY_ROWS and all(row == 0 for _, row, _ in chosen)
         height = 1 if is_single else self._rows_of_shard
         rows = {shard * height + row: one for shard, row, one in chosen}
-        chunk = self._chunk_of(rows, height)
+        chunk = chunk_of(
+            rows,
+            self._pages,
+            (self._num_shards * height, self.config.prefill_chunk),
+            first_id=self._first_id,
+            stops_of=self._stops_of,
+        )
         ending = {one.slot: one for row, one in rows.items() if chunk.is_last[row] and one.constraint is not None}
         if ending or self._has_masks:
             self._set_masks(ending)
@@ -360,7 +361,7 @@ class Engine:
             one.num_prefilled += int(chunk.num_tokens[row])
             one.last_prefill = self._num_steps
             one.is_decoding = bool(chunk.is_last[row])
-            self._pages_of(one).commit(self._row_of(one), one.tokens, one.num_prefilled)
+            self._pages.commit(one, one.num_prefilled)
         self._in_flight.add(Dispatched(output, rows, None, {row: int(chunk.num_tokens[row]) for row in rows}))
         return True
 
@@ -378,15 +379,15 @@ class Engine:
             by_slot = {slot: one for slot, one in self._scheduler.running.items() if one.is_decoding}
             if all(one.is_surely_done for one in by_slot.values()):
                 return False
-            rows = rows_for(by_slot, tuple(self._choices), self._slots_of_shard, self._num_shards)
-            size = size or self._choose_size(rows, any(one.constraint is not None for one in by_slot.values()))
+            constrained = {slot: one for slot, one in by_slot.items() if one.constraint is not None}
+            rows = rows_for(by_slot, self._counts.row_counts, self._slots_of_shard, self._num_shards)
+            size = size or self._counts.choose_size(rows.count, is_constrained=bool(constrained))
             if all(self._grow(one, size) for one in by_slot.values()):
                 break
             if self._in_flight:
                 self._read(0)
             else:
                 self._preempt()
-        constrained = {slot: one for slot, one in by_slot.items() if one.constraint is not None}
         if constrained:
             output = self._dispatch_masked(rows, constrained, size)
         else:
@@ -399,22 +400,16 @@ class Engine:
         self._in_flight.add(Dispatched(output, rows.by_row, size, num_rows=rows.count, is_masked=bool(constrained)))
         return True
 
-    def _choose_size(self, rows: StepRows, is_constrained: bool) -> int:
-        self._last_count = rows.count
-        choice = self._choices[rows.count]
-        size = choice.choose()
-        return choice.sizes[-1] if is_constrained and size > 1 else size  # of which draft and verification run apart
-
     def _grow(self, one: Running, size: int) -> bool:
         """Takes pages for what the next round may commit; returns False when there are too few."""
         prompt = len(one.request.prompt_ids)
         most = max(prompt, len(one.tokens) - 1) + one.tokens_ahead + size
-        return self._pages_of(one).grow(self._row_of(one), min(most, prompt + one.request.max_new_tokens))
+        return self._pages.grow(one.slot, min(most, prompt + one.request.max_new_tokens))
 
     def _preempt(self) -> None:
         """Takes the slot of the request that arrived last; what is under way must have been read."""
         one = self._scheduler.youngest()
-        self._scheduler.preempt(one, self._keys_of(one.tokens, one.keys))
+        self._scheduler.preempt(one, self._pages.keys_of(one.tokens, one.keys))
         self._stop_slot(one.slot)
         self.num_preempted += 1
 
@@ -424,7 +419,7 @@ class Engine:
         Steps that are under way still write to them, but only behind what is committed, and before any later step.
         """
         self._state = dataclasses.replace(self._state, active=self._state.active.at[slot].set(False))
-        self._pages[slot // self._slots_of_shard].close(slot % self._slots_of_shard)
+        self._pages.close(slot)
 
     def _read(self, num_left: int) -> None:
         """Reads the oldest steps until `num_left` are under way."""
@@ -449,7 +444,7 @@ class Engine:
                 num_tokens += count
                 accepted.append(count - 1)
                 self._update(one, output, row, size)
-            self._count(step, num_tokens, accepted, seconds, waited)
+            self._counts.add(step, num_tokens, accepted, seconds, waited)
 
     def _update(self, one: Running, output: StepOutput, row_of_output: int, size: int | None) -> None:
         """Adds a row's tokens to what is known of a request, and ends it when they are its last ones."""
@@ -457,13 +452,12 @@ class Engine:
         one.tokens += new
         if one.constraint is not None:
             one.constraint.advance(new)
-        pages, row = self._pages_of(one), self._row_of(one)
-        pages.commit(row, one.tokens, len(one.tokens) - 1, num_pending=self._num_deferred)
+        self._pages.commit(one, len(one.tokens) - 1, num_pending=self._num_deferred)
         reason = None
         if output.finished[row_of_output]:
             reason = "stop" if new[-1] in self._stops_of(one) else "length"
             self._scheduler.release(one.slot)
-            pages.close(row)
+            self._pages.close(one.slot)
         num_drafted = 0 if size is None else size - 1
         self._updates.append(
             StepUpdate(
@@ -478,90 +472,9 @@ class Engine:
             )
         )
 
-    def _count(self, step: Dispatched, num_tokens: int, accepted: list[int], seconds: float, waited: float) -> None:
-        times, size, wait_seconds = self.times, step.block_size, self.times.wait_seconds + waited
-        if size is None:
-            self.times = dataclasses.replace(
-                times,
-                prefill_tokens=times.prefill_tokens + sum(step.num_columns.values()),
-                prefill_seconds=times.prefill_seconds + seconds,
-                wait_seconds=wait_seconds,
-            )
-            return
-        self.times = dataclasses.replace(
-            times,
-            decode_tokens=times.decode_tokens + num_tokens,
-            decode_seconds=times.decode_seconds + seconds,
-            wait_seconds=wait_seconds,
-        )
-        if not accepted:
-            return
-        if not step.is_masked:
-            self._choices[step.num_rows].took(size, seconds)
-        for choice in self._choices.values():
-            choice.accepted(size, accepted)
-        if size == self.block_size:
-            self.acceptance += Acceptance.of(accepted, size)
-        elif size > 1:
-            before = self.smaller_blocks.get(size, acceptance.empty(size))
-            self.smaller_blocks = {**self.smaller_blocks, size: before + Acceptance.of(accepted, size)}
-
-    def _chunk_of(self, by_row: dict[int, Running], height: int) -> PrefillChunk:
-        """Returns the next tokens of the requests in these rows; each shard has `height` rows, for its own slots."""
-        rows, columns = self._num_shards * height, self.config.prefill_chunk
-        full: Callable[..., Any] = np.full  # a jitted step takes NumPy's arrays as it takes JAX's
-        tables = np.full((2, rows, self._layout.pages_of_row), NOWHERE, np.int32)
-        chunk = PrefillChunk(
-            rows=full(rows, self._slots_of_shard, np.int32),  # past the last slot: dropped
-            token_ids=full((rows, columns), 0, np.int32),
-            start=full(rows, 0, np.int32),
-            num_tokens=full(rows, 1, np.int32),
-            budget=full(rows, 0, np.int32),
-            is_last=full(rows, False, bool),
-            first_ids=full(rows, -1, np.int32),
-            following=full((rows, columns), 0, np.int32),
-            scored=full(rows, False, bool),
-            tables=PageTables(*tables),
-            rules=jax.tree.map(lambda one: np.repeat(one, rows, axis=0), self._greedy),
-        )
-        for row, one in by_row.items():
-            start, slot = one.num_prefilled, self._row_of(one)
-            part = one.tokens[start : min(start + columns, one.num_to_prefill)]
-            grown = self._pages_of(one).grow(slot, start + len(part))
-            assert grown, "a prompt's pages are taken when it gets its slot"
-            chunk.rows[row] = slot
-            chunk.token_ids[row, : len(part)] = part
-            chunk.start[row] = start
-            chunk.num_tokens[row] = len(part)
-            chunk.budget[row] = one.request.max_new_tokens - max(one.num_generated - 1, 0)
-            chunk.is_last[row] = start + len(part) == one.num_to_prefill
-            chunk.first_ids[row] = self._first_id(one)
-            if one.request.sampling.prompt_logprobs is not None:
-                behind = one.tokens[start + 1 : start + 1 + len(part)]
-                chunk.following[row, : len(behind)] = behind
-                chunk.scored[row] = True
-            tables[:, row] = self._pages_of(one).row_tables(slot)
-            set_row(chunk.rules, row, one.request.sampling, self._stops_of(one), len(one.request.prompt_ids))
-        return chunk
-
-    def _tables(self, rows: StepRows) -> PageTables:
-        tables = [pages.tables() for pages in self._pages]
-        if rows.indices is not None:
-            parts = rows.indices.reshape(self._num_shards, -1)
-            tables = [
-                np.take(table, part, axis=1, mode="clip") for table, part in zip(tables, parts, strict=True)
-            ]  # a row past the last slot is not active
-        return PageTables(*(tables[0] if len(tables) == 1 else np.concatenate(tables, axis=1)))
-
     def _stops_of(self, one: Running) -> tuple[int, ...]:
         wanted = one.request.sampling.stop_token_ids
         return self.config.stop_token_ids if wanted is None else wanted
-
-    def _pages_of(self, one: Running) -> RowPages:
-        return self._pages[one.slot // self._slots_of_shard]
-
-    def _row_of(self, one: Running) -> int:
-        return one.slot % self._slots_of_shard
 
 
 def _require_fitting(target: TargetModel, config: EngineConfig, num_shards: int) -> None:

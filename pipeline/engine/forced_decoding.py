@@ -44,7 +44,7 @@ class ForcedDecodingEngine(Engine):
             part = _forced(one)[start : start + size]
             forced_ids[slot, : len(part)] = part
         self._state, output = self._steps.forced_round(
-            self._target, self._draft, self._state, self._tables(rows), rows.indices, forced_ids
+            self._target, self._draft, self._state, self._pages.tables(rows), rows.indices, forced_ids
         )
         return output
 

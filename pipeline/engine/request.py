@@ -44,17 +44,18 @@ class StepUpdate:
     counts the drafted tokens that a DFLASH round accepted, of `num_drafted`; None for prefill and plain steps.
     `log_probs` has one for each token where the request asked for them, and `prompt_log_probs`, beside the first token,
     one for each token of the prompt but the first. Of the prompt's tokens `num_reused` were computed for earlier
-    requests.
+    requests. `failure` says why the request, and no other, could not go on; its `finish_reason` is "error".
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: str | None
-    num_accepted: int | None
+    num_accepted: int | None = None
     num_drafted: int | None = None
     log_probs: tuple[TokenLogProb, ...] = ()
     prompt_log_probs: tuple[TokenLogProb, ...] = ()
     num_reused: int = 0
+    failure: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,16 @@
 """How an exported draft is served in each runtime that reads z-lab's layout, and what was tried in it.
 
-Source: docs/runtimes.md; the commands of SGLang and vLLM are those on z-lab's cards of its gpt-oss drafts.
+Source: docs/runtimes.md and pipeline/external/serving_engines.py.
 """
 
 import dataclasses
+import re
+import shlex
 
+from pipeline.external.serving_engines import ENGINES, Service
 from pipeline.model.dflash.config import DFlashConfig
 
+LINE_COLUMNS = 100
 DRAFT_DIRECTORY, TARGET_DIRECTORY = "<this directory>", "<the target's directory>"
 
 
@@ -43,11 +47,7 @@ def _pipeline(target_choice: str) -> RuntimeGuide:
 def _sglang(config: DFlashConfig, target: str) -> RuntimeGuide:
     return RuntimeGuide(
         name="SGLang",
-        command=(
-            f"python -m sglang.launch_server --model-path {target} --dtype bfloat16 \\\n"
-            f"    --speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT_DIRECTORY} \\\n"
-            f"    --speculative-num-draft-tokens {config.block_size} --attention-backend fa3"
-        ),
+        command=_command("sglang", config, target),
         tried="not run: names, shapes and config keys were checked against the rules of its reader (0.5.23)",
         notes=(
             f"its number of draft tokens counts the anchor: it is the block size, {config.block_size}",
@@ -57,13 +57,9 @@ def _sglang(config: DFlashConfig, target: str) -> RuntimeGuide:
 
 
 def _vllm(config: DFlashConfig, target: str) -> RuntimeGuide:
-    drafted = f'{{"method": "dflash", "model": "{DRAFT_DIRECTORY}", "num_speculative_tokens": {config.block_size - 1}}}'
     return RuntimeGuide(
         name="vLLM",
-        command=(
-            f"vllm serve {target} --attention-backend flash_attn --max-num-batched-tokens 32768 \\\n"
-            f"    --speculative-config '{drafted}'"
-        ),
+        command=_command("vllm", config, target),
         tried="not run: names, shapes and config keys were checked against the rules of its reader (0.33)",
         notes=(
             f"its number of tokens leaves the anchor out: {config.block_size - 1}, and never more",
@@ -75,25 +71,33 @@ def _vllm(config: DFlashConfig, target: str) -> RuntimeGuide:
 def _sglang_jax(config: DFlashConfig, target: str) -> RuntimeGuide:
     notes = [
         "it decodes greedily and refuses requests with a temperature; in 0.1.0rc0 a request for logprobs ends the "
-        "server, and answers may be longer than max_tokens",
-        "it has no GPT-OSS model of its own (0.1.0rc0): one must be registered before its server is started",
-        "it warns of a missing tensor and goes on with random weights: look for 'No file found' in its log",
+        "server, and answers may be longer than max_tokens; serve.gateway=true of this pipeline mends all three",
+        "it has no GPT-OSS model of its own (0.1.0rc0): the package external/sglang_jax of this pipeline adds it",
+        "without that package it warns of a missing tensor and goes on with random weights",
     ]
     if config.rope.factor is not None:
-        notes.append("it does not know YaRN, which this draft has: acceptance falls there")
+        notes.append("without that package it does not know YaRN, which this draft has: acceptance falls there")
     return RuntimeGuide(
         name="sglang-jax",
-        command=(
-            f"python -m sgl_jax.launch_server --model-path {target} --dtype bfloat16 --grammar-backend none \\\n"
-            f"    --speculative-algorithm DFLASH --speculative-draft-model-path {DRAFT_DIRECTORY} \\\n"
-            "    --speculative-eagle-topk 1 --speculative-num-steps 1 --disable-overlap-schedule"
-        ),
+        command=_command("sglang_jax", config, target),
         tried=(
-            "its reader, loader and model (0.1.0rc0) open drafts of this layout in this pipeline's tests, every tensor "
-            "found, hidden states equal in float32; its server and its kernels were not run"
+            "its server (0.1.0rc0) with a target and draft of this layout gives this pipeline's tokens and accepts as "
+            "many, in float32 on a CPU, in this pipeline's tests; its kernels were compiled for a TPU and not run"
         ),
         notes=tuple(notes),
     )
+
+
+def _command(name: str, config: DFlashConfig, target: str) -> str:
+    """Returns an engine's command, a few arguments on each line."""
+    service = Service(target=target, draft=DRAFT_DIRECTORY, block_size=config.block_size, slots=None)
+    words = [word if word.startswith("<") else shlex.quote(word) for word in ENGINES[name].command("python", service)]
+    lines = [""]
+    for part in re.split(r" (?=--)", " ".join(words)):  # a flag and its value stay together
+        if len(lines[-1]) + len(part) > LINE_COLUMNS:
+            lines.append("   ")
+        lines[-1] += f" {part}"
+    return " \\\n".join(lines).strip()
 
 
 def _z_lab(config: DFlashConfig) -> RuntimeGuide:

@@ -165,6 +165,8 @@ def _engine_check_of(exported: Artifact) -> EngineCheck:
 def _report(tracker: Run, exported: Artifact, verb: str) -> None:
     check = _engine_check_of(exported)
     trained, engine = check.trained, check.engine
+    fingerprint = exported.parents[CHECKPOINT].fingerprint
+    tracker.link_model("draft", fingerprint, is_output=False, tags={"draft": str(exported.path)})
     tracker.log_metrics({f"export/{name}": value for name, value in engine.metrics().items()})
     tracker.log_metrics(
         {

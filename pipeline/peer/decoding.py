@@ -4,7 +4,8 @@ The other program is a command that gets the names of two files as arguments. It
 
     {"model": directory, "prompts": [[id, ...], ...], "max_new_tokens": n, "dtype": "float32" or "bfloat16"}
 
-decodes every prompt greedily and alone to exactly that many tokens, and writes to the second
+and with `peer.draft` the directory of the draft as "draft". It decodes every prompt greedily and alone to exactly that
+many tokens, and writes to the second
 
     {"outputs": [{"tokens": [id, ...], "decode_seconds": s}, ...]}
 
@@ -13,11 +14,10 @@ where the seconds leave out the first token, and with it prefill.
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.bench.arms import run_pass
+from pipeline.bench.engine_arm import EngineArm
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from pipeline.external import command as peer_command
@@ -50,21 +50,24 @@ class DecodingComparison:
 
 
 def compare_decoding(
-    engine: Engine, requests: Sequence[Request], command: Sequence[str], model: Path, dtype: str, repeats: int
+    engine: Engine, requests: Sequence[Request], command: Sequence[str], models: Mapping[str, str], repeats: int
 ) -> DecodingComparison:
-    """Alternates our plain engine (one slot) and the other program `repeats` times over the same requests."""
-    engine.warm_up()
+    """Alternates our engine (one slot) and the other program `repeats` times over the same requests.
+
+    `models` are "model", "dtype" and, with a draft, "draft" of the question.
+    """
+    arm = EngineArm(engine)
+    arm.warm_up()
     question = {
-        "model": str(model),
+        **models,
         "prompts": [list(request.prompt_ids) for request in requests],
         "max_new_tokens": requests[0].max_new_tokens,
-        "dtype": dtype,
     }
     ours, theirs = [], []
     answers: dict[str, tuple[int, ...]] = {}
     outputs: list[dict[str, Any]] = []
     for _ in range(repeats):
-        our_pass = run_pass(engine, requests)
+        our_pass = arm.run(requests)
         ours.append(our_pass.tokens_per_second)
         answers = {name: answer.token_ids for name, answer in our_pass.answers.items()}
         outputs = run_peer_decoder(command, question)

@@ -1,5 +1,6 @@
-"""`stage=peer`: compares plain decoding at batch 1 with another program's: same weights, prompts and machine."""
+"""`stage=peer`: compares decoding at batch 1 with another program's: same weights, prompts and machine."""
 
+from pathlib import Path
 from typing import Any
 
 from pipeline.bench import workload
@@ -9,8 +10,8 @@ from pipeline.engine.engine import Engine
 from pipeline.errors import PipelineError
 from pipeline.peer import decoding
 from pipeline.tracking.run import Run
-from pipeline.workspace.loading import load_target, runtime_for
-from pipeline.workspace.workspace import Workspace
+from pipeline.workspace.loading import load_draft, load_target, runtime_for
+from pipeline.workspace.workspace import DRAFT, Workspace
 
 
 def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
@@ -29,6 +30,10 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     workspace, chosen = Workspace(config), config.prompts
     runtime = runtime_for(config.mesh, workspace.target.path)
     target = load_target(config.target, workspace.target.path, runtime)
+    models, draft = {"model": str(workspace.target.path), "dtype": config.target.precision.value}, None
+    if wanted.draft:
+        models["draft"] = str(workspace.open(DRAFT).path)
+        draft = load_draft(config.target.precision, Path(models["draft"]), runtime)
     prompts = workload.held_out(workspace.prompts.prompts, chosen.heldout_fraction)
     rendered = workload.rendered(prompts, workspace.tokenizer, date=chosen.date)
     requests = workload.requests_of(
@@ -41,11 +46,10 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
         page_size=config.engine.page_size,
     )
     found = decoding.compare_decoding(
-        Engine(target, None, engine, runtime),
+        Engine(target, draft, engine, runtime),
         requests,
         wanted.command,
-        workspace.target.path,
-        config.target.precision.value,
+        models,
         wanted.repeats,
     )
     measured = found.metrics()

@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
+
+log = logging.getLogger("pipeline")
 
 Rows = Iterator[tuple[str, Any]]  # where each is (`line 3`), and its JSON value or the error of a line that is none
 
@@ -160,6 +163,8 @@ def load_dataset(name: str, split: str, subset: str | None, revision: str | None
             return datasets.load_dataset(FILE_FORMATS[suffix], data_files=str(path), split=split)
         if any((path / file).is_file() for file in SAVED):
             return _saved(datasets.load_from_disk(name), split)
+        log.info("prompts: reading %s from the hub, or from its cache", name)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each of its attempts, twice
         return datasets.load_dataset(name, subset, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise PipelineError(

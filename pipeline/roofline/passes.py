@@ -2,17 +2,15 @@
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from pipeline.cost import memory_traffic
+from pipeline.cost.machine_speed import median_seconds
 from pipeline.model import placement
 from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss import weights as gpt_oss_weights
@@ -24,8 +22,8 @@ from pipeline.model.layers import kv_pages
 from pipeline.model.layers.kv_pages import PagedCache, PageTables
 from pipeline.model.parallel.execution import Execution
 from pipeline.model.parallel.runtime import Runtime
+from pipeline.pages.columns import columns
 
-COPY_BYTES = 2**28  # read, and as many written
 PAGE_SIZE = 64
 
 
@@ -47,26 +45,6 @@ class Timed:
     seconds: float
     read_bytes: float
     share: float
-
-
-def copy_bandwidth(runtime: Runtime) -> float:
-    """Returns the bytes per second, read and written, of all devices together when each updates an array in place."""
-    devices = 1 if runtime.mesh is None else runtime.mesh.devices.size
-    shape = (devices, COPY_BYTES // 4)
-    if runtime.mesh is None:
-        array = jnp.ones(shape, jnp.float32)
-    else:
-        rows = jax.sharding.NamedSharding(runtime.mesh, jax.sharding.PartitionSpec(runtime.mesh.axis_names))
-        array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=rows)()
-    # in place: on a CPU, memory that is new to the process costs more than writing to it
-    update = jax.jit(lambda values: values + 1.0, donate_argnums=0)
-
-    def run() -> Array:
-        nonlocal array
-        array = update(array)
-        return array
-
-    return devices * 2 * COPY_BYTES / _median_seconds(run, 20)
 
 
 def random_target(config: GptOssConfig, weight_format: WeightFormat, runtime: Runtime, seed: int) -> TargetModel:
@@ -93,7 +71,7 @@ def time_passes(
     timed = []
     specs = None if runtime.mesh is None else placement.target_specs(target)
     for one in passes:
-        seconds = _median_seconds(_runner(target, weight_format, runtime, one, specs), repeats)
+        seconds = median_seconds(_runner(target, weight_format, runtime, one, specs), repeats)
         read = memory_traffic.target_bytes(
             target.config, one.num_rows, one.tokens_per_row, one.context, packed=weight_format.packed
         )
@@ -120,7 +98,7 @@ def expert_costs(
             weight_format.dtype
         )
         each, grouped = (
-            _median_seconds(functools.partial(_layer(config, execution, limit), inputs, experts), repeats)
+            median_seconds(functools.partial(_layer(config, execution, limit), inputs, experts), repeats)
             for limit in (count, 0)
         )
         costs.append((count, each, grouped))
@@ -152,21 +130,13 @@ def pass_table(timed: Sequence[Timed], bandwidth: float) -> str:
         )
         for one in timed
     ]
-    return f"{_columns([head, *rows])}\na copy reads and writes {bandwidth / 1e9:.1f} GB/s"
+    return f"{columns([head, *rows])}\na copy reads and writes {bandwidth / 1e9:.1f} GB/s"
 
 
 def expert_table(costs: Sequence[tuple[int, float, float]]) -> str:
     """Returns a table with a line for each number of tokens."""
     head = ("tokens", "per expert", "grouped")
-    return _columns(
-        [head, *((f"{n}", f"{each * 1e3:.2f} ms", f"{grouped * 1e3:.2f} ms") for n, each, grouped in costs)]
-    )
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return columns([head, *((f"{n}", f"{each * 1e3:.2f} ms", f"{grouped * 1e3:.2f} ms") for n, each, grouped in costs)])
 
 
 def _runner(
@@ -211,13 +181,3 @@ def _cache(config: GptOssConfig, num_pages: int, dtype: str, runtime: Runtime) -
     if runtime.mesh is None:
         return jax.jit(make)()
     return jax.jit(make, out_shardings=jax.sharding.NamedSharding(runtime.mesh, placement.CACHE))()
-
-
-def _median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    jax.block_until_ready(run())  # compiles
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)

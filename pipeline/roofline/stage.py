@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from pipeline.config.schema import PipelineConfig, RooflineConfig
+from pipeline.cost import machine_speed
 from pipeline.errors import PipelineError
 from pipeline.model import placement
 from pipeline.model.gpt_oss.config import GptOssConfig
@@ -33,7 +34,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     )
     placement.require_divisible_target(model, weight_format)
     wanted = config.roofline
-    bandwidth = roofline.copy_bandwidth(runtime)
+    bandwidth = machine_speed.copy_bandwidth(runtime)
     log.info(
         "roofline: %s, experts %s, %s; a copy reads and writes %.1f GB/s",
         config.target.name,

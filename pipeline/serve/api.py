@@ -11,7 +11,6 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
 from pipeline.errors import PipelineError
 from pipeline.model.layers.sampling import sampling_key
@@ -32,6 +31,7 @@ from pipeline.serve.schema.chat import ChatBody, read_chat
 from pipeline.serve.schema.completion import CompletionBody, read_completion
 from pipeline.serve.schema.responses import ResponseBody, read_response
 from pipeline.serve.schema.tokens import read_detokenize, read_tokenize
+from pipeline.serve.served_engine import ServedEngine
 from pipeline.serve.text_stream import FINAL, TEXT, PlainReader, decoded
 
 
@@ -41,7 +41,7 @@ class Api:
     def __init__(
         self,
         engine_thread: EngineThread,
-        engine: Engine,
+        engine: ServedEngine,
         tokenizer: Tokenizer,
         served: ServedModel,
         limits: Limits = DEFAULT,

@@ -8,16 +8,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from pipeline.serve.api import Api
-from pipeline.serve.auth import ApiKeys
+from pipeline.serve.auth import DOCS_FILES, ApiKeys
 from pipeline.serve.engine_thread import Unavailable
 from pipeline.serve.errors import ApiError
 from pipeline.serve.generation import unavailable
@@ -47,14 +49,14 @@ def create_app(
 
     Under /plain it answers everything with the target alone, where there is an engine for that.
     """
-    app = _routes(api)
+    app = _routes(api, needs_key=len(keys) > 0)
 
     def index() -> Response:
         return page(compares=plain is not None)
 
     app.add_api_route("/", index, methods=["GET", "HEAD"], include_in_schema=False)
     if plain is not None:
-        app.mount(PLAIN, _routes(plain))
+        app.mount(PLAIN, _routes(plain, needs_key=len(keys) > 0))
     most = api.limits.max_requests_per_key
     app.add_middleware(_Gate, keys=keys, max_requests_per_key=most, logs_requests=logs_requests)
     if cors_origins:
@@ -62,8 +64,13 @@ def create_app(
     return app
 
 
-def _routes(api: Api) -> FastAPI:
-    app = FastAPI(title=f"{api.served.name}, DFLASH", redoc_url=None)
+def _routes(api: Api, *, needs_key: bool) -> FastAPI:
+    # the page at /docs then has a field for the key, which _Gate checks
+    asks = [Security(HTTPBearer(auto_error=False))] if needs_key else []
+    # the page at /docs loads its script from this server instead of a content delivery network
+    app = FastAPIOffline(
+        title=f"{api.served.name}, DFLASH", redoc_url=None, static_url=DOCS_FILES.rstrip("/"), dependencies=asks
+    )
     for path, endpoint, body in (
         ("/v1/completions", api.completions, CompletionBody),
         ("/v1/chat/completions", api.chat, ChatBody),

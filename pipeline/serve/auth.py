@@ -12,7 +12,9 @@ from pipeline.errors import PipelineError
 from pipeline.serve.errors import ApiError
 
 VARIABLE = "PIPELINE_API_KEYS"
-OPEN_PATHS = ("/", "/health", "/ready")  # the page, which asks for a key, and what load balancers ask
+DOCS_FILES = "/docs-files/"  # the script and style of the page at /docs
+# the pages, which have a field for a key, and what load balancers ask
+OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health", "/ready")
 SCHEME = "bearer "
 
 
@@ -30,7 +32,7 @@ class ApiKeys:
 
         Raises ApiError when it has no key of this server's, as `Authorization: Bearer` or `X-API-Key`.
         """
-        if not self._digests or path in OPEN_PATHS:
+        if not self._digests or path in OPEN_PATHS or path.startswith(DOCS_FILES):
             return None
         authorization = headers.get("authorization", "")
         key = authorization[len(SCHEME) :] if authorization.lower().startswith(SCHEME) else headers.get("x-api-key", "")
@@ -64,7 +66,7 @@ def read_keys(path: str | None) -> ApiKeys:
 
 def require_guarded(host: str, keys: ApiKeys, *, insecure: bool) -> None:
     """Raises PipelineError when other machines could use a server without a key, and nobody said that they may."""
-    if insecure or len(keys) or _is_loopback(host):
+    if insecure or len(keys) or is_loopback(host):
         return
     raise PipelineError(
         f"serve.host is {host!r}, which other machines reach, and there is no API key; set {VARIABLE} or "
@@ -72,10 +74,11 @@ def require_guarded(host: str, keys: ApiKeys, *, insecure: bool) -> None:
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Returns whether a host is this machine alone; a name other than localhost may be anything."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name, which may be anything
+        return False

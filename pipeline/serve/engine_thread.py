@@ -9,12 +9,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request, StepUpdate
 from pipeline.errors import PipelineError
+from pipeline.serve.served_engine import ServedEngine
 
 log = logging.getLogger("pipeline")
 
+BAD_GATEWAY = 502
 IDLE_SECONDS = 5.0  # between two calls of `while_idle`
 
 
@@ -110,7 +111,7 @@ class EngineThread:
     nothing to do.
     """
 
-    def __init__(self, engine: Engine, while_idle: Callable[[], None] | None = None) -> None:
+    def __init__(self, engine: ServedEngine, while_idle: Callable[[], None] | None = None) -> None:
         self.failure: str | None = None
         self._while_idle = while_idle
         self._engine = engine
@@ -206,7 +207,7 @@ class EngineThread:
     def _deliver(self, update: StepUpdate) -> None:
         finished = update.finish_reason is not None
         stream = self._streams.pop(update.request_id) if finished else self._streams[update.request_id]
-        stream.put(update)
+        stream.put(update if update.failure is None else Unavailable(update.failure, BAD_GATEWAY))
 
     def _finish(self, reason: Unavailable) -> None:
         with self._lock:

@@ -11,6 +11,15 @@ from pipeline.workspace.loading import load_draft, load_target, runtime_for
 from pipeline.workspace.workspace import DRAFT, Workspace
 
 
+def engine_with(engine: Engine, workspace: Workspace) -> Engine:
+    """Returns a warm engine beside another one of this target, with the draft that the workspace finds."""
+    path = Path(str(workspace.open(DRAFT).path))
+    runtime = runtime_for(workspace.config.mesh, workspace.target.path, draft=path)
+    replacing = engine.with_draft(load_draft(workspace.config.target.precision, path, runtime))
+    replacing.warm_up()
+    return replacing
+
+
 def engine_of(workspace: Workspace, *, with_draft: bool, adapts: bool = True) -> Engine:
     """Returns the engine that serves this configuration's target, with its draft or alone, not warmed up.
 

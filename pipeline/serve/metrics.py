@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.engine.engine import Engine
+from pipeline.serve.served_engine import ServedEngine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_OUTCOMES = ("stop", "length", "refused", "cancelled", "failed")
@@ -44,7 +44,7 @@ class Counters:
     )
 
 
-def exposition(counters: Counters, engine: Engine, model: str, *, healthy: bool) -> str:
+def exposition(counters: Counters, engine: ServedEngine, model: str, *, healthy: bool) -> str:
     """Returns all metrics as text. The plain arm has no rounds and shows none."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_ServerMetrics(counters, engine, healthy))
@@ -52,7 +52,7 @@ def exposition(counters: Counters, engine: Engine, model: str, *, healthy: bool)
     return generate_latest(registry).decode()
 
 
-def _rounds(engine: Engine) -> list[Acceptance]:
+def _rounds(engine: ServedEngine) -> list[Acceptance]:
     """Returns the acceptance of the draft's own block size, then of smaller ones."""
     return [engine.acceptance, *(one for _, one in sorted(engine.smaller_blocks.items()))]
 
@@ -64,7 +64,7 @@ def _num_drafted(rounds: list[Acceptance]) -> int:
 class _ServerMetrics(Collector):
     """Reads the counters of server and engine when they are asked for."""
 
-    def __init__(self, counters: Counters, engine: Engine, healthy: bool) -> None:
+    def __init__(self, counters: Counters, engine: ServedEngine, healthy: bool) -> None:
         self._counters, self._engine, self._healthy = counters, engine, healthy
 
     def collect(self) -> Iterator[Metric]:
@@ -116,7 +116,7 @@ class _ServerMetrics(Collector):
 class _VllmMetrics(Collector):
     """Gives the metrics that mean the same by vLLM's names and with its label."""
 
-    def __init__(self, counters: Counters, engine: Engine, model: str) -> None:
+    def __init__(self, counters: Counters, engine: ServedEngine, model: str) -> None:
         self._counters, self._engine, self._model = counters, engine, model
 
     def collect(self) -> Iterator[Metric]:

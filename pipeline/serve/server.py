@@ -39,8 +39,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 def url(listener: socket.socket, *, scheme: str = "http") -> str:
     """Returns the URL at which a bound socket answers."""
-    host, port = listener.getsockname()[:2]
+    return address(*listener.getsockname()[:2], scheme=scheme)
+
+
+def address(host: str, port: int, *, scheme: str = "http") -> str:
+    """Returns the URL of a host and port."""
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def free_port(host: str, port: int) -> int:
+    """Returns the port (0: any free one) when nothing has it; raises PipelineError when it cannot be had."""
+    with contextlib.closing(bind(host, port)) as listener:
+        return int(listener.getsockname()[1])
 
 
 class Server(uvicorn.Server):

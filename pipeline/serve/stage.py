@@ -1,25 +1,31 @@
 """`stage=serve` puts the target, alone or with its draft, behind an OpenAI-style HTTP server."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from pipeline import distributed
-from pipeline.config.choices import ServeMode
+from pipeline.config.choices import EngineName, ServeMode
 from pipeline.config.schema import PipelineConfig, ServeConfig
-from pipeline.engine.engine import Engine
 from pipeline.engine.multihost import PrimaryEngine, follow_primary
 from pipeline.errors import PipelineError
-from pipeline.serve import auth, server
+from pipeline.serve import auth, launched, server
 from pipeline.serve.api import Api
 from pipeline.serve.app import create_app
+from pipeline.serve.draft_watch import DraftWatch
 from pipeline.serve.engine_thread import EngineThread
 from pipeline.serve.grammars import Grammars
 from pipeline.serve.limits import Limits
-from pipeline.serve.loading import engine_of
+from pipeline.serve.loading import engine_of, engine_with
+from pipeline.serve.remote_engine import RemoteEngine
+from pipeline.serve.replaceable_engine import ReplaceableEngine
 from pipeline.serve.request_reader import ServedModel
+from pipeline.serve.served_engine import ServedEngine
+from pipeline.tracking import registry
 from pipeline.tracking.run import Run
 from pipeline.workspace import specs
 from pipeline.workspace.workspace import DRAFT, Workspace
@@ -32,22 +38,25 @@ def run(config: PipelineConfig, tracker: Run) -> None:
 
     Of several hosts the primary serves and the others compute with it.
     """
+    config, present = _with_registered_draft(config)
     wanted, workspace = config.serve, Workspace(config)
     is_dflash = wanted.mode is ServeMode.dflash
     if not distributed.is_primary():
-        engine = engine_of(workspace, with_draft=is_dflash)
-        engine.warm_up()
-        follow_primary(engine, Grammars(workspace.tokenizer, engine.vocab_size).compiled)
+        follower = engine_of(workspace, with_draft=is_dflash)
+        follower.warm_up()
+        follow_primary(follower, Grammars(workspace.tokenizer, follower.vocab_size).compiled)
+        return
+    _require_comparable(wanted)
+    if wanted.engine is not EngineName.own and (wanted.dry_run or not wanted.gateway):
+        launched.run_alone(workspace)
         return
     keys = auth.read_keys(wanted.api_keys)
     auth.require_guarded(wanted.host, keys, insecure=wanted.insecure)
-    _require_comparable(wanted)
-    with contextlib.closing(server.bind(wanted.host, wanted.port)) as listener:  # first: a port is soon refused
-        served, engine = _served_model(workspace), engine_of(workspace, with_draft=is_dflash)
-        engines = [engine, engine.plain_beside()] if wanted.compare else [engine]
-        started = time.monotonic()
-        for one in engines:
-            one.warm_up(lambda name: log.info("ready after %.1f s: %s", time.monotonic() - started, name))
+    with (
+        contextlib.closing(server.bind(wanted.host, wanted.port)) as listener,  # first: a port is soon refused
+        _engines(workspace) as engines,
+    ):
+        served, engine = _served_model(workspace), engines[0]
         primary = engine if isinstance(engine, PrimaryEngine) else None
         if primary is not None:
             primary.start_broadcasting()
@@ -83,11 +92,14 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         )
         for thread in threads:
             thread.start()
+        watch = _watch(config, engine, present)
         try:
             scheme = "http" if wanted.tls_certificate is None else "https"
             _announce(served.name, wanted.mode, server.url(listener, scheme=scheme), has_keys=len(keys) > 0)
             server.serve(serving, listener)
         finally:
+            if watch is not None:
+                watch.stop()
             _end(threads)
             have_ended = [thread.stop() for thread in threads]
             if not all(have_ended):
@@ -100,7 +112,62 @@ def run(config: PipelineConfig, tracker: Run) -> None:
         raise PipelineError(f"the engine failed while serving: {failure}; the log has the traceback")
 
 
+@contextlib.contextmanager
+def _engines(workspace: Workspace) -> Iterator[Sequence[ServedEngine]]:
+    """Gives the engine that is served, warm, and beside it the one without a draft where both are compared.
+
+    An engine behind a gateway is ended with the server; raises PipelineError when it has ended before.
+    """
+    wanted = workspace.config.serve
+    if wanted.engine is not EngineName.own:
+        launched.require_launchable(workspace)
+        behind = launched.EngineBehind(workspace)
+        try:
+            remote = RemoteEngine(
+                behind.url, workspace.serving_engine, workspace.model.vocab_size, plain_url=wanted.plain_url
+            )
+            with contextlib.closing(remote):
+                yield [remote]
+        finally:
+            behind.stop()
+        if behind.status is not None:
+            raise PipelineError(f"the engine behind the gateway ended with {behind.status}; its log says why")
+        return
+    engine = engine_of(workspace, with_draft=wanted.mode is ServeMode.dflash)
+    engines = [engine, engine.plain_beside()] if wanted.compare else [engine]
+    started = time.monotonic()
+    for one in engines:
+        one.warm_up(lambda name: log.info("ready after %.1f s: %s", time.monotonic() - started, name))
+    yield engines if wanted.draft is None else [ReplaceableEngine(engine, engine), *engines[1:]]
+
+
+def _with_registered_draft(config: PipelineConfig) -> tuple[PipelineConfig, str]:
+    """Returns the configuration with the draft of `serve.draft` as `export.path`, and the draft's fingerprint."""
+    if config.serve.draft is None:
+        return config, ""
+    found = registry.resolve(config.serve.draft, uri=config.tracking.uri, output_dir=Path(config.output_dir))
+    log.info("serve: %s is version %s, %s", config.serve.draft, found.number, found.source)
+    export = dataclasses.replace(config.export, path=found.source)
+    return dataclasses.replace(config, export=export), found.fingerprint
+
+
+def _watch(config: PipelineConfig, engine: ServedEngine, present: str) -> DraftWatch | None:
+    """Starts to follow promotions where the draft is named by its address in the registry."""
+    if not isinstance(engine, ReplaceableEngine):
+        return None
+
+    def find() -> tuple[str, Callable[[], ServedEngine]]:
+        changed, found = _with_registered_draft(config)
+        return found, lambda: engine_with(engine.first, Workspace(changed))
+
+    watch = DraftWatch(engine, present, find, config.serve.draft_poll_seconds)
+    watch.start()
+    return watch
+
+
 def _require_comparable(wanted: ServeConfig) -> None:
+    if wanted.compare and wanted.engine is not EngineName.own:
+        raise PipelineError(f"serve.compare is true and serve.engine is {wanted.engine.value}; leave either out")
     if wanted.compare and wanted.mode is ServeMode.plain:
         raise PipelineError("serve.compare is true and serve.mode is plain, which serves no draft; leave either out")
     if wanted.compare and distributed.is_multihost():
@@ -112,7 +179,7 @@ def _end(threads: Sequence[EngineThread]) -> None:
         thread.end()
 
 
-def _report(tracker: Run, api: Api, engine: Engine) -> None:
+def _report(tracker: Run, api: Api, engine: ServedEngine) -> None:
     counters, seen = api.counters, engine.acceptance
     tracker.log_metrics(
         {
@@ -131,6 +198,8 @@ def _report(tracker: Run, api: Api, engine: Engine) -> None:
 def _served_model(workspace: Workspace) -> ServedModel:
     wanted = workspace.config.serve
     temperature = wanted.default_temperature
+    if temperature is None and wanted.gateway and wanted.mode is ServeMode.dflash and wanted.plain_url is None:
+        temperature = 0.0  # all that the engine behind the gateway can do
     return ServedModel(
         name=workspace.config.target.name,
         effort=wanted.reasoning_effort.value,

@@ -8,6 +8,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.request import Completion, Request
 from pipeline.engine.sampling_params import GREEDY, SamplingParams
 from pipeline.errors import PipelineError
+from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.layers.sampling import Sampling
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
@@ -56,14 +57,15 @@ def answer_prompts(
     max_new_tokens: int,
     on_finished: OnFinished,
     origin: AnswerOrigin = ENGINE,
+    draft: DraftModel | None = None,
     runtime: Runtime = SINGLE_DEVICE,
 ) -> list[AnsweredPrompt | FailedPrompt]:
     """Returns the target's answers in the order of `rows`, with a FailedPrompt for each that the engine refuses.
 
     A new engine is built for each call, so that the answers depend on these rows alone and not on what ran before.
-    Raises PipelineError when the engine refuses all of them.
+    With a draft it decodes by DFLASH, which gives the same answers. Raises PipelineError when the engine refuses all.
     """
-    engine = Engine(target, None, engine_config, runtime)
+    engine = Engine(target, draft, engine_config, runtime)
     keys: Sequence[tuple[int, int] | None]
     keys = origin.keys([row.prompt.prompt_id for row in rows]) or [None] * len(rows)
     requests = [

@@ -10,6 +10,7 @@ from pipeline.artifacts import artifact
 from pipeline.artifacts.artifact import Artifact
 from pipeline.artifacts.contract import Contract
 from pipeline.artifacts.files import write_bytes, write_json
+from pipeline.artifacts.hashing import fingerprint_of
 from pipeline.artifacts.storage import StoragePath
 from pipeline.engine.ties import TIE_GAP
 from pipeline.errors import PipelineError
@@ -53,7 +54,7 @@ def complete(job: CacheJob, reports: Mapping[StoragePath, dict[str, Any]], teach
         {TARGET: workspace.target},
         listed=[*listed_files(num_shards), PROMPTS, SUMMARY],
     )
-    log_summary(tracker, summary, sealed.contract)
+    log_summary(tracker, summary, sealed.contract, sealed.path)
     _log_checked(tracker, checked, summary, sealed)
     log_verified(tracker, verified)
 
@@ -113,8 +114,11 @@ def log_verified(tracker: Run, verified: CacheVerification | None) -> None:
     )
 
 
-def log_summary(tracker: Run, summary: Mapping[str, Any], contract: Mapping[str, Any]) -> None:
+def log_summary(tracker: Run, summary: Mapping[str, Any], contract: Mapping[str, Any], source: StoragePath) -> None:
     """Logs what a cache holds."""
+    made_of = {"sequences": summary["num_sequences"], "tokens": summary["num_tokens"]}
+    digest = fingerprint_of(summary["splits"])
+    tracker.log_dataset("prompts and answers", digest, source=str(source), context="training", profile=made_of)
     tracker.log_json(SUMMARY, summary)
     tracker.log_json(artifact.CONTRACT, contract)
     tracker.log_metrics(

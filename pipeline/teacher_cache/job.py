@@ -12,6 +12,7 @@ from pipeline.artifacts.storage import StoragePath
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
+from pipeline.model.hf.directory import read_draft_config
 from pipeline.model.layers.sampling import Sampling
 from pipeline.prompts.channels import channel_tokens
 from pipeline.prompts.chat_format import chat_format_of
@@ -26,8 +27,8 @@ from pipeline.teacher_cache.row_answers import RowAnswers
 from pipeline.teacher_cache.shards import ShardPlan, Teacher
 from pipeline.teacher_cache.summary import PROMPTS
 from pipeline.teacher_cache.writers import Writer
-from pipeline.workspace import settings
-from pipeline.workspace.loading import load_target, runtime_for
+from pipeline.workspace import settings, specs
+from pipeline.workspace.loading import load_draft, load_target, runtime_for
 from pipeline.workspace.workspace import TEACHER_CACHE, Workspace
 
 log = logging.getLogger("pipeline")
@@ -111,7 +112,10 @@ def rendered_prompts(workspace: Workspace) -> dict[str, list[RenderedPrompt]]:
 def teacher_of(workspace: Workspace) -> Teacher:
     """Returns the target of this configuration and how it answers; its weights are read."""
     config, wanted = workspace.config, workspace.config.teacher_cache
-    runtime = runtime_for(config.mesh, workspace.target.path)
+    directory = workspace.answering_draft
+    if directory is not None:
+        specs.require_fitting(read_draft_config(directory), workspace.model, directory, key="teacher_cache.draft")
+    runtime = runtime_for(config.mesh, workspace.target.path, draft=directory)
     stored, origin = settings.feature_store(config).value, answer_origin(workspace)
     return Teacher(
         target=load_target(config.target, workspace.target.path, runtime),
@@ -127,6 +131,7 @@ def teacher_of(workspace: Workspace) -> Teacher:
         channel_tokens=channel_tokens(workspace.tokenizer),
         max_new_tokens=wanted.max_new_tokens,
         origin=origin,
+        draft=None if directory is None else load_draft(config.target.precision, directory, runtime),
         runtime=runtime,
     )
 

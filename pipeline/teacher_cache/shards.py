@@ -21,6 +21,7 @@ from pipeline.engine.capture import Captured, Disagreement, capture, disagreemen
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.ties import TIE_GAP
 from pipeline.errors import PipelineError
+from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.parallel.runtime import SINGLE_DEVICE, Runtime
 from pipeline.prompts.channels import Channel, ChannelTokens, channels
@@ -48,7 +49,8 @@ class ShardPlan:
 class Teacher:
     """Holds the target and how it answers; without `tapped_layers` no features are captured.
 
-    `outside_answers` returns the answers that an endpoint or the prompts' rows gave, where one is their origin.
+    A `draft` decodes with the target. `outside_answers` returns the answers that an endpoint or the prompts' rows gave,
+    where one is their origin.
     """
 
     target: TargetModel
@@ -58,6 +60,7 @@ class Teacher:
     max_new_tokens: int
     origin: AnswerOrigin = ENGINE
     outside_answers: Answering | None = None
+    draft: DraftModel | None = None
     runtime: Runtime = SINGLE_DEVICE
 
     def answer(
@@ -73,6 +76,7 @@ class Teacher:
             max_new_tokens=self.max_new_tokens,
             on_finished=on_finished,
             origin=self.origin,
+            draft=self.draft,
             runtime=self.runtime,
         )
 

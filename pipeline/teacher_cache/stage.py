@@ -108,5 +108,5 @@ def _reuse(workspace: Workspace, tracker: Run) -> None:
         verified = completion.verify_share(workspace, cache.path, rows_read, teacher_of(workspace))
         completion.log_verified(tracker, verified)
     summary = json.loads((cache.path / SUMMARY).read_text())
-    completion.log_summary(tracker, summary, cache.contract)
+    completion.log_summary(tracker, summary, cache.contract, cache.path)
     log.info("teacher_cache: complete, nothing to do (%d tokens): %s", summary["num_tokens"], cache.path)

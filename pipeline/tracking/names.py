@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 KEY_CHARACTERS, VALUE_CHARACTERS, PARAMS_PER_BATCH = 250, 6000, 100  # the limits of MLflow's stores
-TAG_CHARACTERS = 5000
+TAG_CHARACTERS, DIGEST_CHARACTERS = 5000, 36
 
 UNUSABLE = re.compile(r"[^0-9A-Za-z_\-. /]")  # in a metric's or parameter's name
 

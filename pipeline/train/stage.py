@@ -264,6 +264,12 @@ def _report(tracker: Run, checkpoint: Artifact, verb: str) -> None:
     found = json.loads((checkpoint.path / EVALUATION).read_text())
     step, steps = found["step"], checkpoint.settings["train.steps"]
     scores = {split: Score.from_json(found[split]) for split in ("heldout", "train")}
+    data = json.loads((checkpoint.path / DATA).read_text())["splits"]["train"]
+    parent = checkpoint.parents[TEACHER_CACHE]
+    tracker.log_dataset(
+        "teacher cache", parent.fingerprint, source=f"{TEACHER_CACHE} {parent.key}", context="training", profile=data
+    )
+    tracker.link_model("draft", checkpoint.fingerprint, is_output=True, tags={"checkpoint": str(checkpoint.path)})
     log_scores(tracker, scores, step)
     tracker.log_json(artifact.CONTRACT, checkpoint.contract)
     tracker.log_json(EVALUATION, found)

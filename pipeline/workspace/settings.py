@@ -69,10 +69,16 @@ def is_shipped(target: TargetConfig) -> bool:
 
 
 def teacher_cache_settings(
-    config: PipelineConfig, tapped_layers: tuple[int, ...], prompts: Mapping[str, Any]
+    config: PipelineConfig, tapped_layers: tuple[int, ...], prompts: Mapping[str, Any], draft: str | None
 ) -> dict[str, Any]:
-    """Returns what decides the bytes of a teacher cache; `prompts` is `prompt_content`."""
+    """Returns what decides the bytes of a teacher cache; `prompts` is `prompt_content`.
+
+    `draft` is the sha256 of the weights that decode with the target, if any do: in bfloat16 they may settle a tie.
+    """
     found = declared(config, TEACHER_CACHE)
+    del found["teacher_cache.draft"]
+    if draft is not None:
+        found["teacher_cache.draft"] = draft
     del found["draft.num_tapped_layers"]
     found |= {"draft.tapped_layers": list(tapped_layers), "teacher_cache.features": feature_store(config).value}
     endpoint = {name: found.pop(name) for name in list(found) if name.startswith("teacher_cache.openai.")}

@@ -112,8 +112,11 @@ def _generation_config(directory: Path) -> dict[str, Any]:
     return read_object(file, "") if file.is_file() else {}
 
 
-def require_fitting(draft: DFlashConfig, model: GptOssConfig, directory: Path) -> DFlashConfig:
-    """Returns the draft in `directory` if it is one for this model; PipelineError lists what does not fit."""
+def require_fitting(draft: DFlashConfig, model: GptOssConfig, directory: Path, *, key: str) -> DFlashConfig:
+    """Returns the draft in `directory`, which the setting `key` names, if it is one for this model.
+
+    PipelineError lists what does not fit.
+    """
     pairs = {
         "hidden_size": (draft.hidden_size, model.hidden_size),
         "vocab_size": (draft.vocab_size, model.vocab_size),
@@ -123,7 +126,7 @@ def require_fitting(draft: DFlashConfig, model: GptOssConfig, directory: Path) -
     if wrong:
         listed = "\n  ".join(wrong)
         raise PipelineError(
-            f"train.init {directory} is not a draft for this target; give one that was trained for it\n  {listed}"
+            f"{key} {directory} is not a draft for this target; give one that was trained for it\n  {listed}"
         )
     return draft
 
@@ -162,7 +165,7 @@ def draft_sizes(wanted: DraftConfig, model: GptOssConfig, mask_token_id: int) ->
 
 def prompt_set(prompts: PromptsConfig, seed: int, *, takes_answers: bool = False) -> PromptSet:
     """Returns the prompts of this configuration; with `takes_answers`, those whose rows hold an answer, and these."""
-    effort = EffortMix(seed, prompts.effort_mix) if prompts.effort is Effort.mixed else prompts.effort.value
+    effort = effort_of(prompts, seed)
     reading = Reading(
         shape=prompts.shape and prompts.shape.value,
         skips=prompts.on_bad_row is OnBadRow.skip,
@@ -185,6 +188,18 @@ def prompt_set(prompts: PromptsConfig, seed: int, *, takes_answers: bool = False
         return sources.limited(found, prompts.count)
     generate = sources.everyday if prompts.source is PromptSource.everyday else sources.generated
     return generate(seed, prompts.count or GENERATED_PROMPTS, effort)
+
+
+def effort_of(prompts: PromptsConfig, seed: int) -> str | EffortMix:
+    """Returns the effort of prompts that name none, or the mix that it is drawn from."""
+    return EffortMix(seed, prompts.effort_mix) if prompts.effort is Effort.mixed else prompts.effort.value
+
+
+def bench_engine(sizes: EngineSettings) -> EngineConfig:
+    """Returns the engine that steps are timed in: greedy, with these settings' sizes."""
+    return EngineConfig(
+        num_slots=1, max_length=sizes.max_length, prefill_chunk=sizes.prefill_chunk, page_size=sizes.page_size
+    )
 
 
 def serving_engine(sizes: EngineSettings, num_slots: int, stop_token_ids: tuple[int, ...] = ()) -> EngineConfig:

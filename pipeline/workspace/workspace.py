@@ -123,7 +123,8 @@ class Workspace:
         With `train.init` it is that draft, whatever `draft` says: biases, RoPE and block size belong to its weights.
         """
         if self.initial_draft is not None:
-            return specs.require_fitting(read_draft_config(self.initial_draft), self.model, self.initial_draft)
+            found = read_draft_config(self.initial_draft)
+            return specs.require_fitting(found, self.model, self.initial_draft, key="train.init")
         wanted = self.config.draft
         token_id = specs.mask_token_id(self.target.path, wanted.mask_token, self.model.vocab_size)
         return specs.draft_sizes(wanted, self.model, token_id)
@@ -133,6 +134,12 @@ class Workspace:
         """The directory of the draft that `train.init` names."""
         train = self.config.train
         return None if train.init is None else hub.directory_of(train.init, train.init_revision, key="train.init")[0]
+
+    @functools.cached_property
+    def answering_draft(self) -> Path | None:
+        """The directory of the draft that `teacher_cache.draft` names."""
+        name = self.config.teacher_cache.draft
+        return None if name is None else hub.directory_of(name, None, key="teacher_cache.draft")[0]
 
     @functools.cached_property
     def _prompt_content(self) -> dict[str, Any]:
@@ -149,7 +156,9 @@ class Workspace:
             return settings.target_settings(self.config, self.memory)
         if kind == TEACHER_CACHE:
             tapped = self.draft_config.tapped_layers
-            return settings.teacher_cache_settings(self.config, tapped, self._prompt_content)
+            answering = self.answering_draft
+            weights = None if answering is None else weights_fingerprint(answering, self.memory)
+            return settings.teacher_cache_settings(self.config, tapped, self._prompt_content, weights)
         if kind == CHECKPOINT:
             initial = self.initial_draft
             weights = None if initial is None else weights_fingerprint(initial, self.memory)
@@ -248,6 +257,17 @@ class Workspace:
                 f"{child.parents[parent].fingerprint[:12]}, the {parent} that is here has {found[:12]}; give "
                 f"{STAGE_OF[child.kind]}.path to use it anyway, or delete it and run: {command(STAGE_OF[child.kind])}"
             )
+
+    def ancestor(self, child: Artifact, kind: str) -> Artifact | None:
+        """Returns the very artifact of `kind` that `child` was made from, however far back; None where it is gone."""
+        if child.kind == kind:
+            return child
+        for parent, recorded in child.parents.items():
+            for path in sorted((self.root / parent).glob("*")):
+                if artifact.exists(path) and artifact.read_manifest(path)["fingerprint"] == recorded.fingerprint:
+                    found = artifact.read(path, parent, make_with=command(STAGE_OF[parent]))
+                    return self.ancestor(found, kind)
+        return None
 
     def contract(self, kind: str, provenance: Mapping[str, Any] | None = None) -> Contract:
         """Returns what the contract of this configuration's artifact of `kind` says."""

@@ -1,58 +1,68 @@
-"""How the two arms alternate and what is made of their times, with engines whose times a test sets."""
+"""How the two arms alternate and what is made of their times, with arms whose times a test sets."""
 
-import dataclasses
-import math
+import pytest
 
-from pipeline.bench import arms
-from pipeline.bench.arms import DFLASH, PLAIN, ArmPass, Comparison
-from pipeline.dflash import acceptance
+from pipeline.bench import arms, intervals
+from pipeline.bench.arms import DFLASH, PLAIN, ArmPass
+from pipeline.bench.timeline import Timeline
 from pipeline.dflash.acceptance import Acceptance
-from pipeline.engine.engine import Engine
-from pipeline.engine.in_flight import EngineTimes
 from pipeline.engine.request import Completion, Request
 
-REQUESTS = [Request(request_id=name, prompt_ids=(1, 2, 3), max_new_tokens=5) for name in "abc"]
-ACCEPTED = {"a": (3, 0), "b": (1,), "c": (0, 0, 2)}
+REQUESTS = [Request(request_id=f"prompt-{index}", prompt_ids=(1, 2, 3), max_new_tokens=5) for index in range(3)]
+ACCEPTED = {"prompt-0": (3, 0), "prompt-1": (1,), "prompt-2": (0, 0, 2)}
 
 
-class ScriptedEngine(Engine):
-    """Answers every request with five tokens; its n-th pass decodes in the n-th of `seconds`."""
+class ScriptedArm:
+    """Answers every request with five tokens; its n-th pass decodes in the n-th of `seconds`, answer by answer."""
 
     def __init__(self, name, seconds, history, block_size):
         self.name, self.seconds, self.history, self.block_size = name, iter(seconds), history, block_size
-        self.times = EngineTimes(
-            decode_tokens=1000, decode_seconds=1000.0, prefill_seconds=1000.0
-        )  # of an earlier life
 
-    def warm_up(self):
+    def warm_up(self, on_compiled=lambda name: None):
         self.history.append(f"warm {self.name}")
 
-    def generate(self, requests):
+    def run(self, requests, arrivals=None):
         self.history.append(self.name)
-        for request in requests:
-            accepted = ACCEPTED[request.request_id] if self.block_size else ()
-            yield Completion(
-                request_id=request.request_id, token_ids=(7,) * 5, finish_reason="length", accepted_per_round=accepted
+        seconds = next(self.seconds)
+        answers = {
+            one.request_id: Completion(
+                request_id=one.request_id,
+                token_ids=(7,) * 5,
+                finish_reason="length",
+                accepted_per_round=ACCEPTED[one.request_id] if self.block_size else (),
             )
-        times = self.times
-        self.times = dataclasses.replace(
-            times,
-            decode_tokens=times.decode_tokens + 12,
-            decode_seconds=times.decode_seconds + next(self.seconds),
-            prefill_seconds=times.prefill_seconds + 0.5,
+            for one in requests
+        }
+        each = seconds / len(requests)
+        timelines = {name: Timeline(submitted=0.0, arrivals=((0.1, 1), (0.1 + each, 4))) for name in answers}
+        return ArmPass(
+            answers=answers,
+            timelines=timelines,
+            decode_tokens=4 * len(requests),
+            decode_seconds=seconds,
+            prefill_seconds=0.5,
+            seconds=seconds + 0.5,
         )
 
+    def acceptance(self, passes):
+        return Acceptance.of([one for some in ACCEPTED.values() for one in some], 4)
 
-def compared(plain_seconds, dflash_seconds):
+
+def compared(plain_seconds, dflash_seconds, **options):
     history, reported = [], []
+    both = {
+        PLAIN: ScriptedArm(PLAIN, plain_seconds, history, None),
+        DFLASH: ScriptedArm(DFLASH, dflash_seconds, history, 4),
+    }
     comparison = arms.compare_arms(
-        ScriptedEngine(PLAIN, plain_seconds, history, None),
-        ScriptedEngine(DFLASH, dflash_seconds, history, 4),
-        REQUESTS,
-        len(plain_seconds),
-        lambda name, one: reported.append((name, one)),
+        both, REQUESTS, options.pop("repeats", len(plain_seconds)), on_pass=lambda *one: reported.append(one), **options
     )
     return comparison, history, reported
+
+
+def speedup_of(comparison):
+    names = [one.request_id for one in REQUESTS]
+    return intervals.speedup_of(comparison.times(PLAIN, names), comparison.times(DFLASH, names))
 
 
 def test_both_are_warm_before_the_first_pass_and_take_turns_in_going_first():
@@ -63,27 +73,38 @@ def test_both_are_warm_before_the_first_pass_and_take_turns_in_going_first():
     assert [one for name, one in reported if name == DFLASH] == list(comparison.dflash)
 
 
-def test_a_pass_reads_what_its_engines_times_gained():
-    comparison, _, _ = compared([3.0, 4.0], [1.5, 0.5])
-    assert [one.decode_seconds for one in comparison.plain] == [3.0, 4.0]
-    assert [one.decode_tokens for one in comparison.plain + comparison.dflash] == [12] * 4
-    assert [one.tokens_per_second for one in comparison.dflash] == [8.0, 24.0]
-    assert {one.prefill_seconds for one in comparison.plain} == {0.5}
-    assert comparison.plain[0].answers["b"].token_ids == (7,) * 5
-
-
 def test_the_speedup_is_the_median_over_pairs_of_neighbours():
     comparison, _, _ = compared([4.0, 8.0, 2.0], [2.0, 1.0, 2.0])
-    assert comparison.speedups == [2.0, 8.0, 1.0]
-    assert comparison.speedup == 2.0
+    assert speedup_of(comparison) == pytest.approx(2.0)
+    times = comparison.times(DFLASH, [one.request_id for one in REQUESTS])
+    assert times.speeds.tolist() == pytest.approx([6.0, 12.0, 6.0])
 
 
-def test_acceptance_counts_the_rounds_of_one_pass_only():
+def test_speeds_of_some_requests_leave_the_others_out():
+    comparison, _, _ = compared([3.0], [1.5])
+    some = comparison.times(PLAIN, ["prompt-1"])
+    assert some.tokens.tolist() == [[4.0]]
+    assert some.seconds[0].tolist() == pytest.approx([1.0])
+
+
+def test_it_goes_on_for_as_long_as_more_is_wanted():
+    counts = []
+
+    def wants_more(found):
+        counts.append(len(found.plain))
+        return len(found.plain) < 5
+
+    comparison, _, _ = compared([1.0] * 9, [1.0] * 9, repeats=3, wants_more=wants_more)
+    assert counts == [3, 4, 5]
+    assert len(comparison.dflash) == 5
+
+
+def test_acceptance_is_the_arms_own():
     comparison, _, _ = compared([1.0] * 3, [1.0] * 3)
     assert comparison.acceptance == Acceptance.of([3, 0, 1, 0, 0, 2], 4)
 
 
-def test_answers_of_one_token_have_neither_rounds_nor_a_speedup():
-    one = ArmPass(answers={}, decode_tokens=0, decode_seconds=1.0, prefill_seconds=1.0)
-    comparison = Comparison(plain=(one,), dflash=(one,), acceptance=acceptance.empty(4))
-    assert math.isnan(comparison.speedup)
+def test_a_pass_has_speeds_of_decoding_and_of_everything():
+    comparison, _, _ = compared([1.5], [1.5])
+    (one,) = comparison.plain
+    assert (one.tokens_per_second, one.end_to_end_tokens_per_second) == (8.0, 7.5)

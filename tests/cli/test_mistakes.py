@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from pipeline.cli import mistakes
 
@@ -33,3 +34,11 @@ def test_a_key_of_version_0_1_names_the_key_that_it_is_now(old, new):
     assert old not in names
     assert new in names
     assert mistakes._unknown_key(old) == f"{old} is called {new} since version 0.2; write {new}=..."
+
+
+def test_a_single_value_where_a_list_is_wanted_is_shown_as_a_list(capsys):
+    with pytest.raises(SystemExit) as ended, mistakes.report_mistakes():
+        OmegaConf.merge(OmegaConf.structured(mistakes.PipelineConfig), {"bench": {"prompt_sets": "gsm8k"}})
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "error: bench.prompt_sets is 'gsm8k'; it must be a list: write bench.prompt_sets=[gsm8k]\n"

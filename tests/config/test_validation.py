@@ -86,6 +86,21 @@ def test_defaults_are_valid():
             "bench.max_new_tokens is 1; it must be at least 2: the first token",
             id="no decoding",
         ),
+        pytest.param(
+            {"bench__max_repeats": 2}, "bench.max_repeats is 2; it must be at least bench.repeats", id="repeats"
+        ),
+        pytest.param({"bench__request_rates": [0.0]}, "bench.request_rates is [0.0]; it must be a list", id="no rate"),
+        pytest.param(
+            {"mesh__hosts": True, "bench__interval": 0.1}, "bench.interval and bench.request_rates follow", id="clocks"
+        ),
+        pytest.param(
+            {"bench__plain_url": "a", "bench__dflash_url": "b", "bench__adaptive": True},
+            "bench.adaptive is for this process's own engines",
+            id="arms of servers",
+        ),
+        pytest.param(
+            {"serve__draft": "models:/a@b", "export__path": "c"}, "serve.draft is models:/a@b and", id="two drafts"
+        ),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
         pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),
         pytest.param({"prompts__heldout_fraction": 1.0}, "prompts.heldout_fraction is 1.0", id="all held out"),

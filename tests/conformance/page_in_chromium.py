@@ -2,7 +2,9 @@
 
     page_in_chromium.py --url URL --screenshot FILE.png
 
-Prints one JSON line: what each visit showed. Chromium is the system's (Debian's package `chromium`).
+Prints one JSON line: what each visit showed, and the description of the API at /docs.
+
+Chromium is the system's (Debian's package `chromium`).
 """
 
 import argparse
@@ -20,12 +22,26 @@ VISITS = {
 }
 
 
-def visit(page, url):
-    """Types a question and sends it with the keyboard alone."""
+def heard(page, url):
+    """Returns a list that gets what the page complains of, and what it asks of other servers."""
     noise = []
     page.on("console", lambda message: noise.append(message.text))
     page.on("pageerror", lambda error: noise.append(str(error)))
     page.on("request", lambda request: None if request.url.startswith((url, "data:")) else noise.append(request.url))
+    return noise
+
+
+def read_description(page, url):
+    """Opens the description of the API and waits for its list of routes."""
+    noise = heard(page, url)
+    page.goto(f"{url}docs")
+    page.locator(".opblock").first.wait_for(timeout=60_000)
+    return {"routes": page.locator(".opblock-summary-path").all_inner_texts(), "noise": noise}
+
+
+def visit(page, url):
+    """Types a question and sends it with the keyboard alone."""
+    noise = heard(page, url)
     page.goto(url)
     page.keyboard.press("Tab")
     page.keyboard.press("Control+A")
@@ -70,8 +86,9 @@ def main() -> None:
             finally:
                 page.screenshot(path=arguments.screenshot.replace(".png", f"-{name}.png"), full_page=True)
             context.close()
+        description = read_description(browser.new_page(), arguments.url)
         browser.close()
-    print(json.dumps(found))
+    print(json.dumps({"visits": found, "description": description}))
 
 
 if __name__ == "__main__":

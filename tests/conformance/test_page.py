@@ -16,7 +16,8 @@ def test_a_person_sees_what_was_drafted_and_accepted(tmp_path):
     for engine in engines:
         engine.step_seconds = 0.01
     with serving(engines[0], tokenizer, plain=engines[1]) as address:
-        found = told_by("browser", "page_in_chromium", url=f"{address}/", screenshot=tmp_path / "page.png")
+        seen = told_by("browser", "page_in_chromium", url=f"{address}/", screenshot=tmp_path / "page.png")
+    found = seen["visits"]
     for visit in found.values():
         assert visit["answers"] == [FINAL, FINAL]
         assert visit["analyses"] == [ANALYSIS, ANALYSIS]
@@ -32,3 +33,5 @@ def test_a_person_sees_what_was_drafted_and_accepted(tmp_path):
         assert visit["noise"] == []
     assert [visit["is_beside"] for visit in found.values()] == [True, True, False]
     assert found["desk"]["ground"] == found["phone"]["ground"] != found["dark"]["ground"]
+    assert any("completions" in route for route in seen["description"]["routes"])
+    assert seen["description"]["noise"] == []

@@ -104,7 +104,7 @@ def answers_of(engine, models):
 
 def choice_of(engine):
     """Of rounds over all slots."""
-    return engine._choices[engine.config.num_slots]
+    return engine._counts._choices[engine.config.num_slots]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_features_that_were_set_aside_become_the_context_that_rounds_make(models
             for update in engine.step():
                 tokens += update.token_ids
         engine._dispatch_round(rows_for({}, (), 1, 1), 6)  # whatever is set aside goes to the cache
-        pages = engine._pages[0].row_tables(0)[0, :4]
+        pages = engine._pages.row_tables(0)[0, :4]
         caches.append([np.asarray(layer.entries)[pages] for layer in engine._state.draft_cache.layers])
     for rounds, deferred in zip(*caches, strict=True):
         flat = [np.moveaxis(one, 2, 1).reshape(64, -1)[:60] for one in (rounds, deferred)]

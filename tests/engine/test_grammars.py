@@ -194,7 +194,13 @@ def test_a_constrained_request_that_is_cancelled_leaves_no_mask(models):
     assert answers_of(engine, [free]) == answers_of(make(models, 1, draft=True), [free])
 
 
-@pytest.mark.parametrize("block_sizes", [(1, 8), (4,)], ids=["adaptive", "fixed below the draft's"])
+@pytest.mark.parametrize(
+    "block_sizes",
+    [
+        pytest.param((1, 8), id="adaptive"),
+        pytest.param((4,), id="fixed below the draft's", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_compiles_for_a_grammar_after_warming_up(models, gold, block_sizes):
     engine = make(models, 5, draft=True, block_sizes=block_sizes, row_counts=(1,))
     largest = block_sizes[-1]

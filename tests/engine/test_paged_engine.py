@@ -69,7 +69,7 @@ def test_reused_prefixes_change_no_token_and_no_round(models, arm, requests, exp
     assert once >= 7 * 32  # two pages of 40 tokens, by all but the first
     assert answers_of(engine, requests) == expected
     assert engine.times.reused_tokens > 2 * once
-    assert engine.num_free_pages == engine._layout.num_pages
+    assert engine.num_free_pages == engine.num_pages
 
 
 def test_a_second_turn_reuses_the_first_ones_prompt_and_answer(models, arm):
@@ -98,7 +98,7 @@ def test_preempted_requests_go_on_with_the_same_tokens_and_rounds(models, arm, r
     engine = make(models, arm, cache_tokens=MAX_LENGTH + PAGE)
     assert answers_of(engine, requests) == expected
     assert engine.num_preempted > 3
-    assert engine.num_free_pages == engine._layout.num_pages
+    assert engine.num_free_pages == engine.num_pages
     engine = make(models, arm, cache_tokens=MAX_LENGTH + PAGE, reuse_prefixes=True)
     assert answers_of(engine, requests) == expected
     assert engine.num_preempted > 0
@@ -112,7 +112,7 @@ def test_steps_of_fewer_rows_change_no_token_and_no_round(models, arm, requests,
     monkeypatch.setattr(engine, "_dispatch_round", lambda rows, size: counts.append(rows.count) or dispatch(rows, size))
     assert answers_of(engine, requests) == expected
     assert set(counts) == {1, 2, engine.config.num_slots}
-    assert engine.num_free_pages == engine._layout.num_pages
+    assert engine.num_free_pages == engine.num_pages
 
 
 def test_the_oldest_request_is_never_the_one_that_waits(models, arm):
@@ -162,7 +162,7 @@ def test_a_token_is_known_one_step_after_it_was_dispatched(models, arm):
     engine.cancel("only")
     assert not engine.has_work
     assert engine.step() == []
-    assert engine.num_free_pages == engine._layout.num_pages
+    assert engine.num_free_pages == engine.num_pages
 
 
 def test_whoever_comes_and_goes_where_pages_are_short_every_answer_is_right(models, arm, requests, expected):
@@ -191,4 +191,4 @@ def test_whoever_comes_and_goes_where_pages_are_short_every_answer_is_right(mode
     assert finished + cancelled == 120
     assert min(finished, cancelled) > 20
     assert engine.num_preempted > 0
-    assert engine.num_free_pages == engine._layout.num_pages
+    assert engine.num_free_pages == engine.num_pages

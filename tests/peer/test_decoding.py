@@ -39,7 +39,7 @@ def test_both_decode_the_same_prompts_and_equal_answers_are_counted(tmp_path):
     answers[1] = [(answers[1][0] + 1) % config.vocab_size, *answers[1][1:]]
     file = tmp_path / "answers.json"
     file.write_text(str(answers))
-    found = decoding.compare_decoding(engine, requests, [sys.executable, "-c", ECHO], file, "float32", 2)
+    found = decoding.compare_decoding(engine, requests, [sys.executable, "-c", ECHO], {"model": str(file)}, 2)
     assert found.theirs == (10.0, 10.0)  # five tokens of each behind the first, half a second each
     assert (found.num_equal, found.num_answers) == (1, 2)
     assert all(speed > 0 for speed in found.ours)

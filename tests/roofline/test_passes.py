@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.config.choices import ExpertWeights
 from pipeline.config.schema import ArchitectureConfig, PipelineConfig, RooflineConfig, TargetConfig
+from pipeline.cost import machine_speed
 from pipeline.errors import PipelineError
 from pipeline.model.parallel.runtime import SINGLE_DEVICE
-from pipeline.roofline import passes as roofline
 from pipeline.roofline import stage
 from tests.support.recorder import Recorder
 
@@ -42,7 +42,7 @@ def runs():
     """Tracker, results and output of the stage, with experts in floats and packed."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "COPY_BYTES", 2**20)
+        patch.setattr(machine_speed, "COPY_BYTES", 2**20)
         for name, weights in (("floats", None), ("packed", ExpertWeights.mxfp4)):
             tracker, out = Recorder(), io.StringIO()
             with contextlib.redirect_stdout(out):
@@ -71,7 +71,7 @@ def test_a_packed_target_reads_less_than_one_in_floats(runs):
 
 
 def test_a_copy_has_a_bandwidth():
-    assert roofline.copy_bandwidth(SINGLE_DEVICE) > 1e8
+    assert machine_speed.copy_bandwidth(SINGLE_DEVICE) > 1e8
 
 
 def test_without_sizes_there_is_nothing_to_time():

@@ -1,6 +1,7 @@
 """What clients send besides the prompt, through OpenAI's client where it has a name for it."""
 
 import json
+import re
 
 import httpx
 import openai
@@ -367,4 +368,14 @@ def test_the_description_of_the_api_has_every_field(address):
     assert body["required"] == ["model", "messages"]
     assert body["additionalProperties"] is False
     assert "$ref" not in json.dumps(body)
-    assert httpx.get(f"{address}/docs").status_code == 200
+
+
+def test_the_page_of_the_description_loads_nothing_from_elsewhere(address):
+    page = httpx.get(f"{address}/docs")
+    files = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert page.status_code == 200
+    assert len(files) == 3
+    for file in files:
+        found = httpx.get(f"{address}{file}")  # a full address would be none of this server's
+        assert found.status_code == 200
+        assert len(found.content) > 1000

@@ -49,7 +49,7 @@ def test_a_random_draft_goes_through_export_bench_and_server(tmp_path, capsys):
     assert tracker.documents["contract.json"]["draft"]["block_size"] == 4
     (written,) = (tmp_path / "smoke" / "bench").glob("*/*/results.json")
     assert json.loads(written.read_text())["speedup"] == tracker.metrics["speedup"]
-    assert "answers equal plain greedy's" in capsys.readouterr().out
+    assert "answers equal plain decoding's" in capsys.readouterr().out
 
 
 def test_a_runtime_that_accepts_one_token_too_many_is_caught(tmp_path, monkeypatch):

@@ -4,13 +4,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from pipeline.dflash import acceptance
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine.block_choice import Estimate
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
-from pipeline.engine.in_flight import EngineTimes
 from pipeline.engine.request import Request, StepUpdate, TokenLogProb
+from pipeline.engine.step_counts import StepCounts
 from pipeline.errors import PipelineError
 
 VOCABULARY = 512
@@ -40,8 +39,7 @@ class FakeEngine(Engine):
         self.config = EngineConfig(
             num_slots=slots, max_length=max_length, prefill_chunk=16, stop_token_ids=tuple(stop_ids)
         )
-        self.acceptance = acceptance.empty(block_size or 1)
-        self.times, self.num_preempted, self.smaller_blocks = EngineTimes(), 0, {}
+        self._counts, self.num_preempted = StepCounts(block_size, (block_size or 1,), (slots,)), 0
         self.waiting: list[Request] = []
         self.running: dict[str, Running] = {}
         self.cancelled: list[str] = []
@@ -117,7 +115,7 @@ class FakeEngine(Engine):
             reason = "stop" if new[-1] in self.config.stop_token_ids else "length"
             del self.running[request_id]
         if is_round:
-            self.acceptance += Acceptance.of([len(new) - 1], self.block_size)
+            self._counts.acceptance += Acceptance.of([len(new) - 1], self.block_size)
         num_accepted = len(new) - 1 if is_round else None
         return StepUpdate(
             request_id=request_id,

@@ -35,8 +35,9 @@ class Recorder(SilentRun):
         self.documents[name] = value
 
     def log_artifact(self, path: Path) -> None:
-        """Remember a file's text."""
-        self.documents[path.name] = path.read_text()
+        """Remember a file's text, or its bytes."""
+        data = path.read_bytes()
+        self.documents[path.name] = data if path.suffix == ".png" else data.decode()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Remember the parameters as a document."""

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,9 +20,12 @@ from pipeline.config.schema import OpenAIConfig, PipelineConfig
 from pipeline.engine import capture
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
+from pipeline.engine.request import Completion, Request
 from pipeline.errors import PipelineError
+from pipeline.model.dflash import weights as dflash_weights
+from pipeline.model.dflash.model import DraftModel
 from pipeline.model.gpt_oss.weights import WeightFormat
-from pipeline.model.hf.directory import read_target
+from pipeline.model.hf.directory import read_target, save_draft
 from pipeline.model.layers.sampling import Sampling
 from pipeline.prompts.chat_format import stop_token_ids
 from pipeline.prompts.tokenizer import load_tokenizer
@@ -32,8 +37,10 @@ from pipeline.teacher_cache.origin import AnswerOrigin
 from pipeline.workspace.workspace import Workspace
 from tests.support.cached import MODEL as SIZES
 from tests.support.cached import configuration
+from tests.support.corpus_tokenizer import corpus_tokenizer
 from tests.support.fake_endpoint import Reply, endpoint
 from tests.support.recorder import Recorder
+from tests.support.served import random_pair
 from tests.support.serving import MODEL, serving
 
 KEY = "sk-very-secret-0123456789"
@@ -94,6 +101,56 @@ def test_sampled_answers_are_others_and_depend_on_the_seed_alone(
     config.prompts.heldout_fraction = 0.3  # other splits, other shards, other company in the slots
     stage.run(config, tracker)
     assert texts_of(made_by(config)) == texts
+
+
+@pytest.fixture(scope="module")
+def draft_directory(target_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft of random weights for the target."""
+    config = configuration(target_directory, tmp_path_factory.mktemp("draft"))
+    config.draft.tapped_layers, config.draft.num_hidden_layers = [1, 2], 1
+    shape = Workspace(config).draft_config
+    draft = DraftModel(shape, dflash_weights.random_weights(shape, jax.random.key(6)))
+    directory = Path(config.output_dir) / "draft"
+    directory.mkdir(parents=True)
+    save_draft(directory, draft, {})
+    return directory
+
+
+@pytest.mark.parametrize(
+    "sampling", [pytest.param({}, id="greedy", marks=pytest.mark.slow), pytest.param(SAMPLING, id="sampled")]
+)
+def test_answers_that_a_draft_helps_to_decode_are_the_targets_own(
+    sampled: tuple[PipelineConfig, Artifact],
+    cache: Artifact,
+    config: PipelineConfig,
+    tracker: Recorder,
+    draft_directory: Path,
+    sampling: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone = sampled[1] if sampling else cache
+    plain_key = Workspace(config).key(TEACHER_CACHE)
+    config.teacher_cache = dataclasses.replace(config.teacher_cache, **sampling, draft=str(draft_directory))
+    rounds = []
+    generate = Engine.generate
+
+    def counted(engine: Engine, requests: Iterable[Request]) -> Iterator[Completion]:
+        for completion in generate(engine, requests):
+            rounds.append(len(completion.accepted_per_round))
+            yield completion
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    stage.run(config, tracker)
+    assert texts_of(made_by(config)) == texts_of(alone)
+    assert sum(rounds) > 50
+    assert Workspace(config).key(TEACHER_CACHE) not in (plain_key, alone.key)  # in bfloat16 a tie may fall otherwise
+
+
+def test_a_draft_of_another_target_is_refused(config: PipelineConfig, tracker: Recorder, tmp_path: Path) -> None:
+    other = random_pair(tmp_path, corpus_tokenizer(512))
+    config.teacher_cache.draft = str(other.export.path)
+    with pytest.raises(PipelineError, match=r"teacher_cache.draft .* is not a draft for this target"):
+        stage.run(config, tracker)
 
 
 def test_a_resumed_sampled_cache_has_the_same_bytes(

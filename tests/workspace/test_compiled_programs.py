@@ -20,9 +20,11 @@ print(found, sum(name.endswith("/compilation_cache/cache_hits") for name in hits
 
 
 def run(directory, **variables):
+    """The path, the hits and what was written to stderr; XLA is as silent about programs that it reads as
+    `python -m pipeline` asks it to be: it warns of features of the processor that are none (`prefer-no-gather`)."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(directory)],
-        env={**os.environ, **variables}, capture_output=True, text=True, check=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **variables}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     path, hits = done.stdout.split()
     return path, int(hits), done.stderr
@@ -35,7 +37,7 @@ def test_a_second_start_compiles_nothing_again(tmp_path):
     again, hits, errors = run(tmp_path)
     assert again == path
     assert hits > 0
-    assert "error" not in errors.lower()
+    assert errors == ""
 
 
 def test_a_directory_of_ones_own_choice_is_left_alone(tmp_path):

@@ -4,7 +4,7 @@ Shape letters, those of docs/conventions.md: B rows, T positions, R cache rows, 
 heads, H head width, D model width, L tapped layers, V vocabulary, and W the part of it that a shard has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pipeline.model.gpt_oss.config import GptOssConfig
-from pipeline.model.gpt_oss.experts import mixture
+from pipeline.model.gpt_oss.experts import mixture, route
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import GptOssWeights, LayerWeights
 from pipeline.model.layers import attention, kv_pages
@@ -60,28 +60,24 @@ def forward(
     the outputs of `tapped_layers` before the final norm (`hidden_states[i + 1]` in transformers), concatenated in
     that order. `num_tokens` are the tokens of each row that are not padding on the right, None for all.
     """
-    config, weights = target.config, target.weights
-    positions = start[:, None] + jnp.arange(token_ids.shape[1])
-    call = _Call(start, tables, num_tokens, angles(config.rope, config.head_dim, positions))
-    hidden = embed(weights, token_ids, execution.shards)
-    outputs: list[Array] = []
-    layers: list[PagedLayer] = []
-    for index, layer in enumerate(weights.layers):
-        window = config.sliding_window if config.sliding[index] else None
-        cached = None if cache is None else cache.layers[index]
-        attended, written = _attention(hidden, layer, config, window, call, cached, execution)
-        hidden = hidden + attended
-        normed = rms_norm(hidden, layer.experts_norm, config.rms_norm_eps)
-        flat = normed.reshape(-1, config.hidden_size)
-        mixed = mixture(flat, layer.experts, config.num_experts_per_tok, config.swiglu_limit, execution)
-        hidden = hidden + mixed.reshape(hidden.shape)
-        outputs.append(hidden)
-        if written is not None:
-            layers.append(written)
-    taps = [outputs[index] for index in tapped_layers]
+    passed = list(_layers(target, token_ids, start, cache, tables, num_tokens, execution))
+    hidden = passed[-1].hidden
+    taps = [passed[index].hidden for index in tapped_layers]
     features = jnp.concatenate(taps, axis=-1) if taps else hidden[..., :0]
-    normed = rms_norm(hidden, weights.norm, config.rms_norm_eps)
-    return Output(normed, features, None if cache is None else PagedCache(tuple(layers)))
+    normed = rms_norm(hidden, target.weights.norm, target.config.rms_norm_eps)
+    written = tuple(one.written for one in passed if one.written is not None)
+    return Output(normed, features, None if cache is None else PagedCache(written))
+
+
+def chosen_experts(
+    target: TargetModel, token_ids: Int[Array, "B T"], *, execution: Execution = DEFAULT_EXECUTION
+) -> Int[Array, "B T L k"]:
+    """Returns which experts each of the L layers chooses for each token of full sequences, the best one first."""
+    start, k = jnp.zeros(token_ids.shape[0], jnp.int32), target.config.num_experts_per_tok
+    passed = _layers(target, token_ids, start, None, None, None, execution)
+    pairs = zip(passed, target.weights.layers, strict=True)
+    found = [route(one.experts_inputs, layer.experts, k)[1] for one, layer in pairs]
+    return jnp.stack(found, axis=1).reshape(*token_ids.shape, len(found), k)
 
 
 def embed(weights: GptOssWeights, token_ids: Int[Array, "*batch"], shards: Shards) -> Float[Array, "*batch D"]:
@@ -108,6 +104,39 @@ class _Call(NamedTuple):
     tables: PageTables | None
     num_tokens: Int[Array, " B"] | None
     cos_sin: tuple[Array, Array]
+
+
+class _Passed(NamedTuple):
+    """Holds what a layer gives: hidden states, what its experts were fed, and the part of the cache that it wrote."""
+
+    hidden: Float[Array, "B T D"]
+    experts_inputs: Float[Array, "M D"]
+    written: PagedLayer | None
+
+
+def _layers(
+    target: TargetModel,
+    token_ids: Int[Array, "B T"],
+    start: Int[Array, " B"],
+    cache: PagedCache | None,
+    tables: PageTables | None,
+    num_tokens: Int[Array, " B"] | None,
+    execution: Execution,
+) -> Iterator[_Passed]:
+    """Yields what each layer gives, in order; arguments are those of `forward`."""
+    config, weights = target.config, target.weights
+    positions = start[:, None] + jnp.arange(token_ids.shape[1])
+    call = _Call(start, tables, num_tokens, angles(config.rope, config.head_dim, positions))
+    hidden = embed(weights, token_ids, execution.shards)
+    for index, layer in enumerate(weights.layers):
+        window = config.sliding_window if config.sliding[index] else None
+        cached = None if cache is None else cache.layers[index]
+        attended, written = _attention(hidden, layer, config, window, call, cached, execution)
+        hidden = hidden + attended
+        flat = rms_norm(hidden, layer.experts_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
+        mixed = mixture(flat, layer.experts, config.num_experts_per_tok, config.swiglu_limit, execution)
+        hidden = hidden + mixed.reshape(hidden.shape)
+        yield _Passed(hidden, flat, written)
 
 
 def _attention(

@@ -24,7 +24,7 @@ from pipeline.model.hf.layouts import EXPERTS, Tensors
 from pipeline.model.hf.safetensors_files import Index, Tensor, stored, weight_files
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-ROWS = 4096  # that are added at a time, in float64
+ROWS = 512  # that are added at a time, in float64
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the model's own weights too
 _PLAIN = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "trainable_token_indices": None}
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")

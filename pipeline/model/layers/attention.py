@@ -167,15 +167,19 @@ def _part(
     """Returns attention of T queries over S keys of each row, of which `visible` are seen."""
     batch, num_queries, num_heads, width = queries.shape
     groups = keys.shape[2]
-    grouped = (queries * width**-0.5).reshape(batch, num_queries, groups, num_heads // groups, width)
-    scores = einsum("btgrh,bsgh->bgrts", grouped, keys)
+    per_group = num_heads // groups
+    scaled = (queries * width**-0.5).reshape(batch, num_queries, groups, per_group, width)
+    # a group's heads and tokens as one axis: two make XLA's product on a CPU half as fast again
+    grouped = scaled.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per_group * num_queries, width)
+    scores = einsum("bgqh,bsgh->bgqs", grouped, keys).reshape(batch, groups, per_group, num_queries, -1)
     scores = jnp.where(visible[:, None, None], scores, MASKED)
     peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - peak)
     total = weights.sum(axis=-1, keepdims=True)
-    outputs = einsum("bgrts,bsgh->btgrh", (weights / total).astype(values.dtype), values)
+    shares = (weights / total).astype(values.dtype).reshape(batch, groups, per_group * num_queries, -1)
+    outputs = einsum("bgqs,bsgh->bgqh", shares, values).reshape(batch, groups, per_group, num_queries, width)
     log_sum = jnp.moveaxis((peak + jnp.log(total))[..., 0], 3, 1)
-    return Part(outputs.reshape(queries.shape), log_sum.reshape(queries.shape[:3]))
+    return Part(outputs.transpose(0, 3, 1, 2, 4).reshape(queries.shape), log_sum.reshape(queries.shape[:3]))
 
 
 def _sum(arrays: Iterable[Array]) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pipeline.engine.expert_choices import expert_choices
 from pipeline.errors import PipelineError
 from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.config import GptOssConfig
@@ -48,6 +49,17 @@ def test_logits_and_every_layers_features_equal_transformers(published):
     assert expected["logits"].std() > 1  # weights so small that errors hide would prove nothing
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(out.features, features, rtol=0, atol=TOLERANCE)
+
+
+def test_every_layer_chooses_the_experts_that_transformers_router_chooses(published):
+    directory, ids, expected = published
+    target = read_target(directory, WeightFormat())
+    texts = [row[:length].tolist() for row, length in zip(ids, (41, 7, 30), strict=True)]  # padded, in one batch
+    found = dict(expert_choices(target, texts))
+    assert found.keys() == {0, 1, 2}
+    for row, text in enumerate(texts):
+        wanted = np.moveaxis(expected["experts"][:, row, : len(text)], 0, 1)
+        np.testing.assert_array_equal(found[row], wanted)
 
 
 def test_transformers_opens_what_we_write_and_computes_the_same(published, tmp_path):

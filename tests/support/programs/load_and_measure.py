@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 from pipeline.model.gpt_oss.config import GptOssConfig, is_packed
 from pipeline.model.gpt_oss.weights import WeightFormat
 from pipeline.model.hf import gpt_oss as hf_gpt_oss
-from pipeline.model.hf.directory import read_target
+from pipeline.model.hf.directory import open_target, read_target
 
 SHARD_BYTES = 2**28
+RANK = 16
 
 
 def write(directory: Path, hf: dict) -> int:
@@ -47,6 +48,30 @@ def write(directory: Path, hf: dict) -> int:
     return size
 
 
+def write_adapter(directory: Path, hf: dict) -> int:
+    """A LoRA of every attention projection and of all experts, as PEFT stacks them; returns its bytes."""
+    random, tensors = np.random.default_rng(1), {}
+    config = GptOssConfig.from_hf(hf)
+    width, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    heads = {"q_proj": config.num_attention_heads, "v_proj": config.num_key_value_heads}
+
+    def pair(module: str, inputs: int, outputs: int, rank: int) -> None:
+        for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            name = f"base_model.model.model.layers.{module}.lora_{side}.weight"
+            tensors[name] = random.normal(scale=0.01, size=shape).astype(np.float32)
+
+    for layer in range(config.num_hidden_layers):
+        for name, count in heads.items():
+            pair(f"{layer}.self_attn.{name}", width, count * config.head_dim, RANK)
+        pair(f"{layer}.mlp.experts", inner, width, RANK * experts)  # down_proj
+        pair(f"{layer}.mlp.experts.base_layer", width, 2 * inner, RANK * experts)  # gate_up_proj
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def memory(name: str) -> int:
     """Bytes of this process, as the kernel counts them: VmRSS now, VmHWM at the most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -58,9 +83,13 @@ def main() -> None:
     if sys.argv[1] == "write":
         print(json.dumps({"file_bytes": write(directory, hf)}))
         return
+    adapter = Path(sys.argv[5]) if len(sys.argv) > 5 else None
+    if adapter is not None:
+        write_adapter(adapter, hf)
     jax.block_until_ready(jax.numpy.zeros(8))  # what a backend takes is not the loader's
     before = memory("VmRSS")
-    target = jax.block_until_ready(read_target(directory, WeightFormat(**weight_format)))
+    opened = open_target(directory, adapter)
+    target = jax.block_until_ready(read_target(opened, WeightFormat(**weight_format)))
     leaves = jax.tree.leaves(target)
     found = {
         "peak_bytes": memory("VmHWM") - before,

@@ -29,11 +29,11 @@ def run(config: PipelineConfig, tracker: Run) -> None:
     workspace = Workspace(config)
     exported = workspace.open(DRAFT)
     record = judgement.carried(_newest_record(Path(config.output_dir), exported.fingerprint))
-    version = registry.register(
-        Path(str(exported.path)), exported.fingerprint, run_id=tracker.run_id or None, record=record
-    )
-    log.info("promote: %s is version %s of %s", exported.path, version.number, name)
     with registry.claimed(claimant):
+        version = registry.register(
+            Path(str(exported.path)), exported.fingerprint, run_id=tracker.run_id or None, record=record
+        )
+        log.info("promote: %s is version %s of %s", exported.path, version.number, name)
         champion = registry.of_alias(CHAMPION)
         if champion is not None and champion.fingerprint == exported.fingerprint:
             log.info("promote: version %s is the champion already", version.number)

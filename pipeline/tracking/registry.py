@@ -15,7 +15,8 @@ from pipeline.tracking.store import StoreLost, client_of, store_errors
 CHAMPION, PREVIOUS = "champion", "previous"  # aliases
 ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))$")
 FINGERPRINT, RECORD = "fingerprint", "record"  # tags of a version
-CLAIM = "promotion"  # tag of a model: who moves its champion now
+CLAIM, CLAIMANT = "-promotion", "claimant"  # end of a claim's name; its tag
+ALREADY_THERE = ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")  # the second where it is deleted at that moment
 CLAIM_SECONDS, SETTLE_SECONDS = 60.0, 1.0
 
 
@@ -86,31 +87,51 @@ class Registry:
 
     @contextlib.contextmanager
     def claimed(self, claimant: str) -> Iterator[None]:
-        """Lets one command at a time move aliases; raises PipelineError for another one, wherever it runs.
+        """Lets one command at a time add versions and move aliases; raises PipelineError for another, wherever it runs.
 
-        A claim that is a minute old is that of a command that was killed.
+        The claim is a registered model of its own, because MLflow creates a name once, also for two that ask at the
+        same moment. A claim that is a minute old is that of a command that was killed.
         """
-        before = self._claim()
-        if before is not None and time.time() - before[1] < CLAIM_SECONDS:
-            raise PipelineError(f"{before[0]} moves the champion of {self.name} at this moment; try again in a minute")
+        name = f"{self.name}{CLAIM}"
         with store_errors(self._store):
-            self._client.set_registered_model_tag(self.name, CLAIM, json.dumps([claimant, time.time()]))
-        time.sleep(SETTLE_SECONDS)  # two that saw no claim have both written theirs by now, and read the last one
-        now = self._claim()
-        if now is None or now[0] != claimant:
-            raise PipelineError(
-                f"{now[0] if now else 'another command'} was faster to move the champion of {self.name}"
-            )
+            stale = self._claim(name)
+            broken_off = stale is not None and time.time() - stale.creation_timestamp / 1000 > CLAIM_SECONDS
+            if broken_off:
+                self._client.delete_registered_model(name)
+            self._create_claim(name, claimant)
+            if broken_off:
+                time.sleep(SETTLE_SECONDS)  # another one may have found the old claim too, and deleted this one for it
+                now = self._claim(name)
+                if now is None or now.tags.get(CLAIMANT) != claimant:
+                    raise self._claimed_already(now)
         try:
             yield
         finally:
             with store_errors(self._store):
-                self._client.delete_registered_model_tag(self.name, CLAIM)
+                self._client.delete_registered_model(name)
 
-    def _claim(self) -> tuple[str, float] | None:
-        with store_errors(self._store):
-            text = self._client.get_registered_model(self.name).tags.get(CLAIM)
-        return None if text is None else tuple(json.loads(text))
+    def _create_claim(self, name: str, claimant: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        description = f"{claimant} moves the champion of {self.name}; this entry goes when it has done so."
+        try:
+            self._client.create_registered_model(name, tags={CLAIMANT: claimant}, description=description)
+        except MlflowException as error:
+            if error.error_code not in ALREADY_THERE:
+                raise
+            raise self._claimed_already(self._claim(name)) from None
+
+    def _claim(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_registered_model(name)
+        except MlflowException:
+            return None  # where the store is lost, creating the claim says so
+
+    def _claimed_already(self, claim: Any) -> PipelineError:
+        holder = "another command" if claim is None else claim.tags.get(CLAIMANT, "another command")
+        return PipelineError(f"{holder} moves the champion of {self.name} at this moment; try again in a minute")
 
     def _versions(self) -> list[Any]:
         return list(self._client.search_model_versions(f"name = '{self.name}'"))

@@ -1,6 +1,5 @@
 """Versions, champions and claims in MLflow's own registry."""
 
-import json
 import threading
 
 import pytest
@@ -69,34 +68,60 @@ def test_a_draft_of_another_machine_is_said(model, folder, tmp_path):
         resolve(f"models:/{model.name}@champion", uri=None, output_dir=folder)
 
 
-def test_of_two_that_promote_at_once_one_wins_and_the_other_says_so(model, folder, tmp_path):
-    model.register(draft(tmp_path, "a"), "fa", run_id=None, record={})
-    together, won, lost = threading.Barrier(2), [], []
+def test_of_many_that_promote_at_once_one_at_a_time_moves_the_champion_and_the_others_say_so(model, folder):
+    together, finished, inside, lost = threading.Barrier(4), threading.Barrier(4), [], []
 
     def promote(name):
         own = Registry(model.name, uri=None, output_dir=folder)
         together.wait()
         try:
             with own.claimed(name):
-                won.append(name)
+                inside.append(name)
+                finished.wait()
         except PipelineError as error:
             lost.append(str(error))
+            finished.wait()
 
-    threads = [threading.Thread(target=promote, args=(name,)) for name in ("run a", "run b")]
+    threads = [threading.Thread(target=promote, args=(f"run {name}",)) for name in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(won) == len(lost) == 1
-    assert won[0] in lost[0]
-
-
-def test_a_claim_that_was_left_behind_blocks_nobody_for_long(model, tmp_path, monkeypatch):
-    model.register(draft(tmp_path, "a"), "fa", run_id=None, record={})
-    stale = json.dumps(["run of yesterday", 0.0])
-    model._client.set_registered_model_tag(model.name, registry.CLAIM, stale)
-    with model.claimed("run b"):
+    assert len(inside) == 1
+    assert lost == [f"{inside[0]} moves the champion of {model.name} at this moment; try again in a minute"] * 3
+    with model.claimed("run e"):
         pass
-    model._client.set_registered_model_tag(model.name, registry.CLAIM, json.dumps(["run c", 9e12]))
+
+
+def test_a_claim_that_was_left_behind_blocks_nobody_for_long(model, monkeypatch):
+    name = f"{model.name}{registry.CLAIM}"
+    model._client.create_registered_model(name, tags={registry.CLAIMANT: "run c"})
     with pytest.raises(PipelineError, match="run c moves the champion"), model.claimed("run d"):
+        pass
+    monkeypatch.setattr(registry, "CLAIM_SECONDS", 0.0)
+    with model.claimed("run d"):
+        pass
+    assert model._client.search_registered_models(f"name = '{name}'") == []
+
+
+def test_of_two_that_find_an_old_claim_one_wins(model, folder, monkeypatch):
+    name = f"{model.name}{registry.CLAIM}"
+    model._client.create_registered_model(name, tags={registry.CLAIMANT: "run of yesterday"})
+    monkeypatch.setattr(registry, "CLAIM_SECONDS", 0.0)
+    other = Registry(model.name, uri=None, output_dir=folder)
+
+    def the_other_comes(seconds):
+        model._client.delete_registered_model(name)
+        other._create_claim(name, "run b")
+
+    monkeypatch.setattr(registry.time, "sleep", the_other_comes)
+    with pytest.raises(PipelineError, match="run b moves the champion"), model.claimed("run a"):
+        pass
+
+
+def test_a_store_that_cannot_create_a_claim_says_why(folder):
+    with (
+        pytest.raises(PipelineError, match="MLflow at .*name"),
+        Registry("a/b", uri=None, output_dir=folder).claimed("r"),
+    ):
         pass

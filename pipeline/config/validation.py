@@ -113,9 +113,17 @@ def _prompts(prompts: PromptsConfig) -> list[str]:
         broken.append("prompts.path is null; prompts.source=jsonl needs a file")
     if prompts.source is PromptSource.dataset and prompts.dataset is None:
         broken.append("prompts.dataset is null; prompts.source=dataset needs a name")
-    for name, value in (("dataset_subset", prompts.dataset_subset), ("dataset_revision", prompts.dataset_revision)):
-        if value is not None and prompts.source is not PromptSource.dataset:
-            broken.append(f"prompts.{name} is {value}; it goes with prompts.source=dataset")
+    fields_of = {
+        PromptSource.jsonl: ("path",),
+        PromptSource.dataset: ("dataset", "dataset_subset", "dataset_revision"),
+    }
+    for source, names in fields_of.items():
+        for name in names if prompts.source is not source else ():
+            if (value := getattr(prompts, name)) is not None:
+                broken.append(
+                    f"prompts.{name} is {value}, but prompts.source is {prompts.source.value}, which does not read it; "
+                    f"set prompts.source={source.value}"
+                )
     mix = prompts.effort_mix
     is_mix = mix.keys() <= MIXED_EFFORTS and all(0 <= part < math.inf for part in mix.values())
     if not is_mix or (prompts.effort is Effort.mixed and not sum(mix.values())):
@@ -130,6 +138,11 @@ def _teacher_cache(cache: TeacherCacheConfig) -> list[str]:
     if cache.generator is Generator.openai and (cache.openai.url is None or cache.openai.model is None):
         values = f"url is {cache.openai.url}, model is {cache.openai.model}"
         broken.append(f"teacher_cache.openai: {values}; teacher_cache.generator=openai needs both")
+    if cache.generator is not Generator.openai and (cache.openai.url or cache.openai.model):
+        broken.append(
+            f"teacher_cache.openai names an endpoint, but teacher_cache.generator is {cache.generator.value}, which "
+            "asks none; set teacher_cache.generator=openai"
+        )
     if cache.openai.url is not None and not _is_plain_url(cache.openai.url):
         broken.append(
             "teacher_cache.openai.url is no plain address; it must be such as http://localhost:8000/v1, without user, "

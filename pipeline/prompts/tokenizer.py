@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GptOssConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pipeline.artifacts.hashing import file_sha256
@@ -97,9 +97,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Of several named chat templates it has the one called default.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{directory} holds no tokenizer that transformers opens: {error}") from error
+        # with a configuration given, transformers reads config.json neither for its sizes nor for its encoding
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), config=GptOssConfig(), local_files_only=True)
+    except Exception as error:  # of any kind: a wrong value in a file is a KeyError, a TypeError or tokenizers' own
+        raise PipelineError(
+            f"{directory} holds no tokenizer that transformers opens: {type(error).__name__}: {error}; give the "
+            "tokenizer.json and tokenizer_config.json that belong to the model"
+        ) from error
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = _default_template(tokenizer.chat_template, directory)
     return tokenizer

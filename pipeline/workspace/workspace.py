@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.dflash.config import DFlashConfig
 from pipeline.model.gpt_oss.config import GptOssConfig
 from pipeline.model.hf import dflash as hf_dflash
-from pipeline.model.hf.directory import read_config, read_draft_config, read_target_config, weights_fingerprint
+from pipeline.model.hf.directory import read_draft_config, read_target_config, weights_fingerprint
 from pipeline.prompts.sources import PromptSet
 from pipeline.prompts.tokenizer import Tokenizer, load_tokenizer
 from pipeline.store.checkpoint_files import DRAFT_CONFIG
@@ -70,7 +70,7 @@ class Workspace:
                 trained.fingerprint,
             )
         directory, revision = hub.directory_of(wanted.path, wanted.revision, key="target.path")
-        read_config(directory)  # what is no HF directory at all is said before a tokenizer is missed
+        read_target_config(directory)  # what is wrong with a model is said before what is wrong with its tokenizer
         self._require_architecture(directory)
         contract = contracts.target_contract(
             directory, wanted, load_tokenizer(directory), revision=revision, memory=self.memory

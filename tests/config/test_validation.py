@@ -115,7 +115,24 @@ def test_defaults_are_valid():
             {"prompts__effort": Effort.mixed, "prompts__effort_mix": {"low": 0.0}}, "one above it", id="no share"
         ),
         pytest.param(
-            {"prompts__dataset_revision": "abc"}, "prompts.dataset_revision is abc; it goes with", id="stray revision"
+            {"prompts__dataset_revision": "abc"},
+            "prompts.dataset_revision is abc, but prompts.source is generated, which does not read it; set "
+            "prompts.source=dataset",
+            id="stray revision",
+        ),
+        pytest.param(
+            {"prompts__path": "rows.jsonl"},
+            "prompts.path is rows.jsonl, but prompts.source is generated, which does not read it; set "
+            "prompts.source=jsonl",
+            id="stray file",
+        ),
+        pytest.param(
+            {"prompts__dataset": "a/b"}, "prompts.dataset is a/b, but prompts.source is generated", id="stray dataset"
+        ),
+        pytest.param(
+            {"teacher_cache__openai__url": "http://here/v1"},
+            "teacher_cache.openai names an endpoint, but teacher_cache.generator is engine, which asks none",
+            id="stray endpoint",
         ),
         pytest.param({"teacher_cache__temperature": -1.0}, "teacher_cache.temperature is -1.0", id="temperature"),
         pytest.param({"teacher_cache__top_p": 0.0}, "teacher_cache.top_p is 0.0; it must be above 0", id="no nucleus"),

@@ -121,6 +121,26 @@ def test_a_saved_tokenizer_loads_as_it_was(tokenizer, tmp_path):
         assert loaded.decode(loaded.encode(text)) == text
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "none"}}'),
+        ("tokenizer.json", "none"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("chat_template.jinja", None),
+    ],
+)
+def test_a_tokenizer_whose_files_are_wrong_is_one_clear_error(tokenizer, tmp_path, file, content):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(b"\xff\xfe" if content is None else content.encode())
+    with pytest.raises(PipelineError, match=f"^{tmp_path} holds no tokenizer that transformers opens: [A-Za-z]+: "):
+        load_tokenizer(tmp_path)
+
+
 def test_fingerprints_are_the_sha256_of_the_saved_files_and_survive_a_second_save(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "first")
     AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")

@@ -71,6 +71,34 @@ def test_a_target_path_that_is_none_is_refused(config):
         _ = Workspace(config).target
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": "144"}, "hidden_size: found '144', wanted a positive whole number"),
+        ({"layer_types": ["full_attention"] * 9}, "layer_types: found 9 kinds, wanted one for each of "),
+        ({"layer_types": ["chunked_attention"] * 4}, "layer_types: found chunked_attention, wanted sliding_attention"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said_in_our_words_before_its_tokenizer_is_opened(
+    config, tmp_path, change, problem
+):
+    target = tiny_training.make_target(tmp_path / "target")
+    settings = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(settings | change))
+    config.target.path = str(target)
+    with pytest.raises(PipelineError, match=problem):
+        _ = Workspace(config).target
+
+
+def test_a_model_whose_config_has_a_byte_order_mark_is_the_same_model(config, tmp_path):
+    before = Workspace(config).target
+    target = tiny_training.make_target(tmp_path / "target")
+    (target / "config.json").write_bytes(b"\xef\xbb\xbf" + (target / "config.json").read_bytes())
+    config.target.path = str(target)
+    assert Workspace(config).target.key == before.key
+    assert Workspace(config).tokenizer.get_vocab()
+
+
 def test_a_cache_that_fits_is_opened(config):
     made = Workspace(config).open(TEACHER_CACHE)
     assert made.kind == TEACHER_CACHE

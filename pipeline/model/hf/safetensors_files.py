@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pipeline.errors import PipelineError
+from pipeline.model.hf.json_files import read_object
 
 WEIGHTS_FILE = "model.safetensors"
 FLOAT_KINDS = ("F32", "BF16", "F16")
@@ -110,11 +110,11 @@ def weight_files(directory: Path, single: str = WEIGHTS_FILE) -> list[Path]:
     takes the single file, other readers take the index.
     """
     index = directory / f"{single}.index.json"
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {"": single}
-        names = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise PipelineError(f"{index} has no readable weight_map ({error}); copy it again") from error
+    weight_map = read_object(index, "copy it again").get("weight_map") if index.is_file() else {"": single}
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(name, str) and name and name == Path(name).name for name in files):
+        raise PipelineError(f"{index} has no weight_map from tensors to files beside it; copy it again")
+    names = sorted(set(files))
     if single not in names and (directory / single).is_file():
         raise PipelineError(
             f"{directory} holds the weights twice: {single}, and {index.name} with {', '.join(names)}; "

@@ -97,6 +97,25 @@ def test_shards_are_read_through_their_index(target):
         read_target(directory, WeightFormat())
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([], "holds a list, wanted an object"),
+        ({}, "has no weight_map from tensors to files beside it"),
+        ({"weight_map": {}}, "has no weight_map from tensors to files beside it"),
+        ({"weight_map": {"a": 5}}, "has no weight_map from tensors to files beside it"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "has no weight_map from tensors to files beside it"),
+        ({"weight_map": {"a": ""}}, "has no weight_map from tensors to files beside it"),
+    ],
+)
+def test_an_index_that_names_no_files_is_refused(target, content, problem):
+    directory, _, _ = target
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(PipelineError, match=f"index.json {problem}"):
+        read_target(directory, WeightFormat())
+
+
 def test_all_wrong_tensors_are_named_at_once(target):
     directory, _, _ = target
     tensors = load_file(directory / "model.safetensors")

@@ -230,9 +230,19 @@ def _export(config: PipelineConfig) -> list[str]:
 
 
 def _serve(serve: ServeConfig) -> list[str]:
-    if (serve.tls_certificate is None) == (serve.tls_key is None):
-        return []
-    return ["serve.tls_certificate and serve.tls_key name the two files of a certificate; set both or neither"]
+    broken = []
+    if (serve.tls_certificate is None) != (serve.tls_key is None):
+        broken.append(
+            "serve.tls_certificate and serve.tls_key name the two files of a certificate; set both or neither"
+        )
+    others = [f"serve.{name}" for name in ("gateway", "engine_args", "dry_run") if getattr(serve, name)]
+    if serve.engine is EngineName.own and others:
+        broken.append(
+            f"{', '.join(others)} is set, but serve.engine is own, which starts no other program; choose serve.engine"
+        )
+    if serve.plain_url is not None and not serve.gateway:
+        broken.append(f"serve.plain_url is {serve.plain_url}; only serve.gateway=true sends requests there: set it too")
+    return broken
 
 
 def _registered_draft(serve: ServeConfig, export_path: str | None) -> list[str]:
@@ -255,6 +265,10 @@ def _bench(bench: BenchConfig, *, is_on_hosts: bool) -> list[str]:
     used = [f"bench.{name}" for name in own if getattr(bench, name)]
     if bench.plain_url is not None and used:
         broken.append(f"bench.plain_url is set; {', '.join(used)} is for this process's own engines: leave it out")
+    if bench.dflash_log is not None and bench.dflash_url is None:
+        broken.append(
+            f"bench.dflash_log is {bench.dflash_log}; it is the log of the server at bench.dflash_url: set both"
+        )
     if is_on_hosts and (bench.interval is not None or bench.request_rates):
         broken.append(
             "bench.interval and bench.request_rates follow the clock; several hosts run the same steps: leave them out"

@@ -99,6 +99,17 @@ def test_defaults_are_valid():
             id="arms of servers",
         ),
         pytest.param(
+            {"serve__gateway": True, "serve__dry_run": True},
+            "serve.gateway, serve.dry_run is set, but serve.engine is own, which starts no other program",
+            id="no other engine",
+        ),
+        pytest.param(
+            {"serve__plain_url": "http://here"},
+            "serve.plain_url is http://here; only serve.gateway=true",
+            id="no gateway",
+        ),
+        pytest.param({"bench__dflash_log": "a.log"}, "bench.dflash_log is a.log; it is the log of", id="log alone"),
+        pytest.param(
             {"serve__draft": "models:/a@b", "export__path": "c"}, "serve.draft is models:/a@b and", id="two drafts"
         ),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),

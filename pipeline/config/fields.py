@@ -119,6 +119,7 @@ plain_name = Rule(
     lambda value: re.fullmatch(r"[A-Za-z0-9][\w.-]*", value) is not None,
 )
 all_positive = Rule("a list of positive numbers", lambda value: bool(value) and all(number > 0 for number in value))
+texts = Rule("a list of texts that are not empty", lambda value: bool(value) and all(text.strip() for text in value))
 none_or_positive = Rule("a list of positive numbers, or empty", lambda value: all(number > 0 for number in value))
 ascending = Rule(
     "layer ids that ascend without repeats", lambda value: bool(value) and sorted(set(value)) == list(value)

@@ -51,6 +51,7 @@ from pipeline.config.fields import (
     setting,
     sha256,
     share,
+    texts,
 )
 
 QUESTIONS = ("What is 17 + 25?", "Sort 5, 2, 9, 1 from small to large.", "Write a Python function f that adds 3 to x.")
@@ -443,7 +444,7 @@ class ReportConfig:
 class AskConfig:
     """Sets what `stage=ask` asks the served model, at the effort of `prompts.effort` (mixed: the server's own)."""
 
-    questions: list[str] = setting(lambda: list(QUESTIONS), factory=True, key=None)
+    questions: list[str] = setting(lambda: list(QUESTIONS), rule=texts, factory=True, key=None)
     max_new_tokens: int = setting(192, rule=positive, key=None)
 
 

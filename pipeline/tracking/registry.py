@@ -153,7 +153,10 @@ def resolve(address: str, *, uri: str | None, output_dir: Path) -> Version:
     """
     parts = ADDRESS.match(address)
     if parts is None:
-        raise PipelineError(f"{address} is no address of a model; it must be as models:/tiny-dflash@champion")
+        raise PipelineError(
+            f"{address} is no address of a model; it must be as models:/tiny-dflash@champion (the directory of a "
+            "draft is export.path)"
+        )
     registry = Registry(parts["name"], uri=uri, output_dir=output_dir)
     try:
         found = registry.of_alias(parts["alias"]) if parts["alias"] else registry.of_number(parts["version"])

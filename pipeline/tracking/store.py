@@ -42,6 +42,7 @@ DATABASE_LOCKS = {  # held by a connection, and given back when it breaks
     "postgresql": ("SELECT pg_advisory_lock(4711)", "SELECT pg_advisory_unlock(4711)"),
     "mysql": ("SELECT GET_LOCK('pipeline', 120)", "SELECT RELEASE_LOCK('pipeline')"),
 }
+ASKED_WRONGLY = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # error codes of a store that is well
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file")
 UNQUOTABLE = "?#%"  # in the path of a SQLite file's address
 
@@ -193,7 +194,9 @@ def store_errors(store: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreLost(f"MLflow at {store}: {reason}; when it is well again, run the same command to go on") from error
+        is_asked_wrongly = getattr(error, "error_code", None) in ASKED_WRONGLY
+        advice = "" if is_asked_wrongly else "; when it is well again, run the same command to go on"
+        raise StoreLost(f"MLflow at {store}: {reason}{advice}") from error
 
 
 def _require_address(uri: str | None, output_dir: Path) -> None:

@@ -108,6 +108,10 @@ def test_defaults_are_valid():
             "serve.plain_url is http://here; only serve.gateway=true",
             id="no gateway",
         ),
+        pytest.param({"ask__questions": []}, "ask.questions is []; it must be a list of texts", id="no question"),
+        pytest.param(
+            {"ask__questions": ["Hi", " "]}, "ask.questions is ['Hi', ' ']; it must be", id="an empty question"
+        ),
         pytest.param({"bench__dflash_log": "a.log"}, "bench.dflash_log is a.log; it is the log of", id="log alone"),
         pytest.param(
             {"serve__draft": "models:/a@b", "export__path": "c"}, "serve.draft is models:/a@b and", id="two drafts"

@@ -4,7 +4,6 @@ The default configuration's artifacts are looked for under $PIPELINE_OUTPUT_DIR,
 """
 
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -12,52 +11,33 @@ import numpy as np
 import pytest
 
 from pipeline.config.choices import Precision
-from pipeline.config.fields import DRAFT
 from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
-from pipeline.errors import MissingArtifact
 from pipeline.model.dflash import forward as dflash
 from pipeline.model.gpt_oss import forward as gpt_oss
 from pipeline.model.gpt_oss.weights import WeightFormat
 from pipeline.model.hf.directory import read_draft, read_target
-from pipeline.prompts import chat_format
-from pipeline.prompts.split import split_by_hash
 from pipeline.store.checkpoint_files import EVALUATION
-from pipeline.workspace.workspace import Workspace
 from tests.support import fitted as fitted_draft
-from tests.support.configuration import composed
+from tests.support.demo import Demo
 from tests.support.oracles import run_oracle
-from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.conformance]
 NUM_PROMPTS = 32
 TOLERANCE = 1e-4
 
 
-class Demo:
-    """The artifacts of the default configuration, in float32."""
+class Float32Demo(Demo):
+    """The demo's target and draft in float32, and their engine."""
 
     def __init__(self):
-        self.config = composed()
-        self.config.output_dir = os.environ.get("PIPELINE_OUTPUT_DIR", str(ROOT / "outputs"))
+        super().__init__()
         assert self.config.target.precision is Precision.float32
-        try:
-            workspace = Workspace(self.config)
-            self.target_path, self.exported = workspace.target.path, workspace.open(DRAFT)
-        except MissingArtifact as error:
-            pytest.fail(f"run `make demo` first: {error}", pytrace=False)
         self.target = read_target(self.target_path, WeightFormat())
-        self.draft = read_draft(self.exported.path, jnp.float32)
-        tokenizer = workspace.tokenizer
-        self.stop_token_ids = [int(token) for token in chat_format.stop_token_ids(tokenizer)]
-        _, held_out = split_by_hash(workspace.prompts.prompts, self.config.prompts.heldout_fraction)
-        self.prompts = [
-            chat_format.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
-            for prompt in held_out
-        ]
+        self.draft = read_draft(self.draft_path, jnp.float32)
         self.max_new_tokens = self.config.bench.max_new_tokens
 
     def answers(self, draft):
@@ -79,7 +59,7 @@ class Demo:
 
 @pytest.fixture(scope="module")
 def demo():
-    return Demo()
+    return Float32Demo()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +75,7 @@ def published(demo):
         "max_new_tokens": demo.max_new_tokens,
         "stop_token_ids": demo.stop_token_ids,
     }
-    return fitted_draft.ask("dflash_generate", request, target=demo.target_path, draft=demo.exported.path)
+    return fitted_draft.ask("dflash_generate", request, target=demo.target_path, draft=demo.draft_path)
 
 
 def accept_length(answers, block_size):
@@ -119,7 +99,7 @@ def test_the_published_package_gives_the_same_tokens_and_accept_length(demo, pub
 
 
 def test_accept_length_is_at_least_four_and_that_of_the_training_evaluation(demo, ours, capsys):
-    heldout = json.loads((demo.exported.path / EVALUATION).read_text())["heldout"]
+    heldout = json.loads((demo.draft_path / EVALUATION).read_text())["heldout"]
     found = accept_length(ours, demo.draft.config.block_size)
     with capsys.disabled():
         trained = heldout["accept_length"]
@@ -137,7 +117,7 @@ def test_the_published_draft_model_computes_what_ours_computes(demo, ours, tmp_p
     for anchor in (len(prompt), len(prompt) + len(answer) // 2):
         embeddings, hidden = block_at(demo, sequence, features, anchor)
         np.savez(tmp_path / "in.npz", features=features[:, :anchor], noise_embedding=embeddings)
-        run_oracle("dflash_forward", draft=demo.exported.path, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
+        run_oracle("dflash_forward", draft=demo.draft_path, inputs=tmp_path / "in.npz", outputs=tmp_path / "out.npz")
         wanted.append(np.load(tmp_path / "out.npz")["hidden"])
         found.append(np.asarray(hidden))
     difference = np.abs(np.array(found) - np.array(wanted)).max()

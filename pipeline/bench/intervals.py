@@ -26,10 +26,6 @@ class Interval:
         """Returns half of the width as a share of the value."""
         return (self.high - self.low) / 2 / value
 
-    def is_above(self, value: float) -> bool:
-        """Returns whether the whole interval lies above a value."""
-        return self.low > value
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassTimes:

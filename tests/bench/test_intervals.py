@@ -67,7 +67,5 @@ def test_every_position_has_an_interval_around_its_rate():
     assert all(one.low <= rate <= one.high for one, rate in zip(found, rates, strict=True))
 
 
-def test_an_interval_knows_its_width_and_what_it_lies_above():
+def test_an_interval_knows_its_width():
     assert Interval(0.9, 1.1).relative_half_width(1.0) == pytest.approx(0.1)
-    assert not Interval(0.9, 1.1).is_above(1.0)
-    assert Interval(1.01, 1.1).is_above(1.0)

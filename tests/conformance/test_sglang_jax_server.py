@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
-import os
 import re
 import shutil
 import urllib.request
@@ -18,25 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pipeline.config.fields import DRAFT
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.request import Request
-from pipeline.errors import MissingArtifact, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.external.launcher import LaunchedServer
 from pipeline.external.serving_engines import ENGINES, Service
 from pipeline.model.gpt_oss.model import TargetModel
 from pipeline.model.gpt_oss.weights import WeightFormat
 from pipeline.model.hf.directory import read_draft, read_target, save_draft, save_target
-from pipeline.prompts import chat_format
-from pipeline.prompts.split import split_by_hash
 from pipeline.prompts.tokenizer import load_tokenizer
 from pipeline.serve.remote_engine import RemoteEngine
-from pipeline.workspace.workspace import Workspace
 from tests.support import models
-from tests.support.configuration import composed
+from tests.support.demo import Demo
 from tests.support.oracles import run_oracle
-from tests.support.paths import ROOT, TESTS
+from tests.support.paths import TESTS
 from tests.support.ports import free_port
 from tests.support.random_draft import random_draft
 from tests.support.serving import MODEL, client_of, serving
@@ -50,37 +45,12 @@ ON_CPU = {"JAX_PLATFORMS": "cpu", "SGLANG_CI_SMALL_KV_SIZE": "4096", "HF_HUB_OFF
 START_SECONDS = 600.0
 
 
-class Demo:
-    """The demo's target and draft, and 64 prompts that it held out: their texts are in no training."""
-
-    def __init__(self):
-        config = composed("prompts.count=3000")  # more prompts of which the same are held out
-        config.output_dir = os.environ.get("PIPELINE_OUTPUT_DIR", str(ROOT / "outputs"))
-        try:
-            workspace = Workspace(composed_of_demo(config.output_dir))
-            self.target_path, self.draft_path = workspace.target.path, workspace.open(DRAFT).path
-        except MissingArtifact as error:
-            pytest.fail(f"run `make demo` first: {error}", pytrace=False)
-        tokenizer = workspace.tokenizer
-        self.stop_token_ids = [int(token) for token in chat_format.stop_token_ids(tokenizer)]
-        prompts = Workspace(config).prompts.prompts
-        _, held_out = split_by_hash(prompts, config.prompts.heldout_fraction)
-        assert len(held_out) >= NUM_PROMPTS
-        self.prompts = [
-            chat_format.render_prompt(tokenizer, [message.as_dict() for message in prompt.messages], prompt.effort)
-            for prompt in held_out[:NUM_PROMPTS]
-        ]
-
-
-def composed_of_demo(output_dir):
-    config = composed()
-    config.output_dir = output_dir
-    return config
-
-
 @pytest.fixture(scope="module")
 def demo():
-    return Demo()
+    found = Demo(num_generated=3000)  # of which enough are held out
+    del found.prompts[NUM_PROMPTS:]
+    assert len(found.prompts) == NUM_PROMPTS
+    return found
 
 
 def answers(target, draft, prompts, stop_token_ids):

@@ -16,7 +16,8 @@ CHAMPION, PREVIOUS = "champion", "previous"  # aliases
 ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))$")
 FINGERPRINT, RECORD = "fingerprint", "record"  # tags of a version
 CLAIM, CLAIMANT = "-promotion", "claimant"  # end of a claim's name; its tag
-ALREADY_THERE = ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")  # the second where it is deleted at that moment
+ABSENT = "RESOURCE_DOES_NOT_EXIST"  # an error code of MLflow
+ALREADY_THERE = ("RESOURCE_ALREADY_EXISTS", ABSENT)  # the second where another one's is deleted at that moment
 CLAIM_SECONDS, SETTLE_SECONDS = 60.0, 1.0
 
 
@@ -39,13 +40,9 @@ class Registry:
 
     def register(self, source: Path, fingerprint: str, *, run_id: str | None, record: Mapping[str, Any]) -> Version:
         """Returns the version of this fingerprint, with this record; makes it, and the model, where there is none."""
-        from mlflow.exceptions import MlflowException
-
         with store_errors(self._store):
-            try:
+            if self._model(self.name) is None:
                 self._client.create_registered_model(self.name, description="DFlash drafts of one target.")
-            except MlflowException:
-                self._client.get_registered_model(self.name)  # there is one already, or this says what is wrong
             found = [one for one in self._versions() if one.tags.get(FINGERPRINT) == fingerprint]
             if not found:
                 tags = {FINGERPRINT: fingerprint}
@@ -65,14 +62,9 @@ class Registry:
 
     def of_alias(self, alias: str) -> Version | None:
         """Returns the version with an alias; None where there is none."""
-        from mlflow.exceptions import MlflowException
-
         with store_errors(self._store):
-            try:
-                found = self._client.get_registered_model(self.name)
-            except MlflowException:
-                return None
-            number = found.aliases.get(alias)
+            found = self._model(self.name)
+            number = None if found is None else found.aliases.get(alias)
             return None if number is None else self._version(str(number))
 
     def of_number(self, number: str) -> Version:
@@ -94,14 +86,14 @@ class Registry:
         """
         name = f"{self.name}{CLAIM}"
         with store_errors(self._store):
-            stale = self._claim(name)
+            stale = self._model(name)
             broken_off = stale is not None and time.time() - stale.creation_timestamp / 1000 > CLAIM_SECONDS
             if broken_off:
                 self._client.delete_registered_model(name)
             self._create_claim(name, claimant)
             if broken_off:
                 time.sleep(SETTLE_SECONDS)  # another one may have found the old claim too, and deleted this one for it
-                now = self._claim(name)
+                now = self._model(name)
                 if now is None or now.tags.get(CLAIMANT) != claimant:
                     raise self._claimed_already(now)
         try:
@@ -119,19 +111,22 @@ class Registry:
         except MlflowException as error:
             if error.error_code not in ALREADY_THERE:
                 raise
-            raise self._claimed_already(self._claim(name)) from None
-
-    def _claim(self, name: str) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._client.get_registered_model(name)
-        except MlflowException:
-            return None  # where the store is lost, creating the claim says so
+            raise self._claimed_already(self._model(name)) from None
 
     def _claimed_already(self, claim: Any) -> PipelineError:
         holder = "another command" if claim is None else claim.tags.get(CLAIMANT, "another command")
         return PipelineError(f"{holder} moves the champion of {self.name} at this moment; try again in a minute")
+
+    def _model(self, name: str) -> Any:
+        """Returns a registered model; None where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != ABSENT:
+                raise
+            return None
 
     def _versions(self) -> list[Any]:
         return list(self._client.search_model_versions(f"name = '{self.name}'"))

@@ -59,7 +59,7 @@ def main(overrides):
     config.target.precision = Precision.bfloat16
     workspace = Workspace(config)
     prompts = workload.held_out(workspace.prompts.prompts, config.prompts.heldout_fraction)
-    requests = loading.requests_for(workspace, prompts)
+    requests = loading.requests_for(workspace, loading.rendered(workspace, prompts))
     target, draft, runtime = random_models(workspace) if exported is None else loading.load_models(workspace, exported)
     sizes = dataclasses.replace(loading.engine_sizes(workspace, requests), num_slots=1)
 

@@ -101,7 +101,7 @@ def main() -> None:
     workspace = Workspace(config)
     try:
         prompts = loading.prompts(workspace, workspace.open(DRAFT))
-        requests = loading.requests_for(workspace, prompts)
+        requests = loading.requests_for(workspace, loading.rendered(workspace, prompts))
         page(workspace, requests, arguments.engine_python)
     except PipelineError as error:
         raise SystemExit(f"error: {error}") from error

@@ -63,12 +63,12 @@ def rendered(workspace: Workspace, prompts: Sequence[Prompt]) -> list[list[int]]
     return workload.rendered(prompts, workspace.tokenizer, date=workspace.config.prompts.date)
 
 
-def requests_for(workspace: Workspace, prompts: Sequence[Prompt]) -> list[Request]:
-    """Returns the prompts' requests, as many as are asked for, and says when there are fewer."""
+def requests_for(workspace: Workspace, prompt_ids: Sequence[list[int]]) -> list[Request]:
+    """Returns the requests of rendered prompts, as many as are asked for, and says when there are fewer."""
     wanted = workspace.config.bench
-    num_prompts = len(prompts) if wanted.prompt_sets else wanted.num_prompts
+    num_prompts = len(prompt_ids) if wanted.prompt_sets else wanted.num_prompts
     requests = workload.requests_of(
-        rendered(workspace, prompts),
+        prompt_ids,
         num_prompts=num_prompts,
         max_new_tokens=wanted.max_new_tokens,
         prompt_tokens=wanted.prompt_tokens,

@@ -52,9 +52,9 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     workspace = Workspace(config)
     exported = workspace.open(DRAFT)
     prompts = loading.prompts(workspace, exported)
-    requests = loading.requests_for(workspace, prompts)
-    asked = prompts[: len(requests)]
-    rendered = loading.rendered(workspace, asked)
+    rendered = loading.rendered(workspace, prompts)
+    requests = loading.requests_for(workspace, rendered)
+    asked, rendered = prompts[: len(requests)], rendered[: len(requests)]
     cache = workspace.ancestor(exported, TEACHER_CACHE)
     trained_on = None if cache is None else reader.open_split(cache.path, "train")
     leaks.require_unseen(asked, rendered, trained_on)

@@ -60,7 +60,9 @@ def main(overrides):
     workspace = Workspace(config)
     prompts = workload.held_out(workspace.prompts.prompts, config.prompts.heldout_fraction)
     requests = loading.requests_for(workspace, loading.rendered(workspace, prompts))
-    target, draft, runtime = random_models(workspace) if exported is None else loading.load_models(workspace, exported)
+    target, draft, runtime = (
+        random_models(workspace) if exported is None else loading.Models(workspace, exported).loaded
+    )
     sizes = dataclasses.replace(loading.engine_sizes(workspace, requests), num_slots=1)
 
     def answers(has_draft, **changes):

@@ -37,7 +37,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "gpt-oss-dflash")
 
 def own_arms(workspace, requests):
     """Both arms of this pipeline's engine, one after another: their passes and acceptance."""
-    target, draft, runtime = loading.load_models(workspace, workspace.open(DRAFT))
+    target, draft, runtime = loading.Models(workspace, workspace.open(DRAFT)).loaded
     sizes = loading.engine_sizes(workspace, requests)
     for name, each in (("plain", None), ("DFLASH", draft)):
         arm = EngineArm(Engine(target, each, sizes, runtime))
@@ -100,7 +100,8 @@ def main() -> None:
     config.serve.engine, config.serve.engine_python = EngineName.sglang_jax, arguments.engine_python
     workspace = Workspace(config)
     try:
-        prompts = loading.prompts(workspace, workspace.open(DRAFT))
+        exported = workspace.open(DRAFT)
+        prompts = loading.prompts(workspace, exported, loading.Models(workspace, exported))
         requests = loading.requests_for(workspace, loading.rendered(workspace, prompts))
         page(workspace, requests, arguments.engine_python)
     except PipelineError as error:

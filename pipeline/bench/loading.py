@@ -1,6 +1,7 @@
 """What a configuration's benchmark runs: its requests, the sizes of its engines, and the models."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,27 @@ from pipeline.workspace.workspace import Workspace
 log = logging.getLogger("pipeline")
 
 
-def prompts(workspace: Workspace, exported: Artifact) -> list[Prompt]:
+class Models:
+    """Loads the target and an exported draft when they are first wanted, and once."""
+
+    def __init__(self, workspace: Workspace, exported: Artifact) -> None:
+        self._workspace, self._exported = workspace, exported
+
+    @functools.cached_property
+    def loaded(self) -> tuple[TargetModel, DraftModel, Runtime]:
+        """The target and the draft on the devices, and how they are split over them."""
+        config, directory = self._workspace.config, Path(str(self._exported.path))  # drafts are on a disk
+        runtime = runtime_for(config.mesh, self._workspace.target.path, draft=directory)
+        target = load_target(config.target, self._workspace.target.path, runtime)
+        return target, load_draft(config.target.precision, directory, runtime), runtime
+
+    def networks(self, requests: Sequence[Request]) -> Networks:
+        """Returns what engines for these requests are made of."""
+        target, draft, runtime = self.loaded
+        return Networks(target=target, draft=draft, runtime=runtime, sizes=engine_sizes(self._workspace, requests))
+
+
+def prompts(workspace: Workspace, exported: Artifact, models: Models) -> list[Prompt]:
     """Returns the prompts that a benchmark is run on: those of its prompt sets, or held-out ones.
 
     Where questions have several turns, the target answers the ones before the last.
@@ -33,10 +54,10 @@ def prompts(workspace: Workspace, exported: Artifact) -> list[Prompt]:
         return workload.held_out(workspace.prompts.prompts, config.prompts.heldout_fraction)
     asked = [one for name in config.bench.prompt_sets for one in benchmarks.questions(name, config.bench.num_prompts)]
     effort = effort_of(config.prompts, config.seed)
-    return conversations.prompts_of(asked, effort, lambda earlier: _final_texts(workspace, exported, earlier))
+    return conversations.prompts_of(asked, effort, lambda earlier: _final_texts(workspace, exported, models, earlier))
 
 
-def _final_texts(workspace: Workspace, exported: Artifact, earlier: Sequence[Prompt]) -> list[str]:
+def _final_texts(workspace: Workspace, exported: Artifact, models: Models, earlier: Sequence[Prompt]) -> list[str]:
     """Returns the target's final texts for prompts that later turns follow, by plain decoding."""
     wanted = workspace.config.bench
     log.info("bench: the target answers %d prompts that later turns follow", len(earlier))
@@ -50,9 +71,7 @@ def _final_texts(workspace: Workspace, exported: Artifact, earlier: Sequence[Pro
         if wanted.plain_url is not None:
             arm = opened.enter_context(servers.server_arms(workspace, exported))(wanted.slots)[PLAIN]
         else:
-            target, draft, runtime = load_models(workspace, exported)
-            networks = Networks(target=target, draft=draft, runtime=runtime, sizes=engine_sizes(workspace, requests))
-            arm = networks.arm(has_draft=False)
+            arm = models.networks(requests).arm(has_draft=False)
         answers = arm.run(requests).answers
     ordered = [answers[one.request_id].token_ids for one in requests]
     return [conversations.final_text(ids, workspace.tokenizer) for ids in ordered]
@@ -91,11 +110,3 @@ def engine_sizes(workspace: Workspace, requests: Sequence[Request]) -> EngineCon
         samples=config.bench.temperature > 0,
         stop_token_ids=workspace.stop_token_ids,
     )
-
-
-def load_models(workspace: Workspace, exported: Artifact) -> tuple[TargetModel, DraftModel, Runtime]:
-    """Returns target and draft on the devices, and how they are split over them."""
-    config, directory = workspace.config, Path(str(exported.path))  # drafts are on a disk
-    runtime = runtime_for(config.mesh, workspace.target.path, draft=directory)
-    target = load_target(config.target, workspace.target.path, runtime)
-    return target, load_draft(config.target.precision, directory, runtime), runtime

@@ -26,7 +26,6 @@ from pipeline.bench import (
 )
 from pipeline.bench.arms import DFLASH, PLAIN, Comparison
 from pipeline.bench.breakdown import Labels
-from pipeline.bench.engines import Networks
 from pipeline.bench.guards import Selection
 from pipeline.bench.intervals import speedup_interval, speedup_of
 from pipeline.bench.losslessness import Losslessness
@@ -51,7 +50,8 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     """
     workspace = Workspace(config)
     exported = workspace.open(DRAFT)
-    prompts = loading.prompts(workspace, exported)
+    models = loading.Models(workspace, exported)
+    prompts = loading.prompts(workspace, exported, models)
     rendered = loading.rendered(workspace, prompts)
     requests = loading.requests_for(workspace, rendered)
     asked, rendered = prompts[: len(requests)], rendered[: len(requests)]
@@ -62,7 +62,7 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
     if config.bench.plain_url is not None:
         measured, lossless = _measure_servers(workspace, exported, requests, asked)
     else:
-        measured, lossless = _measure_engines(workspace, exported, requests, asked)
+        measured, lossless = _measure_engines(workspace, exported, models, requests, asked)
     measured |= {"machine": machine.machine(), **record.identity(workspace, exported)}
     measured["prompts_fingerprint"] = fingerprint_of([one.prompt_id for one in asked])
     if trained_on is not None:
@@ -102,18 +102,20 @@ def run(config: PipelineConfig, tracker: Run) -> dict[str, Any]:
 
 
 def _measure_engines(
-    workspace: Workspace, exported: Artifact, requests: Sequence[Request], prompts: Sequence[Prompt]
+    workspace: Workspace,
+    exported: Artifact,
+    models: loading.Models,
+    requests: Sequence[Request],
+    prompts: Sequence[Prompt],
 ) -> tuple[dict[str, Any], Losslessness]:
     """Returns what two engines of this process give, and others beside them where they are asked for."""
     config, wanted = workspace.config, workspace.config.bench
-    target, draft, runtime = loading.load_models(workspace, exported)
-    sizes = loading.engine_sizes(workspace, requests)
-    networks = Networks(target=target, draft=draft, runtime=runtime, sizes=sizes)
+    networks = models.networks(requests)
     profiles = engines.profiles(networks, wanted.profile_slots, config.engine.max_length)
     all_arms = engines.engine_arms(networks, wanted.block_sizes, is_adaptive=wanted.adaptive)
     comparison = _compare(all_arms, requests, wanted)
     slow, fast = comparison.plain[0].answers, comparison.dflash[0].answers
-    lossless = losslessness.compare_answers(slow, fast, requests, target, runtime)
+    lossless = losslessness.compare_answers(slow, fast, requests, networks.target, networks.runtime)
     measured, selection = _values(workspace, exported, comparison, lossless, requests, prompts)
     context = sum(len(one.prompt_ids) for one in requests) // len(requests)
     speed = measured["plain_tokens_per_second"]

@@ -11,6 +11,7 @@ from pipeline.config.choices import (
     FeatureSource,
     FeatureStore,
     Generator,
+    LossWeights,
     PromptSource,
     ServeMode,
     Stage,
@@ -192,6 +193,11 @@ def _train(train: TrainConfig) -> list[str]:
         broken.append(
             f"train.accumulation is {train.accumulation}; it must divide train.batch_sequences "
             f"({train.batch_sequences})"
+        )
+    if train.loss_decay is not None and train.loss_weights is not LossWeights.decay:
+        broken.append(
+            f"train.loss_decay is {train.loss_decay}; train.loss_weights={train.loss_weights.value} does not read it: "
+            "choose train.loss_weights=decay, or set it to null"
         )
     if train.init_revision is not None and train.init is None:
         broken.append(f"train.init_revision is {train.init_revision}; it goes with a hub id in train.init")

@@ -6,11 +6,15 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.bench import loading
 from pipeline.bench import stage as bench
 from pipeline.bench.endpoint_arm import EndpointArm
+from pipeline.config.fields import DRAFT
 from pipeline.config.schema import BenchConfig
 from pipeline.prompts.harmony import render_completion
 from pipeline.report import stage as report
+from pipeline.workspace.loading import load_target
+from pipeline.workspace.workspace import Workspace
 from tests.support.corpus_tokenizer import corpus_tokenizer
 from tests.support.fake_engine import FakeEngine
 from tests.support.recorder import Recorder
@@ -98,3 +102,18 @@ def test_record_page_report_mlflow_and_the_servers_counters_say_the_same(tmp_pat
     assert second
     assert all("Write a poem." in text and ANSWER in text and "I count." not in text for text in second)
     assert any("put your final answer within \\boxed{}" in text for text in asked)
+
+
+def test_the_target_that_answers_earlier_turns_is_loaded_once(tmp_path, sets, monkeypatch):
+    loads = []
+    monkeypatch.setattr(loading, "load_target", lambda *args: loads.append(args) or load_target(*args))
+    config = random_pair(tmp_path, corpus_tokenizer(512))
+    config.bench = BenchConfig(num_prompts=4, max_new_tokens=4, repeats=1, prompt_sets=sets)
+    workspace = Workspace(config)
+    exported = workspace.open(DRAFT)
+    models = loading.Models(workspace, exported)
+    prompts = loading.prompts(workspace, exported, models)
+    assert len(loads) == 1
+    requests = loading.requests_for(workspace, loading.rendered(workspace, prompts))
+    assert models.networks(requests).target is models.loaded[0]
+    assert len(loads) == 1

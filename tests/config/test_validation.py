@@ -116,6 +116,7 @@ def test_defaults_are_valid():
         pytest.param(
             {"serve__draft": "models:/a@b", "export__path": "c"}, "serve.draft is models:/a@b and", id="two drafts"
         ),
+        pytest.param({"train__loss_decay": 2.0}, "train.loss_decay is 2.0; train.loss_weights=dpace", id="decay"),
         pytest.param({"bench__repeats": 0}, "bench.repeats is 0; it must be positive", id="zero"),
         pytest.param({"bench__prompt_tokens": 0}, "bench.prompt_tokens is 0; it must be positive", id="optional zero"),
         pytest.param({"prompts__heldout_fraction": 1.0}, "prompts.heldout_fraction is 1.0", id="all held out"),

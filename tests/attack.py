@@ -2,10 +2,11 @@
 
     python -m tests.attack --seconds 60 [overrides of the served configuration]
 
-Starts `stage=serve`, asks for 32 streams' answers, then asks for them again and again while half-open connections,
-slow writers, clients that never read, large bodies, large headers, broken JSON and broken-off requests arrive. Every
-answer must be the one that it was before, and every attack must get a 4xx or be closed. Prints a table; exits with 1
-otherwise.
+Starts `stage=serve` and asks for answers one after another. Then 64 and 256 streams ask for them at once, of which 30%
+are broken off, and 32 streams ask for them again and again while half-open connections, slow writers, clients that
+never read, large bodies, large headers, pipelined requests, broken JSON and broken-off requests arrive. Every answer
+must be the one that it was before, no page may be lost, and every attack must get a 4xx or be closed. Prints a table;
+exits with 1 otherwise.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from pathlib import Path
 import httpx
 
 NUM_GOOD, NUM_TOKENS = 32, 48
+NUM_STREAMS, SHARE_BROKEN_OFF, LENGTHS = (64, 256), 0.3, (12, 24, NUM_TOKENS)
+NUM_HALF_OPEN = 500
 START_SECONDS = 600
 BODY_BYTES, HEADER_BYTES = 60_000_000, 1_000_000
 WORDS = ("alpha", "beta", "17", "+", "naïve", "東京", "sum", "the", "of", "?", "\n", "<|end|>")
@@ -59,18 +62,24 @@ class Attack:
         self.outcomes = collections.defaultdict(collections.Counter)
         self.gaps, self.waits, self.num_wrong, self.num_answers = [], [], 0, 0
 
-    def body(self, index):
+    def body(self, index, num_tokens=NUM_TOKENS):
         prompt = f"What is {index} + {index + 7}?"
         messages = [{"role": "user", "content": prompt}]
         return {
-            "model": self.model, "messages": messages, "temperature": 0, "max_tokens": NUM_TOKENS, "stream": True
+            "model": self.model, "messages": messages, "temperature": 0, "max_tokens": num_tokens, "stream": True
         }  # fmt: skip
 
-    async def answer(self, client, index):
-        """Returns a stream's text, and notes the time between its chunks once it has begun to write."""
-        text, last = "", None
-        async with client.stream("POST", "/v1/chat/completions", json=self.body(index)) as reply:
+    async def answer(self, client, index, num_tokens=NUM_TOKENS, lines_read=None):
+        """Returns a stream's text, and notes the time between its chunks once it has begun to write.
+
+        None is the text of a stream that is broken off after `lines_read` lines.
+        """
+        text, last, num_lines = "", None, 0
+        async with client.stream("POST", "/v1/chat/completions", json=self.body(index, num_tokens)) as reply:
             async for line in reply.aiter_lines():
+                num_lines += 1
+                if num_lines == lines_read:
+                    return None
                 if line.startswith("data: {"):
                     now = time.monotonic()
                     if last is not None:
@@ -97,8 +106,39 @@ class Attack:
         async with self.client() as client:
             await asyncio.gather(*(one(client, index) for index in range(NUM_GOOD)))
 
-    def client(self):
-        limits = httpx.Limits(max_connections=NUM_GOOD)
+    async def many(self, wanted, count, until):
+        """Keeps `count` streams of mixed lengths open, 30% of them broken off; returns how they ended."""
+        ends = collections.Counter(right=0, wrong=0, broken_off=0)
+
+        async def one(client):
+            while time.monotonic() < until:
+                index, num_tokens = self.draw.randrange(NUM_GOOD), self.draw.choice(LENGTHS)
+                leaves = self.draw.random() < SHARE_BROKEN_OFF
+                lines_read = self.draw.randrange(1, num_tokens // 2) if leaves else None
+                found = await self.answer(client, index, num_tokens, lines_read)
+                right = "right" if found == wanted[index, num_tokens] else "wrong"
+                ends["broken_off" if found is None else right] += 1
+
+        async with self.client(count) as client:
+            await asyncio.gather(*(one(client) for _ in range(count)))
+        return ends
+
+    async def when_idle(self):
+        """Returns how many pages are free once no request runs or waits; a request that stays is an error."""
+        async with self.client() as client:
+            for _ in range(100):
+                text = (await client.get("/metrics")).text
+                free, running, waiting = (
+                    float(re.search(rf"^serve_{name} (\S+)", text, re.MULTILINE)[1])
+                    for name in ("pages_free", "requests_running", "requests_waiting")
+                )
+                if not running and not waiting:
+                    return free
+                await asyncio.sleep(0.1)
+        raise SystemExit(f"{running:g} requests still run and {waiting:g} wait, though their clients have left")
+
+    def client(self, connections=NUM_GOOD):
+        limits = httpx.Limits(max_connections=connections)
         return httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=300, limits=limits)
 
     async def raw(self, name, sent, *, reads=True, pieces=1, pause=0.0):
@@ -118,6 +158,17 @@ class Attack:
                 await asyncio.sleep(12)
             writer.close()
         self.outcomes[name][status] += 1
+
+    async def pipelined(self):
+        """Sends three requests at once over one connection, and counts the answers, which come in turn."""
+        short = json.dumps(self.body(4) | {"stream": False, "max_tokens": 2}).encode()
+        ask = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+        sent = ask % (b"health", b"") + self.request(short) + ask % (b"nothing", b"Connection: close\r\n")
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(sent)
+        found = re.findall(rb"HTTP/1.1 (\d+)", await asyncio.wait_for(reader.read(), 60))
+        writer.close()
+        self.outcomes["pipelined"][", ".join(code.decode() for code in found)] += 1
 
     def request(self, content, **headers):
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -162,8 +213,9 @@ class Attack:
             "1 MB headers": lambda: self.raw("1 MB headers", self.request(b"{}", X="x" * HEADER_BYTES), pieces=100),
             "fuzzed": lambda: self.raw("fuzzed", self.request(self.fuzzed())),
             "broken off": lambda: self.broken_off(),
+            "pipelined": lambda: self.pipelined(),
         }
-        counts = {"half-open": 40, "slow writer": 20, "never reads": 8, "fuzzed": 8, "broken off": 4}
+        counts = {"half-open": NUM_HALF_OPEN, "slow writer": 20, "never reads": 8, "fuzzed": 8, "broken off": 4}
 
         async def repeat(name):
             while time.monotonic() < until:
@@ -183,8 +235,17 @@ class Attack:
 async def run(server, seconds) -> bool:
     """The good clients; the bad ones have a process of their own, so as not to slow these down themselves."""
     good = Attack(server.model, server.port)
-    async with good.client() as client:
-        wanted = await asyncio.gather(*(good.answer(client, index) for index in range(NUM_GOOD)))
+    async with good.client(1) as client:
+        asked = [(index, num_tokens) for index in range(NUM_GOOD) for num_tokens in LENGTHS]
+        alone = {one: await good.answer(client, *one) for one in asked}
+    wanted = [alone[index, NUM_TOKENS] for index in range(NUM_GOOD)]
+    pages, holds = await good.when_idle(), True
+    for count in NUM_STREAMS:
+        ends = await good.many(alone, count, time.monotonic() + seconds / 8)
+        lost = pages - await good.when_idle()
+        print(f"{count:<3} streams       {dict(ends)}; {lost:g} pages lost")
+        holds = holds and ends["right"] > 0 and ends["wrong"] == 0 and lost == 0
+    good.gaps = []
     until = time.monotonic() + seconds / 4
     await asyncio.gather(good.good(wanted, until), good.health(until))
     calm, memory = (good.gaps, good.waits), server.memory_mib
@@ -207,8 +268,10 @@ async def run(server, seconds) -> bool:
     odd = 0
     for name, found in outcomes.items():
         print(f"{name:<18}{', '.join(f'{count} x {status}' for status, count in found.items())}")
-        odd += sum(count for status, count in found.items() if status.startswith("5"))
-    return good.num_wrong == 0 and odd == 0
+        odd += sum(count for status, count in found.items() if re.search(r"\b5\d\d", status))
+    lost = pages - await good.when_idle()
+    print(f"pages             {pages:g} free before, {lost:g} lost")
+    return holds and good.num_wrong == 0 and odd == 0 and lost == 0
 
 
 def attack_alone(on: str, seconds: float) -> None:

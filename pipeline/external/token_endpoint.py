@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from pipeline.errors import PipelineError
-from pipeline.external import sglang_api
+from pipeline.external import connections, sglang_api
 
 READ_SECONDS = 600.0
 COUNTS = "vllm:spec_decode_num"  # of the engine's drafts, in its metrics
@@ -62,7 +62,7 @@ class TokenEndpoint:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._client = httpx.Client(
             timeout=httpx.Timeout(READ_SECONDS, connect=10.0),
-            limits=httpx.Limits(max_connections=None),
+            limits=connections.limits(),
             headers=headers,
             trust_env=False,
         )

@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.prompts import harmony, spelled
 from pipeline.prompts.messages import Message, effort_problem, message_of, messages_problem
 from pipeline.prompts.sources import Prompt
+from pipeline.prompts.text_length import TextTooLong
 from pipeline.prompts.tokenizer import Tokenizer, control_token_problem, special_token_ids
 from pipeline.prompts.tools import tools_of, tools_problem
 
@@ -71,6 +72,7 @@ def render_prompt(
     tools: Sequence[Mapping[str, Any]] = (),
     date: str | None = None,
     may_be_empty: bool = False,
+    most_characters: int | None = None,
 ) -> list[int]:
     """Returns the prompt's tokens by the tokenizer's chat template, ending where the assistant begins.
 
@@ -78,7 +80,7 @@ def render_prompt(
     print it, as the official one does: otherwise two runs on different days see different prompts. A control token
     that a text spells stays text. Raises PipelineError for messages that do not make a prompt, for tools where the
     format has none, for a content that is empty unless it `may_be_empty`, and for spelled control tokens where the
-    tokenizer or the template cannot tell them apart.
+    tokenizer or the template cannot tell them apart; TextTooLong for a prompt of more than `most_characters`.
     """
     problem = messages_problem(messages, may_be_empty=may_be_empty) or tools_problem(tools) or effort_problem(effort)
     if problem is not None:
@@ -97,9 +99,12 @@ def render_prompt(
         offered = {"tools": _changed(functions, change)} if functions else {}
         return _apply_template(tokenizer, _changed(turns, change), options | offered)
 
+    text = rendered(lambda text: text)
+    if most_characters is not None and len(text) > most_characters:
+        raise TextTooLong(len(text), most_characters)
     problem = control_token_problem(tokenizer, _texts([*turns, *functions]))
     if problem is None:
-        return tokenizer.encode(rendered(lambda text: text), add_special_tokens=False)
+        return tokenizer.encode(text, add_special_tokens=False)
     token_ids = spelled.encode(tokenizer, rendered)
     if token_ids is None:
         raise PipelineError(problem)

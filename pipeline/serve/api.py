@@ -56,7 +56,13 @@ class Api:
         self._created = int(time.time())
         self._stored = ResponseStore(limits.max_stored_bytes)
         grammars = Grammars(tokenizer, engine.vocab_size)
-        self._reader = RequestReader(tokenizer, served, grammars, limits.max_body_bytes)
+        self._reader = RequestReader(
+            tokenizer,
+            served,
+            grammars,
+            max_body_bytes=limits.max_body_bytes,
+            max_length=engine.config.max_length,
+        )
 
     async def completions(self, http: HttpRequest) -> Response:
         """Answers POST /v1/completions: text or tokens are continued as they are."""

@@ -25,7 +25,7 @@ from pipeline.engine.request import Request, StepUpdate
 from pipeline.engine.request_check import require_runnable
 from pipeline.engine.sampling_params import SamplingParams
 from pipeline.errors import PipelineError
-from pipeline.external import sglang_api
+from pipeline.external import connections, sglang_api
 
 STEP_SECONDS = 0.05  # that a step waits for news; a new request or a cancellation waits as long
 CONNECT_SECONDS, READ_SECONDS = 10.0, 600.0
@@ -49,7 +49,7 @@ class RemoteEngine:
         self._loop = asyncio.new_event_loop()
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None),
+            limits=connections.limits(),
             trust_env=False,
         )
         self._thread = threading.Thread(target=self._loop.run_forever, name="gateway", daemon=True)

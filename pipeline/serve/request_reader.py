@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import chat_format_of, render_prompt, stop_token_ids
 from pipeline.prompts.harmony import CONSTRAIN
+from pipeline.prompts.text_length import TextTooLong, longest_token
 from pipeline.prompts.tokenizer import Tokenizer
 from pipeline.prompts.tools import tools_problem
 from pipeline.serve import answer_grammar
@@ -38,11 +39,17 @@ class ServedModel:
 
 
 class RequestReader:
-    """Reads bodies of at most `max_body_bytes`, and makes prompts of them in the tokenizer's chat format."""
+    """Reads bodies of at most `max_body_bytes`, and makes prompts of them in the tokenizer's chat format.
 
-    def __init__(self, tokenizer: Tokenizer, served: ServedModel, grammars: Grammars, max_body_bytes: int) -> None:
+    A text that cannot fit into `max_length` tokens is refused before it is encoded.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, served: ServedModel, grammars: Grammars, *, max_body_bytes: int, max_length: int
+    ) -> None:
         self._grammars = grammars
         self._tokenizer, self._served, self._max_body_bytes = tokenizer, served, max_body_bytes
+        self._max_length, self._longest_token = max_length, longest_token(tokenizer)
         self._encoding = asyncio.Lock()  # of long texts, one at a time: each takes much memory
 
     async def content(self, http: HttpRequest) -> bytes:
@@ -79,6 +86,8 @@ class RequestReader:
         """Returns the tokens of a prompt, which may be tokens already."""
         if isinstance(prompt, tuple):
             return prompt
+        if self._most_characters is not None and len(prompt) > self._most_characters:
+            raise self._too_long(len(prompt), "prompt")
         return tuple(self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
 
     def rendered(self, conversation: list[dict[str, Any]], body: Any) -> list[int]:
@@ -86,10 +95,33 @@ class RequestReader:
         effort = body.effort or self._served.effort
         try:
             return render_prompt(
-                self._tokenizer, conversation, effort, tools=body.offered, date=self._served.date, may_be_empty=True
+                self._tokenizer,
+                conversation,
+                effort,
+                tools=body.offered,
+                date=self._served.date,
+                may_be_empty=True,
+                most_characters=self._most_characters,
             )
+        except TextTooLong as error:
+            raise self._too_long(error.num_characters, "messages") from error
         except PipelineError as error:
             raise ApiError(str(error), param="messages") from error
+
+    @property
+    def _most_characters(self) -> int | None:
+        """The characters that a prompt has at most, if each token were the longest; None where that is not known."""
+        return None if self._longest_token is None else self._longest_token * self._max_length
+
+    def _too_long(self, num_characters: int, param: str) -> ApiError:
+        assert self._longest_token is not None
+        fewest = -(-num_characters // self._longest_token)
+        return ApiError(
+            f"the prompt has {num_characters} characters, which are at least {fewest} tokens; this server's context is "
+            f"{self._max_length} tokens: shorten the prompt, or start the server with a larger engine.max_length",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     def opening(self, function: str | None) -> list[int]:
         """Returns how an answer must begin that has to call a function ("": any of them)."""

@@ -21,6 +21,7 @@ log = logging.getLogger("pipeline")
 GRACE_SECONDS = 5.0  # how long requests in flight may go on once the server is to end; then `cut` ends them
 LAST_SECONDS = 10  # how long their last answers may take; then their connections are closed
 BACKLOG = 2048  # connections that wait to be taken
+KEEP_ALIVE_SECONDS = 75  # nginx's; where a client reuses an idle connection for longer than that, requests are lost
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -121,6 +122,7 @@ def create_server(
         access_log=False,
         lifespan="off",
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(GRACE_SECONDS + LAST_SECONDS),
         ssl_certfile=chain,
         ssl_keyfile=key,

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.errors import PipelineError
 from pipeline.prompts.chat_format import render_prompt, stop_token_ids
 from pipeline.prompts.harmony import render_completion
+from pipeline.prompts.text_length import longest_token
 from pipeline.prompts.tools import ToolCall
 from pipeline.serve import server
 from tests.support.chatml import chatml_tokenizer
@@ -399,6 +400,21 @@ def test_a_request_that_does_not_fit_the_context_names_the_counts(client):
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="at least one more") as caught:
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "12" * 200}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_text_that_cannot_fit_the_context_is_refused_before_it_is_encoded(client, tokenizer):
+    longest = longest_token(tokenizer)
+    text, wanted = "x" * (200 * longest + 1), "at least 201 tokens; this server's context is 200 tokens"
+    with pytest.raises(openai.BadRequestError, match=wanted) as caught:
+        client.completions.create(model=MODEL, prompt=text)
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError, match="at least 2[0-9]+ tokens; this server's") as caught:
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": text}])
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="at least 2[0-9]+ tokens; this server's") as caught:
+        client.responses.create(model=MODEL, input=text + "<|end|>")
     assert caught.value.code == "context_length_exceeded"
 
 

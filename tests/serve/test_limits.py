@@ -208,6 +208,14 @@ def test_pipelined_requests_are_answered_in_turn(address):
             found += connection.recv(65536)
 
 
+def test_a_connection_outlives_the_seconds_for_which_clients_reuse_it(address):
+    with connected(address) as connection:
+        for pause in (0, 5.5):  # httpx, and so openai's client, reuses a connection for 5 seconds
+            time.sleep(pause)
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_head_and_options_and_other_origins(engine, tokenizer):
     with serving(engine, tokenizer, cors_origins=["https://app.example"]) as address:
         for path in ("/health", "/ready", "/metrics", "/v1/models"):

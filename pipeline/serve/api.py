@@ -36,7 +36,7 @@ from pipeline.serve.text_stream import FINAL, TEXT, PlainReader, decoded
 
 
 class Api:
-    """Answers the endpoints for one served model."""
+    """Answers the endpoints for one served model, in the event loop: FastAPI would run plain functions in threads."""
 
     def __init__(
         self,
@@ -156,11 +156,11 @@ class Api:
         )
         return await self._answer_chat(http, chat, prompt, opening, responses)
 
-    def stored_response(self, name: str) -> dict[str, Any]:
+    async def stored_response(self, name: str) -> dict[str, Any]:
         """Answers GET /v1/responses/{name}."""
         return self._stored.response(name)
 
-    def delete_response(self, name: str) -> dict[str, Any]:
+    async def delete_response(self, name: str) -> dict[str, Any]:
         """Answers DELETE /v1/responses/{name}."""
         self._stored.delete(name)
         return {"id": name, "object": "response", "deleted": True}
@@ -221,11 +221,11 @@ class Api:
 
         return JSONResponse({"prompt": await self._reader.in_turn(len(content), read)})
 
-    def models(self) -> dict[str, Any]:
+    async def models(self) -> dict[str, Any]:
         """Answers GET /v1/models."""
         return {"object": "list", "data": [self._model()]}
 
-    def retrieve_model(self, name: str) -> dict[str, Any]:
+    async def retrieve_model(self, name: str) -> dict[str, Any]:
         """Answers GET /v1/models/{name}."""
         if name != self.served.name:
             raise ApiError(
@@ -236,19 +236,19 @@ class Api:
             )
         return self._model()
 
-    def health(self) -> JSONResponse:
+    async def health(self) -> JSONResponse:
         """Answers GET /health: 200 while the engine runs, 503 with the reason once it has failed."""
         if self.engine_thread.failure is not None:
             return JSONResponse({"status": "failed", "reason": self.engine_thread.failure}, 503)
         return JSONResponse({"status": "ok"})
 
-    def ready(self) -> JSONResponse:
+    async def ready(self) -> JSONResponse:
         """Answers GET /ready: 200 while requests are taken, 503 with the reason otherwise."""
         if self.is_draining:
             return JSONResponse({"status": "draining", "reason": "the server is shutting down"}, 503)
-        return self.health()
+        return await self.health()
 
-    def metrics(self) -> PlainTextResponse:
+    async def metrics(self) -> PlainTextResponse:
         """Answers GET /metrics."""
         text = metrics.exposition(
             self.counters, self.engine, self.served.name, healthy=self.engine_thread.failure is None

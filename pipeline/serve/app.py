@@ -51,7 +51,7 @@ def create_app(
     """
     app = _routes(api, needs_key=len(keys) > 0)
 
-    def index() -> Response:
+    async def index() -> Response:
         return page(compares=plain is not None)
 
     app.add_api_route("/", index, methods=["GET", "HEAD"], include_in_schema=False)

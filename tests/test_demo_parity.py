@@ -3,6 +3,7 @@
 The default configuration's artifacts are looked for under $PIPELINE_OUTPUT_DIR, else under outputs/.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -15,6 +16,7 @@ from pipeline.dflash import blocks
 from pipeline.dflash.acceptance import Acceptance
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.engine import Engine
+from pipeline.engine.layout import BLOCK_SIZES, ROW_COUNTS
 from pipeline.engine.request import Request
 from pipeline.model.dflash import forward as dflash
 from pipeline.model.gpt_oss import forward as gpt_oss
@@ -40,18 +42,21 @@ class Float32Demo(Demo):
         self.draft = read_draft(self.draft_path, jnp.float32)
         self.max_new_tokens = self.config.bench.max_new_tokens
 
-    def answers(self, draft):
-        """Our engine's answer to every held-out prompt."""
+    def engine(self, draft, **sizes):
+        """Our engine at the demo's sizes, or at others."""
         config = EngineConfig(
             num_slots=8,
             max_length=max(map(len, self.prompts)) + self.max_new_tokens,
             prefill_chunk=self.config.engine.prefill_chunk,
             stop_token_ids=tuple(self.stop_token_ids),
         )
-        engine = Engine(self.target, draft, config)
+        return Engine(self.target, draft, dataclasses.replace(config, **sizes))
+
+    def answers(self, engine, prompts=None):
+        """An engine's answer to every held-out prompt, or to some."""
         requests = [
             Request(request_id=str(index), prompt_ids=tuple(prompt), max_new_tokens=self.max_new_tokens)
-            for index, prompt in enumerate(self.prompts)
+            for index, prompt in enumerate(prompts or self.prompts)
         ]
         answers = {answer.request_id: answer for answer in engine.generate(requests)}
         return [answers[request.request_id] for request in requests]
@@ -64,7 +69,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def ours(demo):
-    return demo.answers(demo.draft)
+    return demo.answers(demo.engine(demo.draft))
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +88,32 @@ def accept_length(answers, block_size):
 
 
 def test_dflash_gives_plain_greedys_tokens_on_every_held_out_prompt(demo, ours):
-    plain = demo.answers(None)
+    plain = demo.answers(demo.engine(None))
     assert len(plain) == len(demo.prompts) > NUM_PROMPTS
     assert [answer.token_ids for answer in ours] == [answer.token_ids for answer in plain]
+
+
+def test_the_tokens_are_the_same_with_everything_that_a_server_does(demo, ours):
+    """Small pages, of which there are too few, prompts in small chunks, prefixes reused, block sizes that adapt."""
+    longest = max(map(len, demo.prompts)) + demo.max_new_tokens
+    engine = demo.engine(
+        demo.draft,
+        num_slots=10,
+        page_size=16,
+        prefill_chunk=16,
+        cache_tokens=5 * longest // 2,
+        reuse_prefixes=True,
+        block_sizes=BLOCK_SIZES,
+        row_counts=ROW_COUNTS,
+    )
+    engine.warm_up()
+    assert [answer.token_ids for answer in demo.answers(engine)] == [answer.token_ids for answer in ours]
+    for prompt, answer in zip(demo.prompts, ours, strict=True):
+        for _ in range(2):  # the second time with the pages of the first
+            assert demo.answers(engine, [prompt])[0].token_ids == answer.token_ids
+    assert engine.num_preempted > 0
+    assert engine.times.reused_tokens > 0
+    assert engine.block_estimates.keys() >= {1, demo.draft.config.block_size}
 
 
 def test_the_published_package_gives_the_same_tokens_and_accept_length(demo, published, ours, capsys):

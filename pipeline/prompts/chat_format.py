@@ -99,13 +99,13 @@ def render_prompt(
         offered = {"tools": _changed(functions, change)} if functions else {}
         return _apply_template(tokenizer, _changed(turns, change), options | offered)
 
-    text = rendered(lambda text: text)
-    if most_characters is not None and len(text) > most_characters:
-        raise TextTooLong(len(text), most_characters)
+    plain = rendered(lambda text: text)
+    if most_characters is not None and len(plain) > most_characters:
+        raise TextTooLong(len(plain), most_characters)
     problem = control_token_problem(tokenizer, _texts([*turns, *functions]))
     if problem is None:
-        return tokenizer.encode(text, add_special_tokens=False)
-    token_ids = spelled.encode(tokenizer, rendered)
+        return tokenizer.encode(plain, add_special_tokens=False)
+    token_ids = spelled.encode(tokenizer, plain, rendered)
     if token_ids is None:
         raise PipelineError(problem)
     return token_ids

@@ -7,23 +7,24 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from pipeline.prompts.tokenizer import Tokenizer
+from pipeline.prompts.tokenizer import Tokenizer, fast_tokenizer
 
 Change = Callable[[str], str]
 
 
-def encode(tokenizer: Tokenizer, render: Callable[[Change], str]) -> list[int] | None:
+def encode(tokenizer: Tokenizer, plain: str, render: Callable[[Change], str]) -> list[int] | None:
     """Returns the tokens of a conversation, in which control tokens come from the template alone.
 
-    `render` applies the template to texts that were changed by its argument. What texts spell is replaced by marks
-    before the template is applied, so that the control tokens of the result are the template's; the text between them
-    is encoded by the tokenizer without its added tokens. Returns None where that cannot be relied on: the template
-    reads the texts, or the tokenizer encodes a text otherwise than piece by piece.
+    `render` applies the template to texts that were changed by its argument, and `plain` is what it gives for unchanged
+    ones. What texts spell is replaced by marks before the template is applied, so that the control tokens of the result
+    are the template's; the text between them is encoded by the tokenizer without its added tokens. Returns None where
+    that cannot be relied on: the template reads the texts, or the tokenizer encodes a text otherwise than piece by
+    piece.
     """
     added, ordinary = tokenizer.get_added_vocab(), _ordinary(tokenizer)
     if ordinary is None:
         return None
-    spelled, plain = _any_of(added), render(lambda text: text)
+    spelled = _any_of(added)
     number = next(number for number in itertools.count() if f"QZ{number}X" not in plain)
     tokens = sorted(added)
     marks = {token: f"QZ{number}X{index}X" for index, token in enumerate(tokens)}
@@ -56,8 +57,8 @@ def _any_of(tokens: Any) -> re.Pattern[str]:
 
 def _ordinary(tokenizer: Tokenizer) -> FastTokenizer | None:
     """Returns the tokenizer without added tokens; None where it is none of the tokenizers library's."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, FastTokenizer):
+    backend = fast_tokenizer(tokenizer)
+    if backend is None:
         return None
     ordinary = FastTokenizer(backend.model)  # shared, not copied
     if backend.normalizer is not None:

@@ -109,6 +109,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return tokenizer
 
 
+def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer | None:
+    """Returns what encodes for a tokenizer, of the tokenizers library; None where it is none of that library's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend if isinstance(backend, FastTokenizer) else None
+
+
 def _default_template(named: Mapping[str, str], directory: Path) -> str:
     if DEFAULT_TEMPLATE not in named:
         raise PipelineError(
